@@ -1,0 +1,197 @@
+import type { TrainConfig } from '../config/index.js';
+import type { MemoryStats } from '../native/binding.js';
+import type { ChatMessage, ImageSource } from '../processing/types.js';
+
+export type { ChatMessage, ImageSource };
+
+/** Options of {@link loadModel}. */
+export interface LoadModelOptions {
+  /** Defaults to `auto`: the first CUDA device, else the CPU. A CUDA device that is absent is `ERR_MARTLET_CUDA_UNAVAILABLE`. */
+  device?: 'auto' | 'cpu' | 'cuda' | `cuda:${number}`;
+  /** Defaults to `auto`: as stored in the checkpoint. */
+  dtype?: 'auto' | 'float32' | 'bfloat16' | 'float16';
+  /** Only `none` so far. */
+  quantization?: 'none' | 'int8' | 'nf4';
+  /** PEFT adapter folders by the name that `generate({ adapter })` uses. */
+  adapters?: Record<string, string>;
+  /** `default` = the checkpoint's own chat template; `ms-swift` = its registered template. Defaults to what an adapter's `args.yaml` says, else `default`. */
+  template?: 'default' | 'ms-swift';
+  /** System prompt used when the messages have none. */
+  system?: string;
+  /** Turn pictures as their EXIF orientation says. Defaults to true. */
+  exifOrientation?: boolean;
+  signal?: AbortSignal;
+  onProgress?: (progress: { done: number; total: number; bytes: number }) => void;
+}
+
+export interface PromptOptions {
+  messages: ChatMessage[];
+  /** In the order of the `<image>` marks. Defaults to none. */
+  images?: ImageSource[];
+  /** Name of a loaded adapter; without it the base model answers, or the only adapter if exactly one was loaded by `loadModel`. `null` = base model. */
+  adapter?: string | null;
+  signal?: AbortSignal;
+}
+
+export interface GenerateOptions extends PromptOptions {
+  /** Defaults to generation_config.json's, else 512. */
+  maxNewTokens?: number;
+  /** 0 = greedy. Defaults to generation_config.json's (greedy if it says do_sample: false). */
+  temperature?: number;
+  topP?: number;
+  topK?: number;
+  repetitionPenalty?: number;
+  /** Defaults to a random one. */
+  seed?: number;
+  /** The answer ends before the first of these strings. */
+  stop?: string | string[];
+}
+
+export interface GenerateResult {
+  text: string;
+  /** Without the end token. */
+  tokenIds: Int32Array;
+  /** Counts expanded image tokens. */
+  promptTokens: number;
+  finishReason: 'stop' | 'length' | 'abort';
+  usage: { promptTokens: number; completionTokens: number; totalTokens: number };
+  /** Milliseconds. */
+  timings: { preprocess: number; vision: number; prefill: number; decode: number; total: number };
+}
+
+export interface StreamChunk {
+  text: string;
+  tokenId: number;
+}
+
+export interface ScoreResult {
+  inputIds: Int32Array;
+  labels: Int32Array;
+  /** One per labelled token, natural logarithm. */
+  logprobs: Float32Array;
+  /** Mean of −logprobs. */
+  loss: number;
+  /** With `logits: true`: rows that predict the labelled tokens, `[labelled, vocabulary]`. */
+  logits?: { data: Float32Array; shape: number[] };
+}
+
+export interface PrepareResult {
+  inputIds: Int32Array;
+  labels?: Int32Array;
+  pixels: Record<string, { data: Float32Array; shape: number[] }>;
+}
+
+export interface Model extends AsyncDisposable {
+  readonly modelType: string;
+  readonly device: string;
+  readonly dtype: 'float32' | 'bfloat16' | 'float16';
+  readonly parameters: number;
+  readonly adapters: string[];
+  readonly disposed: boolean;
+  generate(options: GenerateOptions): Promise<GenerateResult>;
+  /** Leaving the loop cancels. */
+  stream(options: GenerateOptions): AsyncIterableIterator<StreamChunk>;
+  score(options: PromptOptions & { logits?: boolean }): Promise<ScoreResult>;
+  prepare(options: Omit<PromptOptions, 'adapter'> & { for?: 'train' | 'generate' }): Promise<PrepareResult>;
+  loadAdapter(name: string, dir: string): Promise<void>;
+  unloadAdapter(name: string): Promise<void>;
+  memory(): Promise<MemoryStats>;
+  dispose(): Promise<void>;
+}
+
+export interface TrainOptions {
+  signal?: AbortSignal;
+  /** As `--set`: `{ 'lora_rank': 16 }` or `['lora_rank=16']`. */
+  overrides?: Record<string, unknown> | string[];
+}
+
+export type TrainEvent =
+  | {
+      type: 'start';
+      config: TrainConfig;
+      outputDir: string;
+      steps: number;
+      epochs: number;
+      rows: number;
+      trainableParams: number;
+      totalParams: number;
+      parts: { vision: number; projector: number; language: number };
+      targets: number;
+      /** The first row with its labels marked: what is trained in [[ ]]. */
+      sample: string;
+    }
+  | {
+      type: 'step';
+      step: number;
+      epoch: number;
+      loss: number;
+      gradNorm: number;
+      learningRate: number;
+      /** labelled tokens predicted right, 0–1 */
+      tokenAccuracy: number;
+      tokens: number;
+      tokensPerSecond: number;
+      /** bytes */
+      memory: number;
+      /** seconds */
+      elapsed: number;
+      remaining: number;
+    }
+  | { type: 'eval'; step: number; epoch: number; loss: number; tokenAccuracy: number; seconds: number }
+  | { type: 'checkpoint'; step: number; dir: string }
+  | { type: 'warning'; message: string; details?: Record<string, unknown> }
+  | ({ type: 'done' } & TrainResult);
+
+export interface TrainResult {
+  outputDir: string;
+  /** The folder PEFT loads; for `full` the model folder. */
+  adapterDir: string;
+  steps: number;
+  finalLoss: number;
+  bestCheckpoint?: string;
+  trainableParams: number;
+  totalParams: number;
+  /** Rows left out (on_bad_row: skip, or longer than max_length), each with its reason. */
+  skipped: { file: string; row: number; code: string; message: string }[];
+  /** True when stop() or a signal ended the run before its last step. */
+  stopped: boolean;
+}
+
+/** Awaitable and async-iterable. Leaving the loop by break stops the run as an abort does. */
+export interface TrainRun extends PromiseLike<TrainResult>, AsyncIterable<TrainEvent> {
+  readonly result: Promise<TrainResult>;
+  /** Finishes the step, saves, resolves. */
+  stop(): void;
+}
+
+export interface MergeOptions {
+  /** Defaults to the base model named in the adapter's args.yaml or adapter_config.json. */
+  model?: string;
+  adapter: string;
+  outputDir: string;
+  /** Defaults to the dtype stored. */
+  dtype?: 'float32' | 'bfloat16' | 'float16';
+  /** Bytes or `5GB`. Defaults to `5GB`. */
+  maxShardSize?: number | string;
+  base?: 'original' | 'quantized';
+  /** Write into a folder that already holds files. Defaults to false. */
+  overwrite?: boolean;
+  signal?: AbortSignal;
+  onProgress?: (progress: { done: number; total: number }) => void;
+}
+
+export interface MergeReport {
+  outputDir: string;
+  shards: string[];
+  mergedTensors: number;
+  /** Largest distance of a stored weight from the exact sum. */
+  maxAbsError: number;
+  seconds: number;
+}
+
+export interface InferOptions extends Omit<LoadModelOptions, 'adapters' | 'onProgress'>, Omit<GenerateOptions, 'messages' | 'images' | 'adapter'> {
+  model: string;
+  adapter?: string;
+  image?: ImageSource | ImageSource[];
+  text: string;
+}
