@@ -1,0 +1,89 @@
+#include "core/generate/generator.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <chrono>
+#include <nlohmann/json.hpp>
+
+#include "core/base/error.h"
+#include "core/base/memory.h"
+
+namespace martlet {
+namespace {
+
+class Stopwatch {
+ public:
+  explicit Stopwatch(at::Device device) : device_(device), start_(std::chrono::steady_clock::now()) {}
+  double lap_ms() {
+    synchronize(device_);
+    const auto now = std::chrono::steady_clock::now();
+    const double ms = std::chrono::duration<double, std::milli>(now - start_).count();
+    start_ = now;
+    return ms;
+  }
+
+ private:
+  at::Device device_;
+  std::chrono::steady_clock::time_point start_;
+};
+
+}  // namespace
+
+Generation generate(const VisionLanguageModel& model, const Sample& prompt, const GenerateOptions& options, at::Device device,
+                    JobContext& job, const std::function<void(int64_t)>& on_token) {
+  const c10::InferenceMode inference;
+  const Decoder& decoder = model.decoder();
+  const PackedBatch batch = pack({&prompt}, model, device);
+  Generation out;
+  out.prompt_tokens = batch.tokens;
+  if (batch.tokens >= model.info().max_positions) {
+    fail(code::kConfig,
+         "The prompt has " + std::to_string(batch.tokens) + " tokens (image tokens included); the model has " +
+             std::to_string(model.info().max_positions) + " positions. Shorten the text or send fewer pictures.",
+         {{"promptTokens", batch.tokens}, {"maxPositions", model.info().max_positions}});
+  }
+  const int64_t room = model.info().max_positions - batch.tokens;
+  const int64_t limit = std::min(options.max_new_tokens, room);
+
+  Stopwatch watch(device);
+  at::Tensor hidden = embed(model, batch, {}, /*vision_needs_grad=*/false);
+  out.vision_ms = watch.lap_ms();
+  job.check();
+
+  KvCache cache(decoder.config().num_layers);
+  DecoderPass pass;
+  pass.rows = &batch.rows;
+  pass.cache = &cache;
+  pass.rotary = decoder.rotary(batch.positions, hidden.scalar_type());
+  hidden = decoder.forward(hidden, pass);
+  const auto logits_at_end = [&](const at::Tensor& states) {
+    return at::linear(decoder.norm.forward(states.narrow(0, states.size(0) - 1, 1)), model.head_weight()).squeeze(0);
+  };
+  Sampler sampler(options.sampling, prompt.input_ids);
+  out.finish_reason = "length";
+  if (limit > 0) {
+    int64_t token = sampler.next(logits_at_end(hidden));
+    out.prefill_ms = watch.lap_ms();
+    while (true) {
+      job.check();
+      const auto& stops = options.stop_token_ids;
+      if (std::find(stops.begin(), stops.end(), token) != stops.end()) {
+        out.finish_reason = "stop";
+        break;
+      }
+      out.token_ids.push_back(token);
+      on_token(token);
+      if (static_cast<int64_t>(out.token_ids.size()) == limit) break;
+      const at::Tensor ids = at::full({1}, token, at::TensorOptions().dtype(at::kLong).device(device));
+      const at::Tensor position = at::full({1}, cache.length(), at::TensorOptions().dtype(at::kLong).device(device));
+      pass.rotary = decoder.rotary(position, hidden.scalar_type());
+      token = sampler.next(logits_at_end(decoder.forward(decoder.embed(ids), pass)));
+    }
+  }
+  out.decode_ms = watch.lap_ms();
+  return out;
+}
+
+}  // namespace martlet

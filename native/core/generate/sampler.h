@@ -1,0 +1,32 @@
+// Picks the next token from a row of logits, in the order of transformers' logits processors: repetition penalty, temperature, top-k, top-p.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <random>
+#include <vector>
+
+namespace martlet {
+
+struct SamplingOptions {
+  double temperature = 0.0;  // 0 = greedy
+  double top_p = 1.0;
+  int64_t top_k = 0;  // 0 = off
+  double repetition_penalty = 1.0;
+  uint64_t seed = 0;
+};
+
+class Sampler {
+ public:
+  Sampler(const SamplingOptions& options, const std::vector<int64_t>& prompt);
+  // logits: [vocab], any device and float dtype.
+  int64_t next(const at::Tensor& logits);
+
+ private:
+  SamplingOptions options_;
+  std::mt19937_64 random_;
+  std::vector<int64_t> seen_;  // prompt and answer, for the repetition penalty
+};
+
+}  // namespace martlet

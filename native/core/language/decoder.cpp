@@ -1,0 +1,113 @@
+#include "core/language/decoder.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "core/nn/checkpoint.h"
+
+namespace martlet {
+
+std::pair<at::Tensor, at::Tensor> KvCache::append(int64_t layer, const at::Tensor& k, const at::Tensor& v) {
+  Layer& cache = layers_[layer];
+  const int64_t needed = length_ + k.size(0);
+  if (!cache.k.defined() || cache.k.size(0) < needed) {
+    // 256 spare positions at first: most answers are short; then doubling.
+    const int64_t capacity = cache.k.defined() ? std::max(needed, cache.k.size(0) * 2) : needed + 256;
+    const auto grow = [&](const at::Tensor& old, const at::Tensor& like) {
+      at::Tensor grown = at::empty({capacity, like.size(1), like.size(2)}, like.options());
+      if (old.defined()) grown.narrow(0, 0, length_).copy_(old.narrow(0, 0, length_));
+      return grown;
+    };
+    cache.k = grow(cache.k, k);
+    cache.v = grow(cache.v, v);
+  }
+  cache.k.narrow(0, length_, k.size(0)).copy_(k);
+  cache.v.narrow(0, length_, v.size(0)).copy_(v);
+  return {cache.k.narrow(0, 0, needed), cache.v.narrow(0, 0, needed)};
+}
+
+DecoderAttention::DecoderAttention(const DecoderConfig& c)
+    : q_proj(c.hidden_size, c.num_heads * c.head_dim, c.attention_bias),
+      k_proj(c.hidden_size, c.num_kv_heads * c.head_dim, c.attention_bias),
+      v_proj(c.hidden_size, c.num_kv_heads * c.head_dim, c.attention_bias),
+      o_proj(c.num_heads * c.head_dim, c.hidden_size, c.attention_bias),
+      num_heads_(c.num_heads),
+      num_kv_heads_(c.num_kv_heads),
+      head_dim_(c.head_dim) {
+  register_module(q_proj, "q_proj");
+  register_module(k_proj, "k_proj");
+  register_module(v_proj, "v_proj");
+  register_module(o_proj, "o_proj");
+}
+
+at::Tensor DecoderAttention::forward(const at::Tensor& x, const DecoderPass& pass, int64_t layer) const {
+  const int64_t tokens = x.size(0);
+  const at::Tensor q = apply_rotary(q_proj.forward(x, pass.dropout).view({tokens, num_heads_, head_dim_}), pass.rotary);
+  const at::Tensor k = apply_rotary(k_proj.forward(x, pass.dropout).view({tokens, num_kv_heads_, head_dim_}), pass.rotary);
+  const at::Tensor v = v_proj.forward(x, pass.dropout).view({tokens, num_kv_heads_, head_dim_});
+  at::Tensor mixed;
+  if (pass.cache != nullptr && pass.cache->length() > 0) {
+    const auto [keys, values] = pass.cache->append(layer, k, v);
+    mixed = decode_attention(q, keys, values);
+  } else {
+    if (pass.cache != nullptr) pass.cache->append(layer, k, v);
+    mixed = packed_attention(q, k, v, *pass.rows, /*causal=*/true);
+  }
+  return o_proj.forward(mixed.reshape({tokens, num_heads_ * head_dim_}), pass.dropout);
+}
+
+GatedMlp::GatedMlp(const DecoderConfig& c)
+    : gate_proj(c.hidden_size, c.intermediate_size, c.mlp_bias),
+      up_proj(c.hidden_size, c.intermediate_size, c.mlp_bias),
+      down_proj(c.intermediate_size, c.hidden_size, c.mlp_bias) {
+  register_module(gate_proj, "gate_proj");
+  register_module(up_proj, "up_proj");
+  register_module(down_proj, "down_proj");
+}
+
+at::Tensor GatedMlp::forward(const at::Tensor& x, DropoutSource* dropout) const {
+  return down_proj.forward(swiglu(gate_proj.forward(x, dropout), up_proj.forward(x, dropout)), dropout);
+}
+
+DecoderLayer::DecoderLayer(const DecoderConfig& c)
+    : self_attn(c), mlp(c), input_layernorm(c.hidden_size, c.norm_eps), post_attention_layernorm(c.hidden_size, c.norm_eps) {
+  register_module(self_attn, "self_attn");
+  register_module(mlp, "mlp");
+  register_module(input_layernorm, "input_layernorm");
+  register_module(post_attention_layernorm, "post_attention_layernorm");
+}
+
+at::Tensor DecoderLayer::forward(const at::Tensor& x, const DecoderPass& pass, int64_t layer) const {
+  const at::Tensor h = x + self_attn.forward(input_layernorm.forward(x), pass, layer);
+  return h + mlp.forward(post_attention_layernorm.forward(h), pass.dropout);
+}
+
+Decoder::Decoder(const DecoderConfig& config)
+    : embed_tokens(config.vocab_size, config.hidden_size), norm(config.hidden_size, config.norm_eps), config_(config) {
+  register_module(embed_tokens, "embed_tokens");
+  for (int64_t i = 0; i < config.num_layers; ++i) {
+    layers.push_back(std::make_unique<DecoderLayer>(config));
+    register_module(*layers.back(), "layers." + std::to_string(i));
+  }
+  register_module(norm, "norm");
+}
+
+RotaryTable Decoder::rotary(const at::Tensor& positions, at::ScalarType dtype) const {
+  return rotary_table(positions, config_.head_dim, config_.rope_theta, dtype);
+}
+
+at::Tensor Decoder::forward(at::Tensor hidden, const DecoderPass& pass) const {
+  for (int64_t i = 0; i < config_.num_layers; ++i) {
+    const DecoderLayer& layer = *layers[i];
+    if (pass.recompute && hidden.requires_grad()) {
+      hidden = recompute_in_backward([&layer, &pass, i](const at::Tensor& x) { return layer.forward(x, pass, i); }, hidden);
+    } else {
+      hidden = layer.forward(hidden, pass, i);
+    }
+  }
+  if (pass.cache != nullptr) pass.cache->advance(hidden.size(0));
+  return hidden;
+}
+
+}  // namespace martlet

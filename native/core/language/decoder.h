@@ -1,0 +1,104 @@
+// Decoder(cfg): the pre-norm transformer of the Llama line, over packed rows. Names are those of transformers' LlamaModel.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "core/nn/activation.h"
+#include "core/nn/attention.h"
+#include "core/nn/linear.h"
+#include "core/nn/norm.h"
+#include "core/nn/rope.h"
+
+namespace martlet {
+
+struct DecoderConfig {
+  int64_t vocab_size = 0;
+  int64_t hidden_size = 0;
+  int64_t intermediate_size = 0;
+  int64_t num_layers = 0;
+  int64_t num_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t max_positions = 0;
+  double norm_eps = 1e-6;
+  double rope_theta = 10000.0;
+  bool attention_bias = false;
+  bool mlp_bias = false;
+  bool tie_word_embeddings = false;
+};
+
+// Keys and values of one row, for decoding. Storage grows by doubling.
+class KvCache {
+ public:
+  explicit KvCache(int64_t num_layers) : layers_(num_layers) {}
+  // Appends [n, kv_heads, d] at `length()` of layer `layer`; gives the whole of it back, [length + n, kv_heads, d].
+  std::pair<at::Tensor, at::Tensor> append(int64_t layer, const at::Tensor& k, const at::Tensor& v);
+  // Call once all layers have appended.
+  void advance(int64_t n) { length_ += n; }
+  int64_t length() const { return length_; }
+
+ private:
+  struct Layer {
+    at::Tensor k, v;
+  };
+  std::vector<Layer> layers_;
+  int64_t length_ = 0;
+};
+
+// What one pass over the layers needs besides the hidden states; made once a step.
+struct DecoderPass {
+  const SequenceLengths* rows = nullptr;
+  RotaryTable rotary;
+  KvCache* cache = nullptr;          // inference only; with a non-empty cache the pass is one new position
+  DropoutSource* dropout = nullptr;  // training only
+  bool recompute = false;
+};
+
+class DecoderAttention : public Module {
+ public:
+  explicit DecoderAttention(const DecoderConfig& config);
+  at::Tensor forward(const at::Tensor& x, const DecoderPass& pass, int64_t layer) const;
+  Linear q_proj, k_proj, v_proj, o_proj;
+
+ private:
+  int64_t num_heads_, num_kv_heads_, head_dim_;
+};
+
+class GatedMlp : public Module {
+ public:
+  explicit GatedMlp(const DecoderConfig& config);
+  at::Tensor forward(const at::Tensor& x, DropoutSource* dropout) const;
+  Linear gate_proj, up_proj, down_proj;
+};
+
+class DecoderLayer : public Module {
+ public:
+  explicit DecoderLayer(const DecoderConfig& config);
+  at::Tensor forward(const at::Tensor& x, const DecoderPass& pass, int64_t layer) const;
+  DecoderAttention self_attn;
+  GatedMlp mlp;
+  RmsNorm input_layernorm, post_attention_layernorm;
+};
+
+class Decoder : public Module {
+ public:
+  explicit Decoder(const DecoderConfig& config);
+
+  // ids: [T] → [T, hidden]
+  at::Tensor embed(const at::Tensor& ids) const { return embed_tokens.forward(ids); }
+  RotaryTable rotary(const at::Tensor& positions, at::ScalarType dtype) const;
+  // hidden: [T, hidden] → [T, hidden], before the final norm.
+  at::Tensor forward(at::Tensor hidden, const DecoderPass& pass) const;
+
+  const DecoderConfig& config() const { return config_; }
+
+  Embedding embed_tokens;
+  std::vector<std::unique_ptr<DecoderLayer>> layers;
+  RmsNorm norm;
+
+ private:
+  DecoderConfig config_;
+};
+
+}  // namespace martlet

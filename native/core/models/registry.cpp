@@ -1,0 +1,26 @@
+#include "core/models/registry.h"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "core/base/error.h"
+#include "core/models/llava/llava.h"
+
+namespace martlet {
+
+const Family& family_for(const nlohmann::json& config, const std::string& model_dir) {
+  static const std::vector<const Family*> families = {&llava_family()};
+  const std::string model_type = config.is_object() ? config.value("model_type", nlohmann::json()).dump() : "null";
+  std::string known;
+  for (const Family* family : families) {
+    for (const std::string& type : family->model_types) {
+      if (model_type == "\"" + type + "\"") return *family;
+      known += (known.empty() ? "" : ", ") + type;
+    }
+  }
+  fail(code::kUnsupportedModel,
+       model_dir + "/config.json has model_type " + model_type + ", which is not supported. Supported: " + known + ".",
+       {{"path", model_dir + "/config.json"}, {"modelType", config.is_object() ? config.value("model_type", nlohmann::json()) : nullptr}});
+}
+
+}  // namespace martlet

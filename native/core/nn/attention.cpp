@@ -1,0 +1,54 @@
+#include "core/nn/attention.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+namespace martlet {
+
+SequenceLengths SequenceLengths::from_lengths(const std::vector<int64_t>& lengths, at::Device device) {
+  SequenceLengths rows;
+  for (const int64_t length : lengths) {
+    rows.offsets.push_back(rows.offsets.back() + length);
+    rows.max_length = std::max(rows.max_length, length);
+  }
+  rows.cu_seqlens = at::tensor(rows.offsets, at::kLong).to(at::kInt).to(device);
+  return rows;
+}
+
+namespace {
+
+// [B, L, heads, d] → [B, L, heads, d]
+at::Tensor batched(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) {
+  const bool grouped = q.size(2) != k.size(2);
+  return at::scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), std::nullopt, 0.0, causal,
+                                          std::nullopt, grouped)
+      .transpose(1, 2);
+}
+
+}  // namespace
+
+at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceLengths& rows, bool causal) {
+  if (q.is_cuda() && q.scalar_type() != at::kFloat) {
+    const std::optional<double> scale = std::nullopt;
+    return std::get<0>(at::_flash_attention_forward(q, k, v, rows.cu_seqlens, rows.cu_seqlens, rows.max_length, rows.max_length, 0.0,
+                                                    causal, /*return_debug_mask=*/false, scale));
+  }
+  if (rows.uniform()) {
+    const auto split = [&](const at::Tensor& x) { return x.view({rows.rows(), rows.max_length, x.size(1), x.size(2)}); };
+    return batched(split(q), split(k), split(v), causal).reshape(q.sizes());
+  }
+  std::vector<at::Tensor> parts;
+  parts.reserve(rows.rows());
+  for (int64_t i = 0; i < rows.rows(); ++i) {
+    const auto row = [&](const at::Tensor& x) { return x.slice(0, rows.offsets[i], rows.offsets[i + 1]).unsqueeze(0); };
+    parts.push_back(batched(row(q), row(k), row(v), causal).squeeze(0));
+  }
+  return at::cat(parts, 0);
+}
+
+at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  return batched(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), /*causal=*/false).squeeze(0);
+}
+
+}  // namespace martlet

@@ -1,0 +1,22 @@
+#include "core/nn/linear.h"
+
+#include <ATen/ATen.h>
+
+namespace martlet {
+
+Linear::Linear(int64_t in_features, int64_t out_features, bool has_bias)
+    : in_features_(in_features), out_features_(out_features) {
+  register_parameter(weight, "weight", {out_features, in_features});
+  if (has_bias) register_parameter(bias, "bias", {out_features});
+}
+
+at::Tensor Linear::forward(const at::Tensor& x, DropoutSource* dropout) const {
+  if (lora != nullptr) return lora_linear(x, weight.value, bias.value, *lora, dropout);
+  return at::linear(x, weight.value, bias.value.defined() ? std::optional<at::Tensor>(bias.value) : std::nullopt);
+}
+
+Embedding::Embedding(int64_t rows, int64_t dim) { register_parameter(weight, "weight", {rows, dim}); }
+
+at::Tensor Embedding::forward(const at::Tensor& ids) const { return at::embedding(weight.value, ids); }
+
+}  // namespace martlet

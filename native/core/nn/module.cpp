@@ -1,0 +1,78 @@
+#include "core/nn/module.h"
+
+#include <ATen/ATen.h>
+
+#include <nlohmann/json.hpp>
+
+#include "core/base/error.h"
+
+namespace martlet {
+
+void Module::register_parameter(Parameter& parameter, std::string name, std::vector<int64_t> shape) {
+  parameter.name = std::move(name);
+  parameter.shape = std::move(shape);
+  parameters_.push_back(&parameter);
+}
+
+void Module::register_module(Module& child, std::string name) { children_.emplace_back(std::move(name), &child); }
+
+void Module::load(const WeightSource& source, const LoadOptions& options, const std::string& prefix) {
+  for (Parameter* parameter : parameters_) {
+    const std::string name = join_path(prefix, parameter->name);
+    const at::Tensor stored = source(name);
+    if (!stored.defined()) continue;
+    // A patch convolution is kept as the matrix it is (Linear over flat patches), so equal element counts with the same leading size do.
+    const bool same = stored.sizes() == at::IntArrayRef(parameter->shape);
+    const bool flattened = stored.dim() > 2 && parameter->shape.size() == 2 && stored.size(0) == parameter->shape[0] &&
+                           stored.numel() == parameter->shape[0] * parameter->shape[1];
+    if (!same && !flattened) {
+      fail(code::kWeights,
+           "The tensor " + name + " has shape " + nlohmann::json(stored.sizes().vec()).dump() + ", but config.json asks for " +
+               nlohmann::json(parameter->shape).dump() +
+               ". The weights and config.json are not of one model: download the checkpoint again.",
+           {{"key", name}, {"expected", parameter->shape}, {"found", stored.sizes().vec()}});
+    }
+    parameter->value =
+        stored.reshape(parameter->shape).to(at::TensorOptions().dtype(options.dtype).device(options.device), false, /*copy=*/true);
+    options.on_parameter(parameter->value.nbytes());
+  }
+  for (auto& [name, child] : children_) child->load(source, options, join_path(prefix, name));
+}
+
+void Module::collect_missing(const std::string& prefix, std::vector<std::string>& missing) const {
+  for (const Parameter* parameter : parameters_) {
+    if (!parameter->value.defined()) missing.push_back(join_path(prefix, parameter->name));
+  }
+  for (const auto& [name, child] : children_) child->collect_missing(join_path(prefix, name), missing);
+}
+
+void Module::verify(const std::string& prefix) const {
+  std::vector<std::string> missing;
+  collect_missing(prefix, missing);
+  if (missing.empty()) return;
+  std::string list;
+  for (size_t i = 0; i < missing.size() && i < 5; ++i) list += (i ? ", " : "") + missing[i];
+  if (missing.size() > 5) list += ", …";
+  fail(code::kWeights,
+       "The checkpoint lacks " + std::to_string(missing.size()) + " tensor(s) that the model needs: " + list +
+           ". Download the missing shards, or check that config.json belongs to these weights.",
+       {{"missing", missing}});
+}
+
+void Module::visit(const std::function<void(const std::string&, Module&)>& fn, const std::string& path) {
+  fn(path, *this);
+  for (auto& [name, child] : children_) child->visit(fn, join_path(path, name));
+}
+
+void Module::visit(const std::function<void(const std::string&, const Module&)>& fn, const std::string& path) const {
+  fn(path, *this);
+  for (const auto& [name, child] : children_) static_cast<const Module*>(child)->visit(fn, join_path(path, name));
+}
+
+void Module::visit_parameters(const std::function<void(const std::string&, Parameter&)>& fn) {
+  visit([&](const std::string& path, Module& module) {
+    for (Parameter* parameter : module.parameters_) fn(join_path(path, parameter->name), *parameter);
+  });
+}
+
+}  // namespace martlet

@@ -1,0 +1,65 @@
+// A tree of named parameters with one generic load and one generic verify, so that no model writes a loader of its own. Names are Hugging
+// Face's. Modules are built without memory: parameters get their storage when load() finds them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace martlet {
+
+struct Parameter {
+  std::string name;  // within its module
+  std::vector<int64_t> shape;
+  at::Tensor value;  // undefined until loaded
+};
+
+// Gives the tensor stored under a canonical name, or an undefined tensor.
+using WeightSource = std::function<at::Tensor(const std::string& name)>;
+
+struct LoadOptions {
+  at::ScalarType dtype = at::kFloat;
+  at::Device device = at::kCPU;
+  // Called after each parameter.
+  std::function<void(int64_t bytes)> on_parameter = [](int64_t) {};
+};
+
+class Module {
+ public:
+  Module() = default;
+  Module(const Module&) = delete;
+  Module& operator=(const Module&) = delete;
+  virtual ~Module() = default;
+
+  // Fills every parameter of the tree that `source` knows; a shape that differs is ERR_MARTLET_WEIGHTS naming key, expected and found.
+  void load(const WeightSource& source, const LoadOptions& options, const std::string& prefix = "");
+  // Throws ERR_MARTLET_WEIGHTS with all names that load() did not fill.
+  void verify(const std::string& prefix = "") const;
+
+  // Depth first, in order of registration. `path` is the module's full name ("" for the root).
+  void visit(const std::function<void(const std::string& path, Module&)>& fn, const std::string& path = "");
+  void visit(const std::function<void(const std::string& path, const Module&)>& fn, const std::string& path = "") const;
+  void visit_parameters(const std::function<void(const std::string& name, Parameter&)>& fn);
+
+  std::vector<Parameter*> own_parameters() { return parameters_; }
+
+ protected:
+  // Members register themselves; the module does not own them through this list.
+  void register_parameter(Parameter& parameter, std::string name, std::vector<int64_t> shape);
+  void register_module(Module& child, std::string name);
+
+ private:
+  void collect_missing(const std::string& prefix, std::vector<std::string>& missing) const;
+
+  std::vector<Parameter*> parameters_;
+  std::vector<std::pair<std::string, Module*>> children_;
+};
+
+inline std::string join_path(const std::string& prefix, const std::string& name) {
+  return prefix.empty() ? name : prefix + "." + name;
+}
+
+}  // namespace martlet

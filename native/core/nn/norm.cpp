@@ -1,0 +1,21 @@
+#include "core/nn/norm.h"
+
+#include <ATen/ATen.h>
+
+namespace martlet {
+
+RmsNorm::RmsNorm(int64_t dim, double eps) : dim_(dim), eps_(eps) { register_parameter(weight, "weight", {dim}); }
+
+at::Tensor RmsNorm::forward(const at::Tensor& x) const {
+  // Without its weight argument the fused op rounds x̂ to x's dtype, as the original does before it multiplies.
+  return at::rms_norm(x, {dim_}, std::nullopt, eps_) * weight.value;
+}
+
+LayerNorm::LayerNorm(int64_t dim, double eps) : dim_(dim), eps_(eps) {
+  register_parameter(weight, "weight", {dim});
+  register_parameter(bias, "bias", {dim});
+}
+
+at::Tensor LayerNorm::forward(const at::Tensor& x) const { return at::layer_norm(x, {dim_}, weight.value, bias.value, eps_); }
+
+}  // namespace martlet

@@ -1,0 +1,44 @@
+#include "core/nn/rope.h"
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+namespace martlet {
+
+RotaryTable rotary_table(const at::Tensor& positions, int64_t head_dim, double theta, at::ScalarType dtype) {
+  const auto f32 = at::TensorOptions().dtype(at::kFloat).device(positions.device());
+  const at::Tensor inv_freq = at::pow(theta, at::arange(0, head_dim, 2, at::kLong).to(f32) / static_cast<double>(head_dim)).reciprocal();
+  const at::Tensor angle = (positions.to(at::kFloat).unsqueeze(-1) * inv_freq).unsqueeze(1);  // [T, 1, d/2]
+  return {angle.cos().to(dtype), angle.sin().to(dtype)};
+}
+
+namespace {
+
+at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, bool inverse) {
+  const int64_t half = x.size(-1) / 2;
+  const at::Tensor x1 = x.narrow(-1, 0, half), x2 = x.narrow(-1, half, half);
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  at::Tensor o1 = out.narrow(-1, 0, half), o2 = out.narrow(-1, half, half);
+  const at::Tensor s = inverse ? sin.neg() : sin;
+  // Each product is rounded to the dtype before the sum, as in the original.
+  at::sub_out(o1, x1 * cos, x2 * s);
+  at::add_out(o2, x2 * cos, x1 * s);
+  return out;
+}
+
+struct RotaryFunction : public torch::autograd::Function<RotaryFunction> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+    ctx->save_for_backward({cos, sin});
+    return rotate(x, cos, sin, /*inverse=*/false);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    return {rotate(grads[0], saved[0], saved[1], /*inverse=*/true), at::Tensor(), at::Tensor()};
+  }
+};
+
+}  // namespace
+
+at::Tensor apply_rotary(const at::Tensor& x, const RotaryTable& table) { return RotaryFunction::apply(x, table.cos, table.sin); }
+
+}  // namespace martlet

@@ -1,0 +1,444 @@
+#include "core/session.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <chrono>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <set>
+#include <thread>
+
+#include "core/base/error.h"
+#include "core/base/json.h"
+#include "core/base/memory.h"
+#include "core/base/runtime.h"
+#include "core/generate/generator.h"
+#include "core/io/safetensors.h"
+#include "core/lora/adapter.h"
+#include "core/lora/merge.h"
+#include "core/models/registry.h"
+#include "core/train/loss.h"
+#include "core/train/trainer.h"
+#include "core/vision/image_ops.h"
+
+namespace martlet {
+namespace {
+
+using nlohmann::json;
+
+class Clock {
+ public:
+  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
+
+ private:
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+// A job's arguments: JSON beside the buffers that it points into by index.
+struct Args {
+  json values;
+  const std::vector<BufferView>& buffers;
+
+  const BufferView& buffer(const json& index) const {
+    const size_t i = index.get<size_t>();
+    if (i >= buffers.size()) fail(code::kInternal, "A job points to a buffer that was not sent.");
+    return buffers[i];
+  }
+};
+
+std::vector<int64_t> int32_buffer(const BufferView& view) {
+  std::vector<int64_t> out(view.size / sizeof(int32_t));
+  for (size_t i = 0; i < out.size(); ++i) {
+    int32_t value;
+    std::memcpy(&value, view.data + i * sizeof value, sizeof value);
+    out[i] = value;
+  }
+  return out;
+}
+
+at::Tensor parse_image(const json& image, const Args& args) {
+  const BufferView& rgb = args.buffer(image.at("buffer"));
+  const int64_t width = image.at("width").get<int64_t>(), height = image.at("height").get<int64_t>();
+  if (width < 1 || height < 1 || static_cast<size_t>(width) * static_cast<size_t>(height) * 3 != rgb.size) {
+    fail(code::kImage, "A decoded picture's bytes do not fit its size.");
+  }
+  return preprocess_image(rgb.data, width, height, parse_image_plan(image.at("plan")));
+}
+
+Sample parse_sample(const json& value, const Args& args) {
+  Sample sample;
+  sample.id = value.value("id", "");
+  sample.input_ids = int32_buffer(args.buffer(value.at("inputIds")));
+  if (value.contains("labels")) {
+    sample.labels = int32_buffer(args.buffer(value["labels"]));
+    if (sample.labels.size() != sample.input_ids.size()) fail(code::kInternal, "labels and inputIds differ in length.");
+  }
+  for (const json& image : value.at("images")) sample.images.push_back(parse_image(image, args));
+  return sample;
+}
+
+std::vector<MicroBatch> parse_micro_batches(const Args& args) {
+  std::vector<MicroBatch> out;
+  for (const json& micro : args.values.at("microBatches")) {
+    out.emplace_back();
+    for (const json& sample : micro) out.back().push_back(parse_sample(sample, args));
+  }
+  return out;
+}
+
+// Appends a tensor's bytes to the reply; gives its index.
+size_t add_buffer(Reply& reply, const at::Tensor& tensor) {
+  const at::Tensor flat = tensor.to(at::kCPU).contiguous();
+  const auto* bytes = static_cast<const uint8_t*>(flat.const_data_ptr());
+  reply.buffers.emplace_back(bytes, bytes + flat.nbytes());
+  return reply.buffers.size() - 1;
+}
+
+size_t add_int32_buffer(Reply& reply, const std::vector<int64_t>& values) {
+  return add_buffer(reply, at::tensor(values, at::kLong).to(at::kInt));
+}
+
+const char* dtype_name(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 ? "bfloat16" : dtype == at::kHalf ? "float16" : "float32";
+}
+
+at::ScalarType parse_dtype(const std::string& name) {
+  if (name == "float32") return at::kFloat;
+  if (name == "bfloat16") return at::kBFloat16;
+  if (name == "float16") return at::kHalf;
+  fail(code::kConfig, "dtype \"" + name + "\" is not known; use auto, float32, bfloat16 or float16.");
+}
+
+json memory_json(const MemoryStats& stats) {
+  return {{"allocated", stats.allocated},
+          {"peakAllocated", stats.peak_allocated},
+          {"reserved", stats.reserved},
+          {"peakReserved", stats.peak_reserved}};
+}
+
+TrainOptions parse_train_options(const json& args) {
+  TrainOptions options;
+  options.full = args.at("method") == "full";
+  if (!options.full) {
+    const json& lora = args.at("lora");
+    options.lora.r = lora.at("r").get<int64_t>();
+    options.lora.lora_alpha = lora.at("alpha").get<double>();
+    options.lora.lora_dropout = lora.at("dropout").get<double>();
+    options.lora.use_rslora = lora.value("useRslora", false);
+    const json& targets = lora.at("targetModules");
+    if (targets.is_string() && targets != "all-linear") {
+      options.target_regex = targets.get<std::string>();
+    } else {
+      options.target_names = targets.is_string() ? std::vector<std::string>{"all-linear"} : targets.get<std::vector<std::string>>();
+    }
+    options.adapter_dir = args.value("adapterDir", "");
+  }
+  const json& freeze = args.at("freeze");
+  options.freeze = {freeze.at("vision").get<bool>(), freeze.at("projector").get<bool>(), freeze.at("language").get<bool>()};
+  const json& optimizer = args.at("optimizer");
+  options.optimizer = {optimizer.at("beta1").get<double>(), optimizer.at("beta2").get<double>(), optimizer.at("epsilon").get<double>(),
+                       optimizer.at("weightDecay").get<double>()};
+  const json& schedule = args.at("schedule");
+  options.schedule.type = LrSchedule::parse(schedule.at("type").get<std::string>());
+  options.schedule.warmup_steps = schedule.at("warmupSteps").get<int64_t>();
+  options.schedule.total_steps = schedule.at("totalSteps").get<int64_t>();
+  options.learning_rate = args.at("learningRate").get<double>();
+  options.max_grad_norm = args.at("maxGradNorm").get<double>();
+  options.recompute = args.at("gradientCheckpointing").get<bool>();
+  options.seed = args.at("seed").get<uint64_t>();
+  return options;
+}
+
+}  // namespace
+
+struct Session::Impl {
+  std::string model_dir;
+  json config;
+  const Family* family = nullptr;
+  at::Device device = at::kCPU;
+  at::ScalarType dtype = at::kFloat;
+  std::unique_ptr<VisionLanguageModel> model;
+  std::map<std::string, Adapter> adapters;
+  std::unique_ptr<Trainer> trainer;  // destroyed before the model it points into
+
+  VisionLanguageModel& loaded() {
+    if (!model) fail(code::kInternal, "No model is loaded.");
+    return *model;
+  }
+
+  Trainer& training() {
+    if (!trainer) fail(code::kInternal, "No training run was begun.");
+    return *trainer;
+  }
+
+  // Switches on the adapter that a job names, for that job.
+  void use_adapter(const json& args) {
+    if (trainer) fail(code::kConfig, "The model is being trained; wait until the run has ended.");
+    const std::string name = args.value("adapter", "");
+    if (name.empty()) return activate(loaded(), nullptr);
+    const auto it = adapters.find(name);
+    if (it == adapters.end()) fail(code::kAdapter, "No adapter named \"" + name + "\" is loaded.", {{"adapter", name}});
+    activate(loaded(), &it->second);
+  }
+
+  json load(const json& args, JobContext& job);
+  json load_adapter(const json& args);
+  json score(const Args& args, Reply& reply, JobContext& job);
+  json generate_answer(const Args& args, Reply& reply, JobContext& job);
+  json begin_training(const json& args);
+};
+
+json Session::Impl::load(const json& args, JobContext& job) {
+  if (model) fail(code::kInternal, "This engine holds a model already.");
+  const Clock clock;
+  model_dir = args.at("modelDir").get<std::string>();
+  const std::filesystem::path config_path = std::filesystem::path(model_dir) / "config.json";
+  if (!std::filesystem::exists(config_path)) {
+    fail(code::kModelNotFound, "There is no config.json in " + model_dir + ": it is not a model folder.", {{"path", model_dir}});
+  }
+  config = read_json_file(config_path);
+  family = &family_for(config, model_dir);
+  device = parse_device(args.at("device").get<std::string>());
+  const Checkpoint checkpoint = Checkpoint::open(model_dir);
+
+  std::map<std::string, std::string> stored;  // canonical → as in the file
+  for (const std::string& name : checkpoint.names()) {
+    const std::string canonical = family->canonical_key(name);
+    if (!stored.emplace(canonical, name).second) {
+      fail(code::kWeights, "The checkpoint holds " + canonical + " twice, under two spellings (" + stored[canonical] + " and " + name + ").",
+           {{"keys", {stored[canonical], name}}});
+    }
+  }
+  auto fresh = family->create(config, [&](const std::string& name) { return stored.count(name) > 0; });
+
+  const std::string wanted = args.at("dtype").get<std::string>();
+  std::set<std::string> used;
+  int64_t parameters = 0, total = 0;
+  fresh->visit_parameters([&](const std::string& name, Parameter&) { ++total; (void)name; });
+  if (wanted != "auto") {
+    dtype = parse_dtype(wanted);
+  } else {
+    // As stored, read off the language model's largest part.
+    dtype = at::kFloat;
+    fresh->visit_parameters([&](const std::string& name, Parameter&) {
+      const auto it = stored.find(name);
+      if (it == stored.end() || name.find("embed_tokens") == std::string::npos) return;
+      const at::ScalarType found = checkpoint.info(it->second).dtype;
+      if (found == at::kBFloat16 || found == at::kHalf) dtype = found;
+    });
+  }
+  LoadOptions options;
+  options.dtype = dtype;
+  options.device = device;
+  int64_t done = 0, bytes = 0;
+  options.on_parameter = [&](int64_t size) {
+    job.check();
+    bytes += size;
+    job.emit(json{{"type", "load"}, {"done", ++done}, {"total", total}, {"bytes", bytes}}.dump());
+  };
+  const at::NoGradGuard no_grad;
+  fresh->load(
+      [&](const std::string& name) {
+        const auto it = stored.find(name);
+        if (it == stored.end()) return at::Tensor();
+        used.insert(name);
+        return checkpoint.tensor(it->second);
+      },
+      options);
+  fresh->verify();
+  std::vector<std::string> unexpected;
+  for (const auto& [canonical, name] : stored) {
+    if (!used.count(canonical) && !family->is_unused_key(config, canonical)) unexpected.push_back(name);
+  }
+  if (!unexpected.empty()) {
+    std::string list;
+    for (size_t i = 0; i < unexpected.size() && i < 5; ++i) list += (i ? ", " : "") + unexpected[i];
+    fail(code::kWeights,
+         "The checkpoint holds " + std::to_string(unexpected.size()) + " tensor(s) that this model does not have: " + list +
+             (unexpected.size() > 5 ? ", …" : "") + ". Check that config.json belongs to these weights.",
+         {{"unexpected", unexpected}});
+  }
+  fresh->visit_parameters([&](const std::string&, Parameter& p) { parameters += p.value.numel(); });
+  synchronize(device);
+  model = std::move(fresh);
+  const ModelInfo& info = model->info();
+  return {{"modelType", info.model_type},     {"family", info.family},
+          {"device", device.str()},           {"dtype", dtype_name(dtype)},
+          {"parameters", parameters},         {"vocabSize", info.vocab_size},
+          {"maxPositions", info.max_positions}, {"imageTokenId", info.image_token_id},
+          {"seconds", clock.seconds()}};
+}
+
+json Session::Impl::load_adapter(const json& args) {
+  const std::string name = args.at("name").get<std::string>(), dir = args.at("dir").get<std::string>();
+  if (trainer) fail(code::kConfig, "The model is being trained; load adapters before or after.");
+  if (adapters.count(name)) fail(code::kAdapter, "An adapter named \"" + name + "\" is loaded already.", {{"adapter", name}});
+  const at::NoGradGuard no_grad;
+  Adapter adapter = attach_adapter(loaded(), read_adapter(dir, family->canonical_key),
+                                   [&](const std::string& key) { return family->is_unused_key(config, key); }, dtype, device, dir);
+  int64_t parameters = 0;
+  for (const auto& [path, layer] : adapter.layers) parameters += layer.a.numel() + layer.b.numel();
+  const json result = {{"r", adapter.config.r},
+                       {"alpha", adapter.config.lora_alpha},
+                       {"parameters", parameters},
+                       {"targets", adapter.layers.size()}};
+  adapters.emplace(name, std::move(adapter));
+  return result;
+}
+
+json Session::Impl::score(const Args& args, Reply& reply, JobContext& job) {
+  use_adapter(args.values);
+  const c10::InferenceMode inference;
+  const Sample sample = parse_sample(args.values.at("sample"), args);
+  const PackedBatch batch = pack({&sample}, loaded(), device);
+  if (batch.labelled == 0) fail(code::kConfig, "No token is labelled: score needs an assistant message.");
+  const Decoder& decoder = model->decoder();
+  at::Tensor hidden = embed(*model, batch, {}, /*vision_needs_grad=*/false);
+  job.check();
+  DecoderPass pass;
+  pass.rows = &batch.rows;
+  pass.rotary = decoder.rotary(batch.positions, hidden.scalar_type());
+  hidden = decoder.norm.forward(decoder.forward(hidden, pass).index_select(0, batch.predict_rows));
+  const at::Tensor logprobs = target_logprobs(hidden, model->head_weight(), batch.targets).to(at::kCPU);
+  json result = {{"loss", -logprobs.to(at::kDouble).mean().item<double>()}, {"logprobs", add_buffer(reply, logprobs)}};
+  if (args.values.value("logits", false)) {
+    const at::Tensor logits = at::linear(hidden, model->head_weight()).to(at::kFloat);
+    result["logits"] = {{"buffer", add_buffer(reply, logits)}, {"shape", logits.sizes().vec()}};
+  }
+  return result;
+}
+
+json Session::Impl::generate_answer(const Args& args, Reply& reply, JobContext& job) {
+  use_adapter(args.values);
+  const json& v = args.values;
+  const Sample sample = parse_sample(v.at("sample"), args);
+  GenerateOptions options;
+  options.max_new_tokens = v.at("maxNewTokens").get<int64_t>();
+  options.sampling = {v.at("temperature").get<double>(), v.at("topP").get<double>(), v.at("topK").get<int64_t>(),
+                      v.at("repetitionPenalty").get<double>(), v.at("seed").get<uint64_t>()};
+  options.stop_token_ids = v.at("stopTokenIds").get<std::vector<int64_t>>();
+  const Generation out = generate(loaded(), sample, options, device, job, [&](int64_t id) {
+    job.emit("{\"type\":\"token\",\"id\":" + std::to_string(id) + "}");
+  });
+  return {{"tokenIds", add_int32_buffer(reply, out.token_ids)},
+          {"promptTokens", out.prompt_tokens},
+          {"finishReason", out.finish_reason},
+          {"timings", {{"visionMs", out.vision_ms}, {"prefillMs", out.prefill_ms}, {"decodeMs", out.decode_ms}}}};
+}
+
+json Session::Impl::begin_training(const json& args) {
+  if (trainer) fail(code::kConfig, "A training run is under way on this model already.");
+  const bool deterministic = args.value("deterministic", false);
+  at::globalContext().setDeterministicAlgorithms(deterministic, /*warn_only=*/false);
+  trainer = std::make_unique<Trainer>(loaded(), *family, model_dir, parse_train_options(args), dtype, device);
+  int64_t base = 0;
+  model->visit_parameters([&](const std::string&, Parameter& p) { base += p.value.numel(); });
+  const PartCounts parts = trainer->trainable();
+  const bool full = args.at("method") == "full";
+  json unmatched = json::array(), targets = json::array();
+  for (const auto& [name, nearest] : trainer->targets().unmatched) unmatched.push_back({{"name", name}, {"nearest", nearest}});
+  for (const auto& [path, linear] : trainer->targets().linears) targets.push_back(path);
+  return {{"trainableParams", parts.total()},
+          {"totalParams", full ? base : base + parts.total()},
+          {"parts", {{"vision", parts.vision}, {"projector", parts.projector}, {"language", parts.language}}},
+          {"targets", targets},
+          {"unmatched", unmatched},
+          {"warnings", trainer->targets().warnings}};
+}
+
+Session::Session() : impl_(std::make_unique<Impl>()) {}
+Session::~Session() {
+  impl_->trainer.reset();
+  impl_->adapters.clear();
+  impl_->model.reset();
+  empty_cache(impl_->device);
+}
+
+Reply Session::handle(const std::string& method, const std::string& args_json, const std::vector<BufferView>& buffers, JobContext& job) {
+  const Args args{json::parse(args_json), buffers};
+  const json& v = args.values;
+  Reply reply;
+  json result = json::object();
+  Impl& s = *impl_;
+  if (method == "load") {
+    result = s.load(v, job);
+  } else if (method == "adapter.load") {
+    result = s.load_adapter(v);
+  } else if (method == "adapter.unload") {
+    activate(s.loaded(), nullptr);
+    if (s.adapters.erase(v.at("name").get<std::string>()) == 0) fail(code::kAdapter, "No adapter named " + v["name"].dump() + " is loaded.");
+  } else if (method == "preprocess") {
+    json pixels = json::array();
+    for (const at::Tensor& image : [&] {
+           std::vector<at::Tensor> images;
+           for (const json& entry : v.at("images")) images.push_back(parse_image(entry, args));
+           return images;
+         }()) {
+      pixels.push_back({{"name", "pixel_values"}, {"shape", image.sizes().vec()}, {"buffer", add_buffer(reply, image)}});
+    }
+    result["pixels"] = std::move(pixels);
+  } else if (method == "generate") {
+    result = s.generate_answer(args, reply, job);
+  } else if (method == "score") {
+    result = s.score(args, reply, job);
+  } else if (method == "train.begin") {
+    result = s.begin_training(v);
+  } else if (method == "train.step") {
+    const Clock clock;
+    reset_peak_memory(s.device);
+    const StepResult step = s.training().step(parse_micro_batches(args), job);
+    result = {{"step", step.step},
+              {"loss", step.loss},
+              {"gradNorm", step.grad_norm},
+              {"learningRate", step.learning_rate},
+              {"tokens", step.tokens},
+              {"labelledTokens", step.labelled},
+              {"correctTokens", step.correct},
+              {"seconds", clock.seconds()},
+              {"memory", memory_json(memory_stats(s.device))}};
+  } else if (method == "train.evaluate") {
+    const StepResult step = s.training().evaluate(parse_micro_batches(args), job);
+    result = {{"loss", step.loss}, {"labelledTokens", step.labelled}, {"correctTokens", step.correct}};
+  } else if (method == "train.gradients") {
+    double loss = 0;
+    json gradients = json::array();
+    for (const auto& [name, gradient] : s.training().gradients(parse_micro_batches(args), job, loss)) {
+      gradients.push_back({{"name", name}, {"shape", gradient.sizes().vec()}, {"buffer", add_buffer(reply, gradient)}});
+    }
+    result = {{"loss", loss}, {"gradients", gradients}};
+  } else if (method == "train.save") {
+    result["files"] = s.training().save(v.at("dir").get<std::string>(), v.at("baseModel").get<std::string>(),
+                                        v.at("maxShardSize").get<int64_t>(), job);
+  } else if (method == "train.saveState") {
+    result["files"] = s.training().save_state(v.at("dir").get<std::string>());
+  } else if (method == "train.loadState") {
+    result["step"] = s.training().load_state(v.at("dir").get<std::string>());
+  } else if (method == "train.end") {
+    std::optional<Adapter> adapter = s.training().release_adapter();
+    s.trainer.reset();
+    const std::string name = v.value("keepAs", "");
+    if (adapter && !name.empty()) s.adapters.insert_or_assign(name, std::move(*adapter));
+  } else if (method == "merge") {
+    result = merge_adapter_json(v, job);
+  } else if (method == "stats") {
+    result = memory_json(memory_stats(s.device));
+  } else if (method == "emptyCache") {
+    empty_cache(s.device);
+  } else if (method == "sleep") {
+    const auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds(v.at("ms").get<int64_t>());
+    while (std::chrono::steady_clock::now() < until) {
+      job.check();
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+  } else {
+    fail(code::kInternal, "The native engine has no method \"" + method + "\".");
+  }
+  reply.result = result.dump();
+  return reply;
+}
+
+}  // namespace martlet
