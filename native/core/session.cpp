@@ -12,6 +12,7 @@
 #include <set>
 #include <thread>
 
+#include "core/base/dtype.h"
 #include "core/base/error.h"
 #include "core/base/json.h"
 #include "core/base/memory.h"
@@ -100,17 +101,6 @@ size_t add_buffer(Reply& reply, const at::Tensor& tensor) {
 
 size_t add_int32_buffer(Reply& reply, const std::vector<int64_t>& values) {
   return add_buffer(reply, at::tensor(values, at::kLong).to(at::kInt));
-}
-
-const char* dtype_name(at::ScalarType dtype) {
-  return dtype == at::kBFloat16 ? "bfloat16" : dtype == at::kHalf ? "float16" : "float32";
-}
-
-at::ScalarType parse_dtype(const std::string& name) {
-  if (name == "float32") return at::kFloat;
-  if (name == "bfloat16") return at::kBFloat16;
-  if (name == "float16") return at::kHalf;
-  fail(code::kConfig, "dtype \"" + name + "\" is not known; use auto, float32, bfloat16 or float16.");
 }
 
 json memory_json(const MemoryStats& stats) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <regex>
 #include <set>
@@ -56,6 +57,43 @@ std::string joined(const std::vector<std::string>& names) {
   std::string out;
   for (const std::string& name : names) out += (out.empty() ? "" : ", ") + name;
   return out;
+}
+
+// Fills peft_names or peft_regex. A bare `q_proj` would make PEFT put pairs into a vision tower that has modules of that name too.
+void describe_for_peft(TargetSelection& selection, const std::vector<std::pair<std::string, Linear*>>& all) {
+  std::set<std::string> chosen, names;
+  for (const auto& [path, linear] : selection.linears) {
+    chosen.insert(path);
+    names.insert(path.substr(path.rfind('.') + 1));
+  }
+  const auto same_set = [&](const std::function<bool(const std::string&)>& matches) {
+    return std::all_of(all.begin(), all.end(), [&](const auto& entry) { return matches(entry.first) == (chosen.count(entry.first) > 0); });
+  };
+  const std::vector<std::string> list(names.begin(), names.end());
+  if (same_set([&](const std::string& path) { return names.count(path.substr(path.rfind('.') + 1)) > 0; })) {
+    selection.peft_names = list;
+    return;
+  }
+  // The path that all chosen modules share, up to the numbered layers: `model.language_model.layers.0…` → `language_model`. Its last name holds in
+  // the module paths of every transformers version; what stands before it does not.
+  std::string prefix = *chosen.begin();
+  for (const std::string& path : chosen) {
+    size_t same = 0;
+    while (same < prefix.size() && same < path.size() && prefix[same] == path[same]) ++same;
+    prefix.resize(same);
+  }
+  prefix = prefix.substr(0, prefix.find_last_of('.') == std::string::npos ? 0 : prefix.find_last_of('.'));
+  if (const size_t layers = prefix.find(".layers"); layers != std::string::npos) prefix.resize(layers);
+  const std::string part = prefix.substr(prefix.rfind('.') + 1);
+  std::string alternatives;
+  for (const std::string& name : list) alternatives += (alternatives.empty() ? "" : "|") + name;
+  const std::string regex = "(?:.*\\.)?" + part + "\\.(?:.*\\.)?(?:" + alternatives + ")";
+  const std::regex compiled(regex);
+  if (!part.empty() && same_set([&](const std::string& path) { return std::regex_match(path, compiled); })) {
+    selection.peft_regex = regex;
+  } else {
+    selection.peft_names.assign(chosen.begin(), chosen.end());
+  }
 }
 
 }  // namespace
@@ -119,13 +157,13 @@ TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std
              (refused.empty() ? "." : "; the modules that did match are in a frozen part (see freeze_vit, freeze_aligner, freeze_llm)."),
          {{"path", "target_modules"}, {"asked", asked}, {"known", known}});
   }
+  describe_for_peft(out, linears);
   return out;
 }
 
 Adapter create_adapter(const TargetSelection& targets, const AdapterConfig& config, uint64_t seed, at::Device device) {
   Adapter adapter;
   adapter.config = config;
-  std::set<std::string> names;
   int64_t index = 0;
   for (const auto& [path, linear] : targets.linears) {
     LoraLayer layer;
@@ -139,13 +177,9 @@ Adapter create_adapter(const TargetSelection& targets, const AdapterConfig& conf
     layer.dropout = config.lora_dropout;
     layer.index = index++;
     adapter.layers.emplace(path, std::move(layer));
-    names.insert(path.substr(path.rfind('.') + 1));
   }
-  // PEFT's list form matches endings; where that would reach further than what was chosen, whole paths are written.
-  size_t reached = 0;
-  for (const auto& [path, linear] : targets.linears) (void)path, (void)linear, ++reached;
-  adapter.config.target_modules.assign(names.begin(), names.end());
-  adapter.config.target_regex.clear();
+  adapter.config.target_modules = targets.peft_names;
+  adapter.config.target_regex = targets.peft_regex;
   return adapter;
 }
 

@@ -29,6 +29,9 @@ struct TargetSelection {
   std::vector<std::pair<std::string, Linear*>> linears;
   std::vector<std::pair<std::string, std::vector<std::string>>> unmatched;  // entry → nearest module names
   std::vector<std::string> warnings;
+  // What adapter_config.json says of these targets: names where PEFT's ending rule finds the same modules, else a regular expression.
+  std::vector<std::string> peft_names;
+  std::string peft_regex;
 };
 
 // PEFT's matching: an entry is a module's path or its ending after a dot; a single string is a regular expression over the whole path;

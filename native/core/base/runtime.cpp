@@ -1,0 +1,100 @@
+#include "core/base/runtime.h"
+
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <dlfcn.h>
+#include <torch/version.h>
+
+#include <filesystem>
+#include <mutex>
+#include <nlohmann/json.hpp>
+
+#include "core/base/error.h"
+#include "core/base/memory.h"
+#include "core/session.h"
+
+namespace martlet {
+namespace {
+
+std::mutex mutex;
+bool initialized = false;
+std::string cuda_error;  // why CUDA cannot be used; empty when it can
+
+// Counts devices without asking before the libraries are there: at::hasCUDA() remembers its first answer.
+int cuda_devices() {
+  if (!cuda_error.empty()) return 0;
+  try {
+    return at::globalContext().hasCUDA() ? static_cast<int>(c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).deviceCount()) : 0;
+  } catch (const std::exception&) {
+    return 0;
+  }
+}
+
+}  // namespace
+
+void initialize_runtime(const std::string& libtorch_lib, bool cuda, int threads) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (initialized) return;
+  initialized = true;
+  const std::filesystem::path library = std::filesystem::path(libtorch_lib) / "libtorch_cuda.so";
+  if (!cuda) {
+    cuda_error = "CUDA was switched off (MARTLET_DEVICE=cpu)";
+  } else if (!std::filesystem::exists(library)) {
+    cuda_error = "the libtorch in " + libtorch_lib + " is the CPU build";
+  } else if (::dlopen(library.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr) {
+    cuda_error = std::string("libtorch_cuda.so could not be loaded: ") + ::dlerror();
+  } else if (cuda_devices() == 0) {
+    cuda_error = "no CUDA device or driver was found (is nvidia-smi working?)";
+  }
+  if (threads > 0) at::set_num_threads(threads);
+  at::set_num_interop_threads(1);
+}
+
+c10::Device parse_device(const std::string& name) {
+  const int count = cuda_devices();
+  if (name == "cpu" || (name == "auto" && count == 0)) return c10::Device(c10::DeviceType::CPU);
+  if (name == "auto" || name == "cuda") {
+    if (count > 0) return c10::Device(c10::DeviceType::CUDA, 0);
+  } else if (name.rfind("cuda:", 0) == 0 && name.size() > 5 && name.size() < 9 &&
+             name.find_first_not_of("0123456789", 5) == std::string::npos) {
+    const int index = std::stoi(name.substr(5));
+    if (index < count) return c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(index));
+    if (count > 0) {
+      fail(code::kCudaUnavailable, "The device " + name + " was asked for, but there are " + std::to_string(count) + " CUDA device(s).",
+           {{"device", name}, {"count", count}});
+    }
+  } else {
+    fail(code::kConfig, "device \"" + name + "\" is not known; use auto, cpu, cuda or cuda:N.", {{"device", name}});
+  }
+  fail(code::kCudaUnavailable,
+       "The device " + name + " was asked for, but " + cuda_error +
+           ". Use device: cpu, or install the CUDA build with `martlet libtorch install --cuda`.",
+       {{"device", name}, {"reason", cuda_error}});
+}
+
+std::string system_info_json() {
+  using nlohmann::json;
+  const MemoryInfo host = memory_info(c10::Device(c10::DeviceType::CPU));
+  json devices = json::array({{{"name", "cpu"}, {"description", "CPU"}, {"totalMemory", host.total}, {"freeMemory", host.free}}});
+  const int count = cuda_devices();
+  for (int i = 0; i < count; ++i) {
+    const c10::Device device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(i));
+    const MemoryInfo info = memory_info(device);
+    devices.push_back({{"name", device.str()}, {"description", "CUDA"}, {"totalMemory", info.total}, {"freeMemory", info.free}});
+  }
+  json out = {{"torchVersion", TORCH_VERSION},
+              {"compiledTorchVersion", TORCH_VERSION},
+              {"cudaAvailable", count > 0},
+              {"devices", devices},
+              {"threads", at::get_num_threads()},
+              {"cpuCapability", at::get_cpu_capability()}};
+  if (!cuda_error.empty()) out["cudaError"] = cuda_error;
+  return out.dump();
+}
+
+const char* compiled_torch_version() { return TORCH_VERSION; }
+
+}  // namespace martlet

@@ -1,0 +1,168 @@
+#include "core/vision/image_ops.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <vector>
+
+#include "core/base/error.h"
+
+namespace martlet {
+namespace {
+
+using nlohmann::json;
+
+constexpr int64_t kMaxSide = 1 << 15;
+
+void check_side(int64_t side) {
+  if (side < 1 || side > kMaxSide) fail(code::kImage, "A picture side of " + std::to_string(side) + " pixels is out of range.");
+}
+
+// Pillow's ImagingResample for 8 bits a channel (libImaging/Resample.c): weights of the source pixels of each output pixel.
+struct Weights {
+  struct Span {
+    int64_t first = 0, count = 0;
+  };
+  std::vector<Span> spans;
+  std::vector<int32_t> fixed;  // [out, stride], 22 fractional bits
+  int64_t stride = 0;
+};
+
+constexpr int kPrecisionBits = 32 - 8 - 2;
+
+double bicubic(double x) {
+  constexpr double a = -0.5;
+  x = std::abs(x);
+  if (x < 1.0) return ((a + 2.0) * x - (a + 3.0)) * x * x + 1;
+  if (x < 2.0) return (((x - 5) * x + 8) * x - 4) * a;
+  return 0.0;
+}
+
+Weights bicubic_weights(int64_t in, int64_t out) {
+  const double scale = static_cast<double>(in) / static_cast<double>(out);
+  const double filter_scale = std::max(scale, 1.0);
+  const double support = 2.0 * filter_scale;
+  Weights weights;
+  weights.stride = static_cast<int64_t>(std::ceil(support)) * 2 + 1;
+  weights.spans.resize(out);
+  weights.fixed.assign(out * weights.stride, 0);
+  std::vector<double> row(weights.stride);
+  for (int64_t i = 0; i < out; ++i) {
+    const double center = (static_cast<double>(i) + 0.5) * scale;
+    // C's truncation towards zero, as in the original.
+    const int64_t first = std::max<int64_t>(0, static_cast<int64_t>(center - support + 0.5));
+    const int64_t count = std::min<int64_t>(in, static_cast<int64_t>(center + support + 0.5)) - first;
+    double total = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      row[j] = bicubic((static_cast<double>(j + first) - center + 0.5) * (1.0 / filter_scale));
+      total += row[j];
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      const double w = (total != 0 ? row[j] / total : row[j]) * (1 << kPrecisionBits);
+      weights.fixed[i * weights.stride + j] = static_cast<int32_t>(w < 0 ? w - 0.5 : w + 0.5);
+    }
+    weights.spans[i] = {first, count};
+  }
+  return weights;
+}
+
+// One pass along `axis_out` positions; `step` is the distance between source pixels of that axis, `lines` independent lines.
+void resample_pass(const uint8_t* source, uint8_t* target, const Weights& weights, int64_t lines, int64_t source_line, int64_t target_line,
+                   int64_t source_step, int64_t target_step) {
+  const int64_t out = static_cast<int64_t>(weights.spans.size());
+  for (int64_t line = 0; line < lines; ++line) {
+    for (int64_t i = 0; i < out; ++i) {
+      const auto [first, count] = weights.spans[i];
+      const int32_t* w = weights.fixed.data() + i * weights.stride;
+      for (int c = 0; c < 3; ++c) {
+        int32_t sum = 1 << (kPrecisionBits - 1);
+        for (int64_t j = 0; j < count; ++j) sum += source[line * source_line + (first + j) * source_step + c] * w[j];
+        target[line * target_line + i * target_step + c] = static_cast<uint8_t>(std::clamp(sum >> kPrecisionBits, 0, 255));
+      }
+    }
+  }
+}
+
+at::Tensor channel_values(const std::array<double, 3>& values) {
+  return at::tensor({values[0], values[1], values[2]}, at::kFloat).view({3, 1, 1});
+}
+
+}  // namespace
+
+ImagePlan parse_image_plan(const json& value) {
+  ImagePlan plan;
+  if (value.contains("resize")) {
+    const json& resize = value["resize"];
+    plan.resize = {resize.at("height").get<int64_t>(), resize.at("width").get<int64_t>()};
+    plan.pillow = resize.at("backend") == "pillow";
+    check_side(plan.resize->height);
+    check_side(plan.resize->width);
+  }
+  if (value.contains("crop")) {
+    const json& crop = value["crop"];
+    plan.crop = {crop.at("top").get<int64_t>(), crop.at("left").get<int64_t>(), crop.at("height").get<int64_t>(),
+                 crop.at("width").get<int64_t>()};
+    check_side(plan.crop->height);
+    check_side(plan.crop->width);
+  }
+  plan.rescale = value.at("rescale").get<double>();
+  plan.mean = value.at("mean").get<std::array<double, 3>>();
+  plan.std = value.at("std").get<std::array<double, 3>>();
+  return plan;
+}
+
+at::Tensor resize_pillow_bicubic(const at::Tensor& image, int64_t height, int64_t width) {
+  at::Tensor current = image.contiguous();
+  if (width != current.size(1)) {
+    const int64_t in_h = current.size(0), in_w = current.size(1);
+    at::Tensor out = at::empty({in_h, width, 3}, at::kByte);
+    resample_pass(current.const_data_ptr<uint8_t>(), out.mutable_data_ptr<uint8_t>(), bicubic_weights(in_w, width), in_h, in_w * 3, width * 3,
+                  3, 3);
+    current = out;
+  }
+  if (height != current.size(0)) {
+    const int64_t in_h = current.size(0), w = current.size(1);
+    at::Tensor out = at::empty({height, w, 3}, at::kByte);
+    resample_pass(current.const_data_ptr<uint8_t>(), out.mutable_data_ptr<uint8_t>(), bicubic_weights(in_h, height), w, 3, 3, w * 3, w * 3);
+    current = out;
+  }
+  return current;
+}
+
+at::Tensor preprocess_image(const uint8_t* rgb, int64_t width, int64_t height, const ImagePlan& plan) {
+  check_side(width);
+  check_side(height);
+  at::Tensor image = at::from_blob(const_cast<uint8_t*>(rgb), {height, width, 3}, at::kByte);  // read only
+  if (plan.resize && plan.pillow) {
+    image = resize_pillow_bicubic(image, plan.resize->height, plan.resize->width);
+  }
+  image = image.permute({2, 0, 1}).contiguous();
+  if (plan.resize && !plan.pillow && (plan.resize->height != height || plan.resize->width != width)) {
+    image = at::_upsample_bicubic2d_aa(image.unsqueeze(0), {plan.resize->height, plan.resize->width}, /*align_corners=*/false).squeeze(0);
+  }
+  if (plan.crop) {
+    const ImagePlan::Box& box = *plan.crop;
+    const int64_t h = image.size(1), w = image.size(2);
+    const int64_t top = std::clamp<int64_t>(box.top, 0, h), bottom = std::clamp<int64_t>(box.top + box.height, 0, h);
+    const int64_t left = std::clamp<int64_t>(box.left, 0, w), right = std::clamp<int64_t>(box.left + box.width, 0, w);
+    at::Tensor cropped = at::zeros({3, box.height, box.width}, at::kByte);
+    if (bottom > top && right > left) {
+      cropped.narrow(1, top - box.top, bottom - top)
+          .narrow(2, left - box.left, right - left)
+          .copy_(image.narrow(1, top, bottom - top).narrow(2, left, right - left));
+    }
+    image = cropped;
+  }
+  if (plan.pillow) {
+    // The Pillow backend rescales in float64, rounds to float32, then normalises.
+    const at::Tensor rescaled = (image.to(at::kDouble) * plan.rescale).to(at::kFloat);
+    return (rescaled - channel_values(plan.mean)) / channel_values(plan.std);
+  }
+  // The torchvision backend folds the rescaling into mean and std.
+  const double fold = 1.0 / plan.rescale;
+  return image.to(at::kFloat).sub_(channel_values(plan.mean) * fold).div_(channel_values(plan.std) * fold);
+}
+
+}  // namespace martlet

@@ -1,0 +1,36 @@
+// Decoded pictures → what a vision tower takes.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <nlohmann/json_fwd.hpp>
+#include <optional>
+
+namespace martlet {
+
+// See ImagePlan in lib/native/binding.ts.
+struct ImagePlan {
+  struct Size {
+    int64_t height = 0, width = 0;
+  };
+  struct Box {
+    int64_t top = 0, left = 0, height = 0, width = 0;
+  };
+  std::optional<Size> resize;
+  std::optional<Box> crop;
+  bool pillow = false;  // else as torchvision on uint8
+  double rescale = 1.0 / 255;
+  std::array<double, 3> mean{}, std{};
+};
+
+ImagePlan parse_image_plan(const nlohmann::json& plan);
+
+// rgb: height × width × 3 bytes → [3, H, W] float32 on the CPU.
+at::Tensor preprocess_image(const uint8_t* rgb, int64_t width, int64_t height, const ImagePlan& plan);
+
+// Bicubic as Pillow's Image.resize does it on 8-bit pictures, bit for bit (22-bit fixed-point coefficients, horizontal pass first).
+// image: [H, W, 3] uint8.
+at::Tensor resize_pillow_bicubic(const at::Tensor& image, int64_t height, int64_t width);
+
+}  // namespace martlet
