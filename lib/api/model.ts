@@ -1,0 +1,487 @@
+import { randomInt } from 'node:crypto';
+import { join } from 'node:path';
+import { MartletError } from '../errors.js';
+import { exists, isDirectory } from '../files.js';
+import { resolveModel } from '../hub/index.js';
+import type { LoadResult, MemoryStats, Methods } from '../native/binding.js';
+import { Engine } from '../native/engine.js';
+import { type EncodedSample, loadProcessor, type Processor } from '../processing/index.js';
+import { abortedError, throwIfAborted } from './abort.js';
+import { readAdapterArgs } from './adapter-args.js';
+import { JobBuffers } from './samples.js';
+import { TokenText } from './stop-text.js';
+import type {
+  GenerateOptions,
+  GenerateResult,
+  LoadModelOptions,
+  Model,
+  PrepareResult,
+  PromptOptions,
+  ScoreResult,
+  StreamChunk,
+} from './types.js';
+
+const DEFAULT_MAX_NEW_TOKENS = 512;
+
+/**
+ * Loads a checkpoint folder (or a hub id) and its adapters onto one device, on a thread of its own.
+ *
+ * Rejects with `ERR_MARTLET_MODEL_NOT_FOUND`, `_UNSUPPORTED_MODEL`, `_WEIGHTS`, `_ADAPTER`, `_TOKENIZER`, `_CUDA_UNAVAILABLE`,
+ * `_OUT_OF_MEMORY`, `_LIBTORCH_NOT_FOUND` or `_ABORTED`; nothing stays allocated then.
+ */
+export async function loadModel(dirOrId: string, options: LoadModelOptions = {}): Promise<Model> {
+  const { signal, onProgress } = options;
+  throwIfAborted(signal);
+  if (options.quantization !== undefined && options.quantization !== 'none') {
+    throw new MartletError(
+      'ERR_MARTLET_USAGE',
+      `quantization: '${options.quantization}' is not available yet: leave it out, or say 'none'.`,
+      { field: 'quantization' },
+    );
+  }
+  const modelDir = await resolveModel(dirOrId, { signal });
+  const adapters = Object.entries(options.adapters ?? {});
+  for (const [name, dir] of adapters) await checkAdapterDir(name, dir);
+  const saved = adapters.length > 0 ? await readAdapterArgs((adapters[0] as [string, string])[1]) : {};
+  const processor = await loadProcessor(modelDir, {
+    template: options.template ?? saved.template ?? 'default',
+    system: options.system ?? saved.system,
+    exifOrientation: options.exifOrientation ?? saved.exif_orientation ?? true,
+  });
+
+  const engine = new Engine();
+  try {
+    const { result: loaded } = await engine.call(
+      'load',
+      { modelDir, device: options.device ?? 'auto', dtype: options.dtype ?? 'auto' },
+      {
+        signal,
+        onEvent: (event) => onProgress?.(event as { done: number; total: number; bytes: number }),
+      },
+    );
+    for (const [name, dir] of adapters) await engine.call('adapter.load', { name, dir }, { signal });
+    return new LoadedModel(
+      engine,
+      processor,
+      loaded,
+      adapters.map(([name]) => name),
+    );
+  } catch (error) {
+    await engine.close();
+    throw abortedError(error, signal);
+  }
+}
+
+async function checkAdapterDir(name: string, dir: string): Promise<void> {
+  if (!(await isDirectory(dir))) {
+    throw new MartletError(
+      'ERR_MARTLET_ADAPTER',
+      `adapter '${name}': there is no folder ${dir}. Give the output_dir of a training run or one of its checkpoint-N folders.`,
+      { adapter: name, path: dir },
+    );
+  }
+  if (!(await exists(join(dir, 'adapter_config.json')))) {
+    throw new MartletError(
+      'ERR_MARTLET_ADAPTER',
+      `adapter '${name}': ${dir} has no adapter_config.json. Give the output_dir of a training run or one of its checkpoint-N folders.`,
+      { adapter: name, path: dir },
+    );
+  }
+}
+
+class LoadedModel implements Model {
+  readonly modelType: string;
+  readonly device: string;
+  readonly dtype: Model['dtype'];
+  readonly parameters: number;
+  readonly #engine: Engine;
+  readonly #processor: Processor;
+  readonly #maxPositions: number;
+  readonly #adapters: Set<string>;
+  /** Used when a call names no adapter. */
+  readonly #defaultAdapter: string | undefined;
+  #closing: Promise<void> | undefined;
+
+  constructor(engine: Engine, processor: Processor, loaded: LoadResult, adapters: string[]) {
+    this.modelType = loaded.modelType;
+    this.device = loaded.device;
+    this.dtype = loaded.dtype;
+    this.parameters = loaded.parameters;
+    this.#engine = engine;
+    this.#processor = processor;
+    this.#maxPositions = loaded.maxPositions;
+    this.#adapters = new Set(adapters);
+    this.#defaultAdapter = adapters.length === 1 ? adapters[0] : undefined;
+  }
+
+  get adapters(): string[] {
+    return [...this.#adapters];
+  }
+
+  get disposed(): boolean {
+    return this.#closing !== undefined;
+  }
+
+  async generate(options: GenerateOptions): Promise<GenerateResult> {
+    const generation = await this.#prepareGeneration(options);
+    const stop = stopStrings(options.stop);
+    if (stop.length === 0) {
+      const run = await generation.start();
+      return generation.result(run.tokenIds, this.#processor.decode(run.tokenIds), run.finishReason, run);
+    }
+    const text = new TokenText(this.#processor.createStreamDecoder(), stop);
+    const chunks: StreamChunk[] = [];
+    const run = await generation.start((id) => {
+      chunks.push(...text.push(id));
+      return !text.stopped;
+    });
+    chunks.push(...text.flush());
+    return generation.result(
+      Int32Array.from(chunks, (chunk) => chunk.tokenId),
+      chunks.map((chunk) => chunk.text).join(''),
+      text.stopped ? 'stop' : run.finishReason,
+      run,
+    );
+  }
+
+  async *stream(options: GenerateOptions): AsyncGenerator<StreamChunk, undefined> {
+    const generation = await this.#prepareGeneration(options);
+    const text = new TokenText(this.#processor.createStreamDecoder(), stopStrings(options.stop));
+    const ready: StreamChunk[] = [];
+    let left = false;
+    let wake = () => {};
+    let ended = false;
+    const run = generation
+      .start((id) => {
+        ready.push(...text.push(id));
+        wake();
+        return !left && !text.stopped;
+      })
+      .finally(() => {
+        ended = true;
+        wake();
+      });
+    run.catch(() => {}); // awaited below; until then a failure must not count as unhandled
+    try {
+      while (!ended || ready.length > 0) {
+        const chunk = ready.shift();
+        if (chunk) yield chunk;
+        else
+          await new Promise<void>((resolve) => {
+            wake = resolve;
+            if (ended || ready.length > 0) resolve();
+          });
+      }
+      await run;
+      yield* text.flush();
+    } finally {
+      left = true;
+      generation.cancel();
+      await run.catch(() => {});
+    }
+    return undefined;
+  }
+
+  async score(options: PromptOptions & { logits?: boolean }): Promise<ScoreResult> {
+    const adapter = this.#adapter(options.adapter);
+    const sample = await this.#encode(options, 'train');
+    const labels = sample.labels as Int32Array;
+    const job = new JobBuffers();
+    const { result, buffers } = await this.#call(
+      'score',
+      { sample: job.sample(sample), ...(adapter !== undefined && { adapter }), logits: options.logits === true },
+      { buffers: job.buffers, signal: options.signal },
+    );
+    return {
+      inputIds: sample.inputIds,
+      labels,
+      logprobs: new Float32Array(buffers[result.logprobs] as ArrayBuffer),
+      loss: result.loss,
+      ...(result.logits && {
+        logits: {
+          data: new Float32Array(buffers[result.logits.buffer] as ArrayBuffer),
+          shape: result.logits.shape,
+        },
+      }),
+    };
+  }
+
+  async prepare(
+    options: Omit<PromptOptions, 'adapter'> & { for?: 'train' | 'generate' },
+  ): Promise<PrepareResult> {
+    const sample = await this.#encode(options, options.for ?? 'generate');
+    const job = new JobBuffers();
+    const images = sample.images.map((image) => job.image(image));
+    const pixels: PrepareResult['pixels'] = {};
+    if (images.length > 0) {
+      const { result, buffers } = await this.#call(
+        'preprocess',
+        { images },
+        { buffers: job.buffers, signal: options.signal },
+      );
+      for (const { name, shape, buffer } of result.pixels) {
+        pixels[name] = { data: new Float32Array(buffers[buffer] as ArrayBuffer), shape };
+      }
+    }
+    return { inputIds: sample.inputIds, ...(sample.labels && { labels: sample.labels }), pixels };
+  }
+
+  async loadAdapter(name: string, dir: string): Promise<void> {
+    this.#checkOpen();
+    if (this.#adapters.has(name)) {
+      throw new MartletError('ERR_MARTLET_ADAPTER', `an adapter named '${name}' is loaded already: unload it first.`, {
+        adapter: name,
+      });
+    }
+    await checkAdapterDir(name, dir);
+    await this.#call('adapter.load', { name, dir });
+    this.#adapters.add(name);
+  }
+
+  async unloadAdapter(name: string): Promise<void> {
+    this.#checkOpen();
+    this.#checkAdapterName(name);
+    await this.#call('adapter.unload', { name });
+    this.#adapters.delete(name);
+  }
+
+  async memory(): Promise<MemoryStats> {
+    this.#checkOpen();
+    return (await this.#call('stats', {})).result;
+  }
+
+  dispose(): Promise<void> {
+    this.#closing ??= this.#engine.close();
+    return this.#closing;
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.dispose();
+  }
+
+  async #prepareGeneration(options: GenerateOptions): Promise<Generation> {
+    const started = performance.now();
+    const adapter = this.#adapter(options.adapter);
+    const defaults = this.#processor.generationDefaults;
+    const settings = {
+      maxNewTokens: options.maxNewTokens ?? defaults.maxNewTokens ?? DEFAULT_MAX_NEW_TOKENS,
+      temperature: options.temperature ?? defaults.temperature ?? 0,
+      topP: options.topP ?? defaults.topP ?? 1,
+      topK: options.topK ?? defaults.topK ?? 0,
+      repetitionPenalty: options.repetitionPenalty ?? defaults.repetitionPenalty ?? 1,
+      seed: options.seed ?? randomInt(2 ** 32),
+    };
+    checkSettings(settings);
+    const sample = await this.#encode(options, 'generate');
+    const room = this.#maxPositions - sample.inputIds.length;
+    if (this.#maxPositions > 0 && room <= 0) {
+      throw new MartletError(
+        'ERR_MARTLET_USAGE',
+        `the prompt has ${sample.inputIds.length} tokens (image tokens included), the model takes ${this.#maxPositions}: shorten the text or use fewer images.`,
+        { promptTokens: sample.inputIds.length, maxPositions: this.#maxPositions },
+      );
+    }
+    const job = new JobBuffers();
+    const args = {
+      ...settings,
+      maxNewTokens: this.#maxPositions > 0 ? Math.min(settings.maxNewTokens, room) : settings.maxNewTokens,
+      sample: job.sample(sample),
+      stopTokenIds: this.#processor.stopTokenIds,
+      ...(adapter !== undefined && { adapter }),
+    };
+    return new Generation(
+      (signal, onEvent) => this.#call('generate', args, { buffers: job.buffers, signal, onEvent }),
+      { started, encoded: performance.now(), promptTokens: sample.inputIds.length, signal: options.signal },
+    );
+  }
+
+  async #encode(
+    options: Pick<PromptOptions, 'messages' | 'images' | 'signal'>,
+    purpose: 'train' | 'generate',
+  ): Promise<EncodedSample> {
+    this.#checkOpen();
+    throwIfAborted(options.signal);
+    try {
+      return await this.#processor.encode(
+        { messages: options.messages, images: options.images ?? [] },
+        { for: purpose, signal: options.signal },
+      );
+    } catch (error) {
+      throw abortedError(error, options.signal);
+    }
+  }
+
+  async #call<M extends keyof Methods>(
+    method: M,
+    args: Methods[M][0],
+    options: { buffers?: ArrayBufferView[]; signal?: AbortSignal; onEvent?: (event: unknown) => void } = {},
+  ): Promise<{ result: Methods[M][1]; buffers: ArrayBuffer[] }> {
+    this.#checkOpen();
+    try {
+      return await this.#engine.call(method, args, options);
+    } catch (error) {
+      // dispose() cancels what runs: the caller should hear of the disposal, not of an abort that it never asked for
+      if (this.disposed && !options.signal?.aborted) throw disposedError(error);
+      throw abortedError(error, options.signal);
+    }
+  }
+
+  #adapter(name: string | null | undefined): string | undefined {
+    this.#checkOpen();
+    if (name === null) return undefined;
+    if (name === undefined) {
+      return this.#defaultAdapter !== undefined && this.#adapters.has(this.#defaultAdapter)
+        ? this.#defaultAdapter
+        : undefined;
+    }
+    this.#checkAdapterName(name);
+    return name;
+  }
+
+  #checkAdapterName(name: string): void {
+    if (this.#adapters.has(name)) return;
+    const loaded = this.#adapters.size === 0 ? 'none is' : `loaded: ${this.adapters.join(', ')}`;
+    throw new MartletError('ERR_MARTLET_ADAPTER', `no adapter named '${name}' is loaded (${loaded}).`, {
+      adapter: name,
+      loaded: this.adapters,
+    });
+  }
+
+  #checkOpen(): void {
+    if (this.disposed) throw disposedError();
+  }
+}
+
+function disposedError(cause?: unknown): MartletError {
+  return new MartletError('ERR_MARTLET_DISPOSED', 'the model was disposed: load it again with loadModel().', {}, { cause });
+}
+
+function stopStrings(stop: string | string[] | undefined): string[] {
+  const list = stop === undefined ? [] : Array.isArray(stop) ? stop : [stop];
+  if (list.some((text) => typeof text !== 'string' || text === '')) {
+    throw new MartletError('ERR_MARTLET_USAGE', 'stop must be a string or a list of strings, none of them empty.', {
+      field: 'stop',
+    });
+  }
+  return list;
+}
+
+type Settings = Record<'maxNewTokens' | 'temperature' | 'topP' | 'topK' | 'repetitionPenalty' | 'seed', number>;
+
+function checkSettings(settings: Settings): void {
+  const rules: Record<keyof Settings, [(value: number) => boolean, string]> = {
+    maxNewTokens: [(v) => Number.isInteger(v) && v >= 1, 'a whole number of at least 1'],
+    temperature: [(v) => Number.isFinite(v) && v >= 0, 'a number of at least 0 (0 = greedy)'],
+    topP: [(v) => v > 0 && v <= 1, 'a number above 0 and at most 1'],
+    topK: [(v) => Number.isInteger(v) && v >= 0, 'a whole number of at least 0 (0 = off)'],
+    repetitionPenalty: [(v) => Number.isFinite(v) && v > 0, 'a number above 0 (1 = off)'],
+    seed: [(v) => Number.isSafeInteger(v) && v >= 0, 'a whole number of at least 0'],
+  };
+  for (const [field, [holds, expected]] of Object.entries(rules) as [keyof Settings, [(v: number) => boolean, string]][]) {
+    const value = settings[field];
+    if (typeof value !== 'number' || !holds(value)) {
+      throw new MartletError('ERR_MARTLET_USAGE', `${field} must be ${expected}, not ${String(value)}.`, { field, value });
+    }
+  }
+}
+
+interface FinishedGeneration {
+  tokenIds: Int32Array;
+  finishReason: GenerateResult['finishReason'];
+  /** Milliseconds. */
+  vision: number;
+  prefill: number;
+  decode: number;
+}
+
+type NativeGenerate = (
+  signal: AbortSignal,
+  onEvent: ((event: unknown) => void) | undefined,
+) => Promise<{ result: Methods['generate'][1]; buffers: ArrayBuffer[] }>;
+
+interface GenerationFacts {
+  /** performance.now() when the call came in, and when its prompt was encoded. */
+  started: number;
+  encoded: number;
+  promptTokens: number;
+  /** The caller's. */
+  signal: AbortSignal | undefined;
+}
+
+/** One native generation that can be ended from here, by a stop string or by leaving the stream. */
+class Generation {
+  readonly #native: NativeGenerate;
+  readonly #facts: GenerationFacts;
+  readonly #enough = new AbortController();
+
+  constructor(native: NativeGenerate, facts: GenerationFacts) {
+    this.#native = native;
+    this.#facts = facts;
+  }
+
+  cancel(): void {
+    this.#enough.abort();
+  }
+
+  /** Runs it; generation ends as soon as `onToken` returns false. */
+  async start(onToken?: (id: number) => boolean): Promise<FinishedGeneration> {
+    const user = this.#facts.signal;
+    const signal = user ? AbortSignal.any([user, this.#enough.signal]) : this.#enough.signal;
+    const began = performance.now();
+    const ids: number[] = [];
+    let firstToken = began;
+    try {
+      const { result, buffers } = await this.#native(
+        signal,
+        onToken &&
+          ((event) => {
+            const { id } = event as { id: number };
+            if (ids.length === 0) firstToken = performance.now();
+            ids.push(id);
+            if (!this.#enough.signal.aborted && !onToken(id)) this.cancel();
+          }),
+      );
+      return {
+        tokenIds: new Int32Array(buffers[result.tokenIds] as ArrayBuffer),
+        finishReason: result.finishReason,
+        vision: result.timings.visionMs,
+        prefill: result.timings.prefillMs,
+        decode: result.timings.decodeMs,
+      };
+    } catch (error) {
+      if (!this.#enough.signal.aborted || user?.aborted) throw error;
+      // ended from here: the native job gave no timings, so the vision part counts as prefill
+      return {
+        tokenIds: Int32Array.from(ids),
+        finishReason: 'stop',
+        vision: 0,
+        prefill: firstToken - began,
+        decode: performance.now() - firstToken,
+      };
+    }
+  }
+
+  result(
+    tokenIds: Int32Array,
+    text: string,
+    finishReason: GenerateResult['finishReason'],
+    run: FinishedGeneration,
+  ): GenerateResult {
+    const { promptTokens, started, encoded } = this.#facts;
+    const completionTokens = tokenIds.length;
+    return {
+      text,
+      tokenIds,
+      promptTokens,
+      finishReason,
+      usage: { promptTokens, completionTokens, totalTokens: promptTokens + completionTokens },
+      timings: {
+        preprocess: encoded - started,
+        vision: run.vision,
+        prefill: run.prefill,
+        decode: run.decode,
+        total: performance.now() - started,
+      },
+    };
+  }
+}

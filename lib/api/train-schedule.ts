@@ -1,0 +1,85 @@
+/**
+ * Which rows each optimiser step sees. A pure function of the plan: a resumed run computes the same batches from the step number
+ * alone. Counting is transformers': an epoch has `ceil(batches / accumulation)` steps, the last of which may be short.
+ */
+import { Rng } from './rng.js';
+
+export interface SchedulePlan {
+  rows: number;
+  batchSize: number;
+  accumulation: number;
+  /** May be fractional. Ignored when maxSteps > 0. */
+  epochs: number;
+  /** > 0 wins over epochs. */
+  maxSteps: number;
+  /** Shuffle the rows once, before everything else. */
+  shuffleDataset: boolean;
+  /** Shuffle again for each epoch. */
+  shuffleEpochs: boolean;
+  dataSeed: number;
+  seed: number;
+}
+
+export interface StepRows {
+  /** from 1 */
+  step: number;
+  /** from 0 */
+  epoch: number;
+  /** Epochs done when the step ends, as logged. */
+  epochProgress: number;
+  /** Row numbers, one array for each micro-batch. */
+  microBatches: number[][];
+}
+
+export class Schedule {
+  readonly plan: SchedulePlan;
+  readonly batchesPerEpoch: number;
+  readonly stepsPerEpoch: number;
+  readonly totalSteps: number;
+  /** Epochs begun by the last step. */
+  readonly epochs: number;
+  readonly #base: Uint32Array;
+  #cached: { epoch: number; order: Uint32Array } | undefined;
+
+  constructor(plan: SchedulePlan) {
+    this.plan = plan;
+    this.batchesPerEpoch = Math.ceil(plan.rows / plan.batchSize);
+    this.stepsPerEpoch = Math.max(1, Math.ceil(this.batchesPerEpoch / plan.accumulation));
+    this.totalSteps = plan.maxSteps > 0 ? plan.maxSteps : Math.ceil(plan.epochs * this.stepsPerEpoch);
+    this.epochs = Math.ceil(this.totalSteps / this.stepsPerEpoch);
+    this.#base = plan.shuffleDataset
+      ? new Rng(plan.dataSeed).permutation(plan.rows)
+      : Uint32Array.from({ length: plan.rows }, (_, i) => i);
+  }
+
+  /** The rows of step `step` (from 1 to totalSteps). */
+  step(step: number): StepRows {
+    const { batchSize, accumulation, rows } = this.plan;
+    const epoch = Math.floor((step - 1) / this.stepsPerEpoch);
+    const order = this.#order(epoch);
+    const first = ((step - 1) % this.stepsPerEpoch) * accumulation;
+    const last = Math.min(first + accumulation, this.batchesPerEpoch);
+    const microBatches: number[][] = [];
+    for (let batch = first; batch < last; batch++) {
+      microBatches.push(Array.from(order.subarray(batch * batchSize, Math.min((batch + 1) * batchSize, rows))));
+    }
+    return { step, epoch, epochProgress: epoch + last / this.batchesPerEpoch, microBatches };
+  }
+
+  #order(epoch: number): Uint32Array {
+    if (this.#cached?.epoch !== epoch) {
+      const base = this.#base;
+      // stream 0 is the shuffle of the dataset itself
+      const order = this.plan.shuffleEpochs
+        ? new Rng(this.plan.seed, epoch + 1).permutation(this.plan.rows).map((i) => base[i] as number)
+        : base;
+      this.#cached = { epoch, order };
+    }
+    return this.#cached.order;
+  }
+}
+
+/** Steps of linear warm-up: `warmup_steps` wins over `warmup_ratio`. */
+export function warmupSteps(totalSteps: number, steps: number, ratio: number): number {
+  return steps > 0 ? steps : Math.ceil(totalSteps * ratio);
+}

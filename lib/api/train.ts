@@ -1,0 +1,52 @@
+import { resolve } from 'node:path';
+import { loadTrainConfig, type TrainConfigInput } from '../config/index.js';
+import { removeUnfinished } from '../files.js';
+import { resolveModel } from '../hub/index.js';
+import { abortedError, throwIfAborted } from './abort.js';
+import { checkOutputDir, lockOutputDir } from './output-dir.js';
+import { type RunControl, startRun } from './train-run.js';
+import { prepareTraining } from './train-setup.js';
+import { runTrainer } from './trainer.js';
+import type { TrainOptions, TrainResult, TrainRun } from './types.js';
+
+/**
+ * Fine-tunes a vision-language model as a config file (or object) says: LoRA by default, `sft_type: full` for all weights.
+ *
+ * The run starts at once. Await it for the result, iterate it for events, or both. It rejects with a MartletError:
+ * `ERR_MARTLET_CONFIG`, `_DATASET`, `_IMAGE`, `_MODEL_NOT_FOUND`, `_WEIGHTS`, `_IO`, `_OUT_OF_MEMORY`, `_NON_FINITE` (with the rows of
+ * the step) or `_ABORTED`. Checkpoints that were finished stay.
+ */
+export function trainLoRA(config: string | TrainConfigInput, options: TrainOptions = {}): TrainRun {
+  return startRun(async (control) => {
+    try {
+      return await run(config, options, control);
+    } catch (error) {
+      throw abortedError(error, control.signal);
+    }
+  }, options.signal);
+}
+
+async function run(
+  input: string | TrainConfigInput,
+  options: TrainOptions,
+  control: RunControl,
+): Promise<TrainResult> {
+  const { signal } = control;
+  throwIfAborted(signal);
+  const config = await loadTrainConfig(input, { overrides: options.overrides });
+  const modelDir = await resolveModel(config.model, { signal });
+  const outputDir = resolve(config.output_dir);
+  await checkOutputDir(outputDir, {
+    resume: Boolean(config.resume_from_checkpoint),
+    overwrite: config.overwrite_output_dir,
+    inputs: [modelDir, ...config.adapters],
+  });
+  const unlock = await lockOutputDir(outputDir);
+  try {
+    await removeUnfinished(outputDir);
+    const setup = await prepareTraining(config, { modelDir, outputDir, signal });
+    return await runTrainer(setup, control);
+  } finally {
+    await unlock();
+  }
+}

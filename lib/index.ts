@@ -1,0 +1,29 @@
+/** The public API. Everything that is not exported here may change without notice. */
+export { infer } from './api/infer.js';
+export { mergeAdapter } from './api/merge.js';
+export { loadModel } from './api/model.js';
+export { getSystemInfo } from './api/system-info.js';
+export { trainLoRA, trainLoRA as train } from './api/train.js';
+export type {
+  ChatMessage,
+  GenerateOptions,
+  GenerateResult,
+  ImageSource,
+  InferOptions,
+  LoadModelOptions,
+  MergeOptions,
+  MergeReport,
+  Model,
+  PrepareResult,
+  PromptOptions,
+  ScoreResult,
+  StreamChunk,
+  TrainEvent,
+  TrainOptions,
+  TrainResult,
+  TrainRun,
+} from './api/types.js';
+export { type TrainConfig, type TrainConfigInput } from './config/index.js';
+export { ERROR_CODES, type ErrorCode, type ErrorDetails, MartletError } from './errors.js';
+export type { MemoryStats } from './native/binding.js';
+export { createProgressRenderer, type ProgressRenderer, type ProgressStream } from './report/progress.js';
