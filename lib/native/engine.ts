@@ -1,0 +1,79 @@
+/** The typed side of the native engine: one thread with its queue of jobs, holding at most one model. */
+import { MartletError, type ErrorCode, type ErrorDetails } from '../errors.js';
+import type { Methods, RawEngine } from './binding.js';
+import { loadAddon } from './load.js';
+
+export interface CallOptions {
+  /** What the arguments point into by index. Not to be changed until the call settles. */
+  buffers?: ArrayBufferView[];
+  /** Aborting rejects with ERR_MARTLET_ABORTED, `cause` = the signal's reason. */
+  signal?: AbortSignal;
+  /** Progress events of the method. */
+  // biome-ignore lint/suspicious/noExplicitAny: each method has its own event shape (see Methods)
+  onEvent?: (event: any) => void;
+}
+
+export class Engine {
+  readonly #raw: RawEngine;
+  #closed: Promise<void> | undefined;
+
+  constructor() {
+    this.#raw = new (loadAddon().addon.Engine)();
+  }
+
+  get closed(): boolean {
+    return this.#closed !== undefined;
+  }
+
+  /** Queues one job and gives its result. */
+  async call<M extends keyof Methods>(
+    method: M,
+    args: Methods[M][0],
+    options: CallOptions = {},
+  ): Promise<{ result: Methods[M][1]; buffers: ArrayBuffer[] }> {
+    const { buffers = [], signal, onEvent } = options;
+    // The native error has no JavaScript frames: those of the caller are put on it below.
+    const here = new Error();
+    if (this.#closed) throw new MartletError('ERR_MARTLET_DISPOSED', 'The model has been disposed of.');
+    if (signal?.aborted) throw aborted(signal);
+    const job = this.#raw.submit(
+      method,
+      JSON.stringify(args),
+      buffers,
+      onEvent && ((text) => onEvent(JSON.parse(text))),
+    );
+    const cancel = () => job.cancel();
+    signal?.addEventListener('abort', cancel, { once: true });
+    try {
+      const { result, buffers: out } = await job.promise;
+      return { result: JSON.parse(result), buffers: out };
+    } catch (error) {
+      throw translate(error, here, signal, this.closed);
+    } finally {
+      signal?.removeEventListener('abort', cancel);
+    }
+  }
+
+  /** Cancels what runs or waits, waits for the thread, frees the model. Idempotent. */
+  close(): Promise<void> {
+    this.#closed ??= this.#raw.close();
+    return this.#closed;
+  }
+}
+
+function aborted(signal: AbortSignal): MartletError {
+  return new MartletError('ERR_MARTLET_ABORTED', 'The operation was aborted.', {}, { cause: signal.reason });
+}
+
+function translate(error: unknown, here: Error, signal: AbortSignal | undefined, closed: boolean): unknown {
+  const native = error as { code?: ErrorCode; message: string; details?: string };
+  if (typeof native?.code !== 'string') return error;
+  if (native.code === 'ERR_MARTLET_ABORTED') {
+    if (signal?.aborted) return aborted(signal);
+    if (closed) return new MartletError('ERR_MARTLET_DISPOSED', 'The model was disposed of while this job ran.');
+  }
+  const details = native.details ? (JSON.parse(native.details) as ErrorDetails) : {};
+  const out = new MartletError(native.code, native.message, details);
+  out.stack = `${out.name}: ${out.message}\n${here.stack?.split('\n').slice(2).join('\n') ?? ''}`;
+  return out;
+}
