@@ -384,8 +384,10 @@ def main() -> None:
         features = model.get_image_features(pixel_values=pixels["landscape.png"][None])
         features = features.pooler_output if hasattr(features, "pooler_output") else features
         out["features.landscape"] = (features[0] if isinstance(features, (list, tuple)) else features).reshape(-1, 64).contiguous()
-        gqa_b = gqa.to(torch.bfloat16).float()
-        out["logits.gqa.single"] = forward(gqa_b, by_name["single"])
+        # Weights rounded to bfloat16, arithmetic in float32 (a model-wide cast would round the rotary frequencies too).
+        for p in gqa.parameters():
+            p.copy_(p.to(torch.bfloat16).float())
+        out["logits.gqa.single"] = forward(gqa, by_name["single"])
     results: dict = {"losses": {}}
     with torch.no_grad():
         for name in by_name:

@@ -1,0 +1,34 @@
+/** Reads the float tensors of a trusted fixture file. */
+import { readFileSync } from 'node:fs';
+
+export interface FixtureTensor {
+  shape: number[];
+  data: Float32Array;
+}
+
+export function readSafetensors(path: string): Map<string, FixtureTensor> {
+  const bytes = readFileSync(path);
+  const headerSize = Number(bytes.readBigUInt64LE(0));
+  const header = JSON.parse(bytes.subarray(8, 8 + headerSize).toString()) as Record<
+    string,
+    { dtype: string; shape: number[]; data_offsets: [number, number] }
+  >;
+  const out = new Map<string, FixtureTensor>();
+  for (const [name, info] of Object.entries(header)) {
+    if (name === '__metadata__') continue;
+    const raw = bytes.subarray(8 + headerSize + info.data_offsets[0], 8 + headerSize + info.data_offsets[1]);
+    out.set(name, { shape: info.shape, data: toFloat32(info.dtype, raw, name) });
+  }
+  return out;
+}
+
+function toFloat32(dtype: string, raw: Buffer, name: string): Float32Array {
+  if (dtype === 'F32') return new Float32Array(Uint8Array.from(raw).buffer);
+  if (dtype === 'BF16') {
+    const halves = new Uint16Array(Uint8Array.from(raw).buffer);
+    const words = new Uint32Array(halves.length);
+    for (let i = 0; i < halves.length; i++) words[i] = (halves[i] as number) << 16;
+    return new Float32Array(words.buffer);
+  }
+  throw new Error(`${name}: the fixture reader does not know ${dtype}`);
+}
