@@ -96,7 +96,7 @@ export async function writeDirAtomic(
   const temporary = temporaryName(resolve(target));
   const old = temporaryName(resolve(target));
   try {
-    await mkdir(dirname(temporary), { recursive: true });
+    await makeDir(dirname(temporary));
     await mkdir(temporary);
     await fill(temporary);
     await syncDir(temporary);
@@ -125,10 +125,25 @@ export async function removeUnfinished(dir: string): Promise<void> {
   }
 }
 
+/** Creates `dir` and the folders above it. (`mkdir` with `recursive` never ends where the system answers ENOENT, as /proc does.) */
+export async function makeDir(dir: string): Promise<void> {
+  const missing: string[] = [];
+  for (let at = resolve(dir); !(await isDirectory(at)); at = dirname(at)) missing.push(at);
+  try {
+    for (const path of missing.reverse()) {
+      await mkdir(path).catch((error: NodeJS.ErrnoException) => {
+        if (error.code !== 'EEXIST') throw error;
+      });
+    }
+  } catch (error) {
+    throw ioError(error, 'create the folder', dir);
+  }
+}
+
 /** Creates `dir` and proves that files can be written there. */
 export async function ensureWritableDir(dir: string): Promise<void> {
   try {
-    await mkdir(dir, { recursive: true });
+    await makeDir(dir);
     await access(dir, constants.W_OK | constants.X_OK);
     const probe = temporaryName(join(dir, 'probe'));
     await (await open(probe, 'wx')).close();

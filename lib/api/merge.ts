@@ -1,7 +1,7 @@
-import { mkdir, readdir, rm } from 'node:fs/promises';
+import { readdir, rm } from 'node:fs/promises';
 import { join, relative, resolve } from 'node:path';
 import { MartletError } from '../errors.js';
-import { copyFileAtomic, exists, isDirectory, listDir, writeDirAtomic } from '../files.js';
+import { copyFileAtomic, exists, isDirectory, listDir, makeDir, writeDirAtomic } from '../files.js';
 import { resolveModel } from '../hub/index.js';
 import type { MergeResult } from '../native/binding.js';
 import { Engine } from '../native/engine.js';
@@ -110,7 +110,7 @@ export async function copyModelFiles(modelDir: string, target: string, signal?: 
     if (WEIGHT_FILE.test(name) || name.startsWith('.')) continue;
     const source = join(modelDir, name);
     if (await isDirectory(source)) {
-      await mkdir(join(target, name), { recursive: true });
+      await makeDir(join(target, name));
       await copyModelFiles(source, join(target, name), signal);
     } else {
       await copyFileAtomic(source, join(target, name));

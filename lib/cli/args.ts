@@ -123,6 +123,11 @@ export class Options {
     this.#options = parsed.options;
   }
 
+  /** As given, in order. */
+  all(): ParsedArgs['options'] {
+    return [...this.#options];
+  }
+
   string(name: string): string | undefined {
     return this.#options.find((option) => option.name === name)?.value;
   }

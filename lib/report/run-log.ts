@@ -1,8 +1,8 @@
 /** Everything a training run writes about itself: `logging.jsonl` (ms-swift's keys), `logs/train.log`, `runs/` (TensorBoard). */
-import { type FileHandle, mkdir, open } from 'node:fs/promises';
+import { type FileHandle, open } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { TrainEvent } from '../api/types.js';
-import { ioError } from '../files.js';
+import { ioError, makeDir } from '../files.js';
 import { duration, gib, rounded } from './format.js';
 import { describe } from './progress.js';
 import { TensorBoardWriter } from './tensorboard.js';
@@ -135,7 +135,7 @@ class LineFile {
 
   static async open(path: string): Promise<LineFile> {
     try {
-      await mkdir(join(path, '..'), { recursive: true });
+      await makeDir(join(path, '..'));
       return new LineFile(path, await open(path, 'a'));
     } catch (error) {
       throw ioError(error, 'write', path);

@@ -1,8 +1,8 @@
 /** Writes scalars as TensorBoard event files: TFRecord framing around `tensorflow.Event` messages. */
-import { type FileHandle, mkdir, open } from 'node:fs/promises';
+import { type FileHandle, open } from 'node:fs/promises';
 import { hostname } from 'node:os';
 import { join } from 'node:path';
-import { ioError } from '../files.js';
+import { ioError, makeDir } from '../files.js';
 
 const CRC_TABLE = Uint32Array.from({ length: 256 }, (_, n) => {
   let c = n;
@@ -79,7 +79,7 @@ export class TensorBoardWriter {
   static async create(dir: string): Promise<TensorBoardWriter> {
     const seconds = Math.floor(Date.now() / 1000);
     try {
-      await mkdir(dir, { recursive: true });
+      await makeDir(dir);
       for (let n = 0; ; n++) {
         const path = join(dir, `events.out.tfevents.${seconds}.${hostname()}.${process.pid}.${n}`);
         try {

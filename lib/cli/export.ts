@@ -1,0 +1,54 @@
+import { mergeAdapter } from '../api/merge.js';
+import { duration, significant } from '../report/format.js';
+import { type OptionSpecs, usageError } from './args.js';
+import { type Command, type Invocation, printJson } from './command.js';
+
+const OPTIONS: OptionSpecs = {
+  adapters: {
+    kind: 'value',
+    aliases: ['adapter_name_or_path', 'adapter', 'ckpt_dir'],
+    placeholder: 'DIR',
+    help: 'the adapter folder: the output_dir of a training run, or one of its checkpoints',
+  },
+  model: { kind: 'value', aliases: ['model_id'], placeholder: 'DIR|ID', help: "the base model; the adapter's own by default" },
+  output_dir: { kind: 'value', placeholder: 'DIR', help: 'where the merged model goes; ADAPTER-merged by default' },
+  dtype: { kind: 'value', aliases: ['torch_dtype'], placeholder: 'float32|bfloat16|float16', help: 'as stored by default' },
+  max_shard_size: { kind: 'value', placeholder: 'SIZE', help: 'largest weight file, e.g. 2GB; default 5GB' },
+  overwrite: { kind: 'flag', aliases: ['exist_ok'], help: 'write into a folder that already holds files' },
+  merge_lora: { kind: 'flag', help: 'accepted for ms-swift command lines; merging is what export does' },
+};
+
+export const command: Command = {
+  usage: 'export --adapters DIR [--model DIR|ID] [--output_dir DIR]',
+  description: `Merges a LoRA adapter into its base model (alias: merge-lora). The result is a Hugging Face folder: merged weights, all other
+files of the base model byte for byte.`,
+  options: () => OPTIONS,
+  footer: `Example:
+  martlet export --adapters out --output_dir merged`,
+  run,
+};
+
+async function run({ options, positionals, io }: Invocation): Promise<number> {
+  if (positionals.length > 0) throw usageError(`unexpected argument ${positionals[0]}.`);
+  const adapter = options.string('adapters');
+  if (adapter === undefined) throw usageError('export needs --adapters DIR. --help shows more.');
+  if (options.string('merge_lora') === 'false') throw usageError('export without merging is not available: leave --merge_lora out.');
+  const report = await mergeAdapter({
+    adapter,
+    model: options.string('model'),
+    outputDir: options.string('output_dir') ?? `${adapter.replace(/\/+$/, '')}-merged`,
+    dtype: options.choice('dtype', ['float32', 'bfloat16', 'float16']),
+    maxShardSize: options.string('max_shard_size'),
+    overwrite: options.flag('overwrite'),
+  });
+  if (options.flag('json')) {
+    printJson(io, report);
+  } else {
+    const { outputDir, shards, mergedTensors, maxAbsError, seconds } = report;
+    io.stdout.write(
+      `merged ${mergedTensors} tensors into ${outputDir} (${shards.length} weight files) in ${duration(seconds)}; ` +
+        `largest rounding error ${significant(maxAbsError)}\n`,
+    );
+  }
+  return 0;
+}

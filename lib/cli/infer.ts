@@ -1,0 +1,278 @@
+import { createReadStream } from 'node:fs';
+import { dirname, resolve } from 'node:path';
+import { createInterface } from 'node:readline';
+import { adapterBaseModel } from '../api/adapter-args.js';
+import { userMessage } from '../api/infer.js';
+import { loadModel } from '../api/model.js';
+import type { ChatMessage, GenerateOptions, GenerateResult, ImageSource, LoadModelOptions, Model } from '../api/types.js';
+import { MartletError } from '../errors.js';
+import { exists, ioError } from '../files.js';
+import { type OptionSpecs, type Options, usageError } from './args.js';
+import { type CliIo, type Command, type Invocation, printJson } from './command.js';
+
+const OPTIONS: OptionSpecs = {
+  model: { kind: 'value', aliases: ['model_id', 'model_id_or_path'], placeholder: 'DIR|ID', help: "the base model; the adapter's own by default" },
+  adapters: {
+    kind: 'value',
+    aliases: ['adapter_name_or_path', 'adapter', 'ckpt_dir'],
+    placeholder: 'DIR',
+    help: 'an adapter folder: the output_dir of a training run, or one of its checkpoints',
+  },
+  text: { kind: 'value', aliases: ['query', 'prompt'], placeholder: 'TEXT', help: 'the question; <image> marks where an image goes, in front of the text by default' },
+  image: { kind: 'value', aliases: ['images'], multiple: true, placeholder: 'PATH|URL', help: 'an image; may be repeated' },
+  multi_modal_inputs: { kind: 'value', placeholder: 'JSON', help: `both as JSON: '{"image": "cat.jpg", "text": "What is this?"}'` },
+  input: {
+    kind: 'value',
+    aliases: ['val_dataset'],
+    placeholder: 'FILE',
+    help: 'a JSONL file, one item a line: {"image", "text"} or {"messages", "images"};\nprints one line of JSON an item; an item that fails gives a line with "error"',
+  },
+  system: { kind: 'value', placeholder: 'TEXT', help: 'system prompt' },
+  template: { kind: 'value', placeholder: 'default|ms-swift', help: "chat template; the adapter's own by default" },
+  max_new_tokens: { kind: 'value', placeholder: 'N', help: 'longest answer, in tokens' },
+  temperature: { kind: 'value', placeholder: 'T', help: '0 = greedy; default from generation_config.json' },
+  top_p: { kind: 'value', placeholder: 'P', help: 'nucleus sampling' },
+  top_k: { kind: 'value', placeholder: 'K', help: 'sample among the K likeliest tokens' },
+  repetition_penalty: { kind: 'value', placeholder: 'X', help: '1 = off' },
+  seed: { kind: 'value', placeholder: 'N', help: 'makes sampling repeatable' },
+  stop: { kind: 'value', aliases: ['stop_words'], multiple: true, placeholder: 'TEXT', help: 'the answer ends before this text; may be repeated' },
+  stream: { kind: 'flag', help: 'print the answer as it comes' },
+  device: { kind: 'value', aliases: ['device_map'], placeholder: 'auto|cpu|cuda|cuda:N', help: 'default auto' },
+  torch_dtype: { kind: 'value', aliases: ['dtype'], placeholder: 'auto|float32|bfloat16|float16', help: 'default auto: as stored' },
+  vllm: { kind: 'flag' },
+};
+
+const DTYPES: Record<string, NonNullable<LoadModelOptions['dtype']>> = {
+  auto: 'auto',
+  float32: 'float32',
+  fp32: 'float32',
+  bfloat16: 'bfloat16',
+  bf16: 'bfloat16',
+  float16: 'float16',
+  fp16: 'float16',
+};
+
+export const command: Command = {
+  usage: 'infer [--model DIR|ID] [--adapters DIR] [--image PATH --text TEXT | --input FILE]',
+  description: `Answers one question, every item of a file, or (without --text and --input) the lines typed: a conversation.
+In a conversation each <image> in a line asks for a path; "clear" forgets what was said, "exit" ends it.`,
+  options: () => OPTIONS,
+  footer: `Examples:
+  martlet infer --adapters out --image cat.jpg --text "What colour is the cat?"
+  martlet infer --model_id llava-hf/llava-1.5-7b-hf --multi_modal_inputs '{"image": "cat.jpg", "text": "Describe."}' --json
+  martlet infer --adapters out --input questions.jsonl > answers.jsonl`,
+  run,
+};
+
+interface Question {
+  messages: ChatMessage[];
+  images: ImageSource[];
+}
+
+async function run({ options, positionals, io }: Invocation): Promise<number> {
+  if (positionals.length > 0) throw usageError(`unexpected argument ${positionals[0]}.`);
+  if (options.flag('vllm')) {
+    throw usageError(
+      'martlet does not drive vLLM yet. Leave --vllm out, or merge the adapter (martlet export) and serve that folder with vLLM.',
+      { option: 'vllm' },
+    );
+  }
+  const question = oneQuestion(options);
+  const input = options.string('input');
+  if (question && input !== undefined) throw usageError('--input and --text exclude each other.');
+  if (options.flag('json') && options.flag('stream')) throw usageError('--stream and --json exclude each other.');
+  const settings = generationSettings(options);
+  const adapter = options.string('adapters');
+  const modelId = options.string('model') ?? (adapter === undefined ? undefined : await adapterBaseModel(adapter));
+  if (modelId === undefined) throw usageError('infer needs --model or --adapters. --help shows more.');
+
+  const model = await loadModel(modelId, { ...loadOptions(options), ...(adapter !== undefined && { adapters: { default: adapter } }) });
+  try {
+    if (input !== undefined) return await batch(model, input, settings, io);
+    if (question) return await answer(model, question, settings, options, io);
+    return await converse(model, settings, io);
+  } finally {
+    await model.dispose();
+  }
+}
+
+function loadOptions(options: Options): LoadModelOptions {
+  const dtype = options.string('torch_dtype');
+  const quantized = dtype === 'int8' || dtype === 'nf4';
+  if (dtype !== undefined && !quantized && DTYPES[dtype] === undefined) {
+    throw usageError(`--torch_dtype must be one of ${Object.keys(DTYPES).join(', ')}, not ${dtype}.`, { option: 'torch_dtype' });
+  }
+  const device = options.string('device');
+  if (device !== undefined && !/^(auto|cpu|cuda(:\d+)?)$/.test(device)) {
+    throw usageError(`--device must be auto, cpu, cuda or cuda:N, not ${device}.`, { option: 'device' });
+  }
+  return {
+    device: device as LoadModelOptions['device'],
+    ...(quantized ? { quantization: dtype } : { dtype: dtype === undefined ? undefined : DTYPES[dtype] }),
+    template: options.choice('template', ['default', 'ms-swift']),
+    system: options.string('system'),
+  };
+}
+
+function generationSettings(options: Options): Omit<GenerateOptions, 'messages' | 'images'> {
+  const stop = options.strings('stop');
+  return {
+    maxNewTokens: options.number('max_new_tokens'),
+    temperature: options.number('temperature'),
+    topP: options.number('top_p'),
+    topK: options.number('top_k'),
+    repetitionPenalty: options.number('repetition_penalty'),
+    seed: options.number('seed'),
+    ...(stop.length > 0 && { stop }),
+  };
+}
+
+/** The question on the command line, if there is one. */
+function oneQuestion(options: Options): Question | undefined {
+  const json = options.string('multi_modal_inputs');
+  const text = options.string('text');
+  const images = options.strings('image');
+  if (json !== undefined) {
+    if (text !== undefined || images.length > 0) throw usageError('--multi_modal_inputs and --image/--text exclude each other.');
+    let item: unknown;
+    try {
+      item = JSON.parse(json);
+    } catch (cause) {
+      throw usageError(`--multi_modal_inputs is not JSON: ${(cause as Error).message}`, { option: 'multi_modal_inputs' });
+    }
+    return toQuestion(item, '--multi_modal_inputs');
+  }
+  if (text === undefined && images.length > 0) throw usageError('--image needs --text: what should be answered about it?');
+  return text === undefined ? undefined : { messages: [userMessage(text, images.length)], images };
+}
+
+/** `{image, text}` or `{messages, images}` as a question. */
+function toQuestion(item: unknown, where: string): Question {
+  const { image, images, text, messages } = (item ?? {}) as Record<string, unknown>;
+  const sources = [image ?? images ?? []].flat();
+  if (!sources.every((source): source is string => typeof source === 'string')) {
+    throw usageError(`${where}: "image" must be a path, a URL or a list of them.`, { field: 'image' });
+  }
+  if (Array.isArray(messages)) return { messages: messages as ChatMessage[], images: sources };
+  if (typeof text !== 'string') throw usageError(`${where}: "text" is missing.`, { field: 'text' });
+  return { messages: [userMessage(text, sources.length)], images: sources };
+}
+
+function outcome({ text, tokenIds, finishReason, usage }: GenerateResult) {
+  return { text, tokenIds: Array.from(tokenIds), finishReason, usage };
+}
+
+type Settings = ReturnType<typeof generationSettings>;
+
+async function answer(model: Model, question: Question, settings: Settings, options: Options, io: CliIo): Promise<number> {
+  if (options.flag('stream')) {
+    for await (const { text } of model.stream({ ...settings, ...question })) io.stdout.write(text);
+    io.stdout.write('\n');
+    return 0;
+  }
+  const result = await model.generate({ ...settings, ...question });
+  if (options.flag('json')) printJson(io, outcome(result));
+  else io.stdout.write(`${result.text}\n`);
+  return 0;
+}
+
+/** One line of JSON for each line of the file, in order; a failing item does not stop the others. */
+async function batch(model: Model, file: string, settings: Settings, io: CliIo): Promise<number> {
+  let failed = 0;
+  let line = 0;
+  const lines = createInterface({ input: createReadStream(file), crlfDelay: Number.POSITIVE_INFINITY });
+  try {
+    for await (const content of lines) {
+      line++;
+      if (content.trim() === '') continue;
+      try {
+        const question = toQuestion(parseLine(content, file, line), `${file} line ${line}`);
+        const images = await Promise.all(question.images.map((image) => besideFile(image as string, file)));
+        printJson(io, outcome(await model.generate({ ...settings, ...question, images })));
+      } catch (error) {
+        if (!(error instanceof MartletError)) throw error;
+        failed++;
+        const { code, message, details } = error;
+        printJson(io, { error: { code, message, details: { ...details, file, line } } });
+      }
+    }
+  } catch (error) {
+    throw (error as NodeJS.ErrnoException).syscall === undefined ? error : ioError(error, 'read', file);
+  }
+  if (failed > 0) io.stderr.write(`${failed} items failed: see the lines with "error"\n`);
+  return failed > 0 ? 1 : 0;
+}
+
+function parseLine(content: string, file: string, line: number): unknown {
+  try {
+    return JSON.parse(content);
+  } catch (cause) {
+    throw new MartletError('ERR_MARTLET_DATASET', `${file} line ${line} is not JSON: ${(cause as Error).message}`, { file, line }, { cause });
+  }
+}
+
+/** A relative path is meant from the file's folder if the image lies there, else from the working directory. */
+async function besideFile(image: string, file: string): Promise<string> {
+  if (/^(https?|data|file):/i.test(image)) return image;
+  const beside = resolve(dirname(file), image);
+  return (await exists(beside)) ? beside : image;
+}
+
+/** A conversation on standard input. */
+async function converse(model: Model, settings: Settings, io: CliIo): Promise<number> {
+  const terminal = io.stdin.isTTY === true;
+  const lines = createInterface({ input: io.stdin, output: terminal ? io.stderr : undefined, terminal });
+  const ask = (prompt: string) => {
+    if (terminal) lines.setPrompt(prompt);
+    if (terminal) lines.prompt();
+  };
+  let history: Question = { messages: [], images: [] };
+  /** The line whose <image> marks still wait for their paths. */
+  let open: { text: string; images: string[]; wanted: number } | undefined;
+  ask('<<< ');
+  for await (const raw of lines) {
+    const line = raw.trim();
+    if (open) {
+      if (line !== '') open.images.push(line);
+    } else {
+      if (line === 'exit' || line === 'quit') break;
+      if (line === 'clear') history = { messages: [], images: [] };
+      else if (line !== '') open = { text: raw, images: [], wanted: raw.split('<image>').length - 1 };
+    }
+    if (open && open.images.length < open.wanted) {
+      ask(`image ${open.images.length + 1} of ${open.wanted}: `);
+      continue;
+    }
+    if (open) {
+      const question: Question = {
+        messages: [...history.messages, { role: 'user', content: open.text }],
+        images: [...history.images, ...open.images],
+      };
+      open = undefined;
+      const said = await say(model, question, settings, io);
+      if (said !== undefined) {
+        history = { ...question, messages: [...question.messages, { role: 'assistant', content: said }] };
+      }
+    }
+    ask('<<< ');
+  }
+  lines.close();
+  return 0;
+}
+
+/** Streams one answer; a bad image path ends this turn, not the conversation. */
+async function say(model: Model, question: Question, settings: Settings, io: CliIo): Promise<string | undefined> {
+  let said = '';
+  try {
+    for await (const { text } of model.stream({ ...settings, ...question })) {
+      io.stdout.write(text);
+      said += text;
+    }
+    io.stdout.write('\n');
+    return said;
+  } catch (error) {
+    if (!(error instanceof MartletError)) throw error;
+    io.stderr.write(`error: ${error.message}\n`);
+    return undefined;
+  }
+}

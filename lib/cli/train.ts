@@ -1,0 +1,91 @@
+import { trainLoRA } from '../api/train.js';
+import { planTraining, type TrainPlan } from '../api/train-plan.js';
+import { configToYaml, TRAIN_CONFIG_KEYS } from '../config/index.js';
+import { duration, integer, significant } from '../report/format.js';
+import { createProgressRenderer } from '../report/progress.js';
+import { type OptionSpecs, usageError } from './args.js';
+import { type CliIo, type Command, type Invocation, printJson } from './command.js';
+
+const OWN_OPTIONS: OptionSpecs = {
+  config: { kind: 'value', placeholder: 'FILE', help: 'the YAML or JSON config (may also be the first argument)' },
+  set: { kind: 'value', multiple: true, placeholder: 'KEY=VALUE', help: 'override one key of the config; may be repeated' },
+  dry_run: { kind: 'flag', help: 'check everything, print the resolved config and the plan, train nothing' },
+};
+const CONFIG_OPTIONS: OptionSpecs = Object.fromEntries(TRAIN_CONFIG_KEYS.map((key) => [key, { kind: 'config' }]));
+
+/** Exit code of a run ended by a second Ctrl-C, as shells count it: 128 + SIGINT. */
+const INTERRUPTED = 130;
+
+export const command: Command = {
+  usage: 'train --config FILE [--set KEY=VALUE] [--KEY VALUE …]',
+  description: `Fine-tunes a vision-language model (alias: sft). Every key of the config is an option too: --learning_rate 1e-4.
+
+Ctrl-C finishes the step, saves and ends with exit code 0; a second Ctrl-C ends at once.`,
+  options: () => ({ ...CONFIG_OPTIONS, ...OWN_OPTIONS }),
+  footer: `Examples:
+  martlet train --config lora.yaml
+  martlet train --config lora.yaml --set lora_rank=16 --dry-run
+  martlet train --model ./llava-1.5-7b-hf --dataset data.json --output_dir out --learning_rate 1e-4`,
+  run,
+};
+
+async function run({ options, positionals, io }: Invocation): Promise<number> {
+  const [first, ...extra] = [...options.strings('config'), ...positionals];
+  if (extra.length > 0) throw usageError(`unexpected argument ${extra[0]}: train takes one config file.`);
+  const overrides = options
+    .all()
+    .filter(({ name }) => name === 'set' || name in CONFIG_OPTIONS)
+    .map(({ name, value }) => (name === 'set' ? value : `${name}=${value}`));
+  if (first === undefined && overrides.length === 0) {
+    throw usageError('train needs a config: martlet train --config FILE. --help shows more.');
+  }
+  const config = first ?? {};
+  const json = options.flag('json');
+  if (!options.flag('dry_run')) return train(config, overrides, json, io);
+  const planned = await planTraining(config, { overrides });
+  if (json) printJson(io, planned);
+  else io.stdout.write(`${configToYaml(planned.config)}\n${planText(planned.plan)}\n`);
+  return 0;
+}
+
+async function train(config: string | object, overrides: string[], json: boolean, io: CliIo): Promise<number> {
+  const abort = new AbortController();
+  const run = trainLoRA(config, { overrides, signal: abort.signal });
+  const progress = createProgressRenderer(io.stderr);
+  let interrupts = 0;
+  const interrupt = () => {
+    interrupts++;
+    if (interrupts > 1) abort.abort();
+    run.stop();
+    progress.line(
+      interrupts > 1 ? 'stopping at once' : 'finishing this step and saving; press Ctrl-C again to stop at once',
+    );
+  };
+  process.on('SIGINT', interrupt);
+  process.on('SIGTERM', interrupt);
+  try {
+    for await (const event of run) {
+      if (json) printJson(io, event);
+      else progress.handle(event);
+    }
+    return 0;
+  } catch (error) {
+    if (abort.signal.aborted) return INTERRUPTED;
+    throw error;
+  } finally {
+    progress.close();
+    process.off('SIGINT', interrupt);
+    process.off('SIGTERM', interrupt);
+  }
+}
+
+function planText(plan: TrainPlan): string {
+  const { rows, evalRows, steps, epochs, stepsPerEpoch, warmupSteps, rowsPerStep, tokens } = plan;
+  return [
+    '# plan',
+    `rows: ${integer(rows)} for training, ${integer(evalRows)} for evaluation${plan.skipped.length > 0 ? `, ${plan.skipped.length} left out` : ''}`,
+    `steps: ${steps} (${epochs} epochs of ${stepsPerEpoch}, ${rowsPerStep} rows a step, ${warmupSteps} of warm-up)`,
+    `tokens in a row, image tokens included: ${tokens.shortest} to ${tokens.longest}, on average ${significant(tokens.mean)} (${tokens.measured} rows measured in ${duration(tokens.seconds)})`,
+    ...plan.warnings.map((warning) => `warning: ${warning}`),
+  ].join('\n');
+}
