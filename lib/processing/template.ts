@@ -1,0 +1,169 @@
+/**
+ * Messages → pieces of text with a loss weight (anchors: ms-swift's `_encode`): what is trained is tokenised apart from what is not, so that the
+ * prompt's tokens are those of inference.
+ */
+import { Template } from '@huggingface/jinja';
+import { MartletError } from '../errors.js';
+import type { Tokenizer } from './tokenizer.js';
+import type { ChatMessage, ContentPart } from './types.js';
+
+/** Marks a picture in text. */
+export const IMAGE_MARK = '<image>';
+
+export interface Segment {
+  text: string;
+  trained: boolean;
+}
+
+export interface RenderOptions {
+  /** Leaves the last answer to the model. */
+  forGeneration: boolean;
+}
+
+/** How one template turns messages into segments. */
+export type SegmentRenderer = (messages: ChatMessage[], options: RenderOptions) => Segment[];
+
+/** Content as parts in order; a mark in a string is an image part. */
+export function contentParts(content: ChatMessage['content']): ContentPart[] {
+  if (typeof content !== 'string') return content;
+  const parts: ContentPart[] = [];
+  content.split(IMAGE_MARK).forEach((text, i) => {
+    if (i > 0) parts.push({ type: 'image' });
+    if (text !== '') parts.push({ type: 'text', text });
+  });
+  return parts;
+}
+
+/** Content as one string with marks. */
+export function contentText(content: ChatMessage['content']): string {
+  if (typeof content === 'string') return content;
+  return content.map((part) => (part.type === 'text' ? part.text : IMAGE_MARK)).join('');
+}
+
+export function countImages(messages: ChatMessage[]): number {
+  return messages.reduce((sum, { content }) => sum + contentParts(content).filter((part) => part.type !== 'text').length, 0);
+}
+
+/** Adds the default system message where there is none. */
+export function withSystem(messages: ChatMessage[], system: string | undefined): ChatMessage[] {
+  return system === undefined || messages[0]?.role === 'system' ? messages : [{ role: 'system', content: system }, ...messages];
+}
+
+// Private-use characters: they stand for answers while the template is rendered, so that an answer is found even where a template trims or moves it.
+const OPEN = '\uE0F0';
+const CLOSE = '\uE0F1';
+
+/**
+ * The checkpoint's own template. Each answer ends with `endToken`, also where the template forgets it; white space that the template puts between an
+ * answer and the next message is then dropped.
+ */
+export function jinjaRenderer(source: string, tokenizer: Tokenizer, endToken: string, path: string): SegmentRenderer {
+  let template: Template;
+  try {
+    template = new Template(source);
+  } catch (cause) {
+    throw new MartletError('ERR_MARTLET_TEMPLATE', `The chat template of ${path} cannot be parsed: ${(cause as Error).message}.`, { path }, { cause });
+  }
+  const render = (messages: { role: string; content: unknown }[], generation: boolean): string => {
+    try {
+      return template.render({ ...tokenizer.special, messages, add_generation_prompt: generation });
+    } catch (cause) {
+      throw new MartletError(
+        'ERR_MARTLET_TEMPLATE',
+        `The checkpoint's chat template refused the messages: ${(cause as Error).message}. Check the roles and their order.`,
+        { path },
+        { cause },
+      );
+    }
+  };
+  const writesNewline = render([{ role: 'user', content: [{ type: 'image' }, { type: 'text', text: 'x' }] }], false).includes(`${IMAGE_MARK}\n`);
+
+  return (messages, { forGeneration }) => {
+    const answers: string[] = [];
+    const marked = messages.map((message) => {
+      if (message.role !== 'assistant') return { role: message.role, content: templateParts(message.content, writesNewline) };
+      answers.push(contentText(message.content));
+      return { role: 'assistant', content: [{ type: 'text', text: `${OPEN}${answers.length - 1}${CLOSE}` }] };
+    });
+    const whole = render(marked, forGeneration);
+    const segments: Segment[] = [];
+    let position = 0;
+    let answer = 0;
+    messages.forEach((message, i) => {
+      if (message.role !== 'assistant') return;
+      const mark = `${OPEN}${answer}${CLOSE}`;
+      const at = whole.indexOf(mark, position);
+      if (at < 0) {
+        throw new MartletError('ERR_MARTLET_TEMPLATE', "The checkpoint's chat template leaves an assistant message out, so it cannot be trained.", { path });
+      }
+      // What the model is given before it answers ends where the generation prompt ends; a space after it is the tokenizer's own.
+      const prompt = render(marked.slice(0, i), true);
+      const boundary = whole.startsWith(prompt) && prompt.length >= position && prompt.length <= at ? prompt.length : at;
+      const between = whole.slice(boundary, at);
+      const kept = tokenizer.prependsSpace && between.trim() === '' ? '' : between;
+      segments.push({ text: whole.slice(position, boundary) + kept, trained: false });
+      segments.push({ text: answers[answer] + endToken, trained: message.loss !== false });
+      const rest = whole.slice(at + mark.length);
+      position = at + mark.length + (rest.startsWith(endToken) ? endToken.length : rest.length - rest.trimStart().length);
+      answer++;
+    });
+    const tail = whole.slice(position);
+    if (forGeneration) segments.push({ text: tail, trained: false });
+    return segments;
+  };
+}
+
+/** Parts for the template; where it writes a newline beside the image itself, one that the row has there is dropped. */
+function templateParts(content: ChatMessage['content'], writesNewline: boolean): { type: string; text?: string }[] {
+  const parts = contentParts(content);
+  const out: { type: string; text?: string }[] = [];
+  parts.forEach((part, i) => {
+    if (part.type !== 'text') {
+      out.push({ type: 'image' });
+      return;
+    }
+    let { text } = part;
+    if (writesNewline && typeof content === 'string') {
+      if (parts[i - 1] !== undefined && text.startsWith('\n')) text = text.slice(1);
+      else if (parts[i + 1] !== undefined && text.endsWith('\n')) text = text.slice(0, -1);
+    }
+    if (text !== '') out.push({ type: 'text', text });
+  });
+  return out;
+}
+
+/** Ids and labels of segments; neighbours of equal weight are joined first. `imageLengths`: tokens of each picture, in order. */
+export function encodeSegments(
+  segments: Segment[],
+  tokenizer: Tokenizer,
+  imageTokenId: number,
+  imageLengths: number[],
+): { inputIds: Int32Array; labels: Int32Array } {
+  const joined: Segment[] = [];
+  for (const segment of segments) {
+    const last = joined.at(-1);
+    if (last && last.trained === segment.trained) last.text += segment.text;
+    else joined.push({ ...segment });
+  }
+  const ids: number[] = [];
+  const labels: number[] = [];
+  let image = 0;
+  const bos = tokenizer.special.bos_token;
+  if (!(bos !== undefined && joined[0]?.text.startsWith(bos))) {
+    for (const id of tokenizer.prefixIds) {
+      ids.push(id);
+      labels.push(-100);
+    }
+  }
+  for (const { text, trained } of joined) {
+    for (const id of tokenizer.encode(text)) {
+      const repeat = id === imageTokenId ? (imageLengths[image++] ?? 1) : 1;
+      for (let i = 0; i < repeat; i++) {
+        ids.push(id);
+        labels.push(trained && id !== imageTokenId ? id : -100);
+      }
+    }
+  }
+  if (labels.length > 0) labels[0] = -100;
+  return { inputIds: Int32Array.from(ids), labels: Int32Array.from(labels) };
+}

@@ -1,0 +1,101 @@
+/** tokenizer.json through @huggingface/tokenizers, with the pieces that templates and decoding need. */
+import { readFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { Tokenizer as HubTokenizer } from '@huggingface/tokenizers';
+import { MartletError } from '../errors.js';
+import { readJsonFile } from './json.js';
+import type { StreamDecoder } from './types.js';
+
+interface SpecialToken {
+  content: string;
+}
+
+export class Tokenizer {
+  readonly #hub: HubTokenizer;
+  /** Contents of special tokens by role: `bos_token`, `eos_token`, `pad_token`, `unk_token`. */
+  readonly special: Readonly<Record<string, string>>;
+  /** Ids that the tokenizer puts before every text (`<s>` of Llama). */
+  readonly prefixIds: readonly number[];
+  /** SentencePiece's habit: every piece of text gets a space in front. */
+  readonly prependsSpace: boolean;
+  readonly chatTemplate: string | undefined;
+
+  private constructor(hub: HubTokenizer, config: Record<string, unknown>, definition: Record<string, unknown>) {
+    this.#hub = hub;
+    const special: Record<string, string> = {};
+    for (const role of ['bos_token', 'eos_token', 'pad_token', 'unk_token']) {
+      const value = config[role] as string | SpecialToken | null | undefined;
+      const content = typeof value === 'string' ? value : value?.content;
+      if (typeof content === 'string') special[role] = content;
+    }
+    this.special = special;
+    this.prefixIds = hub.encode('', { add_special_tokens: true }).ids;
+    this.prependsSpace = JSON.stringify(definition.normalizer ?? null).includes('"Prepend"');
+    this.chatTemplate = typeof config.chat_template === 'string' ? config.chat_template : undefined;
+  }
+
+  /** @throws ERR_MARTLET_TOKENIZER */
+  static async load(modelDir: string): Promise<Tokenizer> {
+    const path = join(modelDir, 'tokenizer.json');
+    const definition = await readJsonFile(path, 'ERR_MARTLET_TOKENIZER', 'Download it, or save it with transformers (AutoTokenizer … save_pretrained).');
+    const config = await readJsonFile(join(modelDir, 'tokenizer_config.json'), 'ERR_MARTLET_TOKENIZER', 'Download it with the checkpoint.');
+    try {
+      return new Tokenizer(new HubTokenizer(definition, config), config, definition);
+    } catch (cause) {
+      throw new MartletError('ERR_MARTLET_TOKENIZER', `${path} cannot be used: ${(cause as Error).message}. Download it again.`, { path }, { cause });
+    }
+  }
+
+  /** Ids of one piece of text, without what the tokenizer puts around a whole text. */
+  encode(text: string): number[] {
+    return text === '' ? [] : this.#hub.encode(text, { add_special_tokens: false }).ids;
+  }
+
+  tokenId(token: string): number | undefined {
+    return this.#hub.token_to_id(token) ?? undefined;
+  }
+
+  decode(ids: ArrayLike<number>, skipSpecialTokens: boolean): string {
+    return ids.length === 0 ? '' : this.#hub.decode(Array.from(ids), { skip_special_tokens: skipSpecialTokens, clean_up_tokenization_spaces: false });
+  }
+
+  /**
+   * Tokens depend on what stands before them (a leading space is stripped at the start only), so each new token is decoded together with the ones
+   * before it, and only what it adds is given out.
+   */
+  createStreamDecoder(): StreamDecoder {
+    const ids: number[] = [];
+    let prefix = 0;
+    let read = 0;
+    const emit = (final: boolean): string => {
+      const before = this.decode(ids.slice(prefix, read), true);
+      const now = this.decode(ids.slice(prefix), true);
+      // U+FFFD at the end is half a character whose other bytes are still to come.
+      if (now.length <= before.length || (!final && now.endsWith('\uFFFD'))) return '';
+      prefix = read;
+      read = ids.length;
+      return now.slice(before.length);
+    };
+    return {
+      push: (id) => {
+        ids.push(id);
+        return emit(false);
+      },
+      flush: () => emit(true),
+    };
+  }
+}
+
+/** chat_template.jinja, chat_template.json, the processor's or the tokenizer's configuration, in this order. */
+export async function loadChatTemplate(modelDir: string, tokenizer: Tokenizer): Promise<string | undefined> {
+  try {
+    return await readFile(join(modelDir, 'chat_template.jinja'), 'utf8');
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error;
+  }
+  for (const name of ['chat_template.json', 'processor_config.json']) {
+    const file = await readJsonFile(join(modelDir, name), 'ERR_MARTLET_TEMPLATE', 'Download it again.', { optional: true });
+    if (typeof file.chat_template === 'string') return file.chat_template;
+  }
+  return tokenizer.chatTemplate;
+}
