@@ -219,8 +219,12 @@ class LoadedModel implements Model {
         { images },
         { buffers: job.buffers, signal: options.signal },
       );
-      for (const { name, shape, buffer } of result.pixels) {
-        pixels[name] = { data: new Float32Array(buffers[buffer] as ArrayBuffer), shape };
+      const names = new Set(result.pixels.map(({ name }) => name));
+      for (const name of names) {
+        const parts = result.pixels
+          .filter((pixel) => pixel.name === name)
+          .map(({ shape, buffer }) => ({ data: new Float32Array(buffers[buffer] as ArrayBuffer), shape }));
+        Object.assign(pixels, stack(name, parts));
       }
     }
     return { inputIds: sample.inputIds, ...(sample.labels && { labels: sample.labels }), pixels };
@@ -350,6 +354,17 @@ class LoadedModel implements Model {
   #checkOpen(): void {
     if (this.disposed) throw disposedError();
   }
+}
+
+/** Tensors of one size become one with a leading dimension; of several sizes, `name.0`, `name.1`, …. */
+function stack(name: string, parts: { data: Float32Array; shape: number[] }[]): PrepareResult['pixels'] {
+  const [first, ...rest] = parts as [(typeof parts)[0], ...typeof parts];
+  if (rest.some(({ shape }) => shape.join() !== first.shape.join())) {
+    return Object.fromEntries(parts.map((part, i) => [`${name}.${i}`, part]));
+  }
+  const data = new Float32Array(parts.length * first.data.length);
+  for (const [i, part] of parts.entries()) data.set(part.data, i * first.data.length);
+  return { [name]: { data, shape: [parts.length, ...first.shape] } };
 }
 
 function disposedError(cause?: unknown): MartletError {
