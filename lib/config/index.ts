@@ -1,0 +1,193 @@
+/** YAML, JSON or an object → one validated {@link TrainConfig}. */
+import { readFile, stat } from 'node:fs/promises';
+import { dump } from 'js-yaml';
+import { z } from 'zod';
+import { MartletError } from '../errors.js';
+import { describe, flatten, type Problem } from './dialects.js';
+import { type TrainConfig, type TrainConfigInput, trainConfigSchema } from './schema.js';
+import { parseYaml, type Position, YamlSyntaxError } from './yaml.js';
+
+export { type DatasetSpec, TRAIN_CONFIG_KEYS, type TrainConfig, type TrainConfigInput } from './schema.js';
+
+const MAX_BYTES = 2 ** 20;
+const SHOWN_PROBLEMS = 5;
+
+export interface LoadedConfig {
+  config: TrainConfig;
+  /** Keys without effect, and the like. */
+  warnings: string[];
+  file?: string;
+}
+
+export interface LoadConfigOptions {
+  /** `['lora_rank=16']` or `{ lora_rank: 16 }`: win over the file. */
+  overrides?: Record<string, unknown> | string[] | undefined;
+}
+
+interface Where {
+  file?: string | undefined;
+  positions?: Map<string, Position> | undefined;
+}
+
+/**
+ * Reads and checks a config. All problems of a file are reported at once, in `details.problems` with path, line and column.
+ *
+ * @throws ERR_MARTLET_CONFIG
+ */
+export async function loadTrainConfig(source: string | TrainConfigInput, options: LoadConfigOptions = {}): Promise<LoadedConfig> {
+  const where: Where = {};
+  let raw: unknown = source;
+  if (typeof source === 'string') {
+    where.file = source;
+    const parsed = parseFile(source, await readConfig(source));
+    raw = parsed.value;
+    where.positions = parsed.positions;
+  }
+  return resolveTrainConfig(raw, where, options);
+}
+
+async function readConfig(file: string): Promise<string> {
+  if (!/\.(ya?ml|json)$/i.test(file)) {
+    throw new MartletError('ERR_MARTLET_CONFIG', `A config file ends in .yaml, .yml or .json; ${file} does not.`, { file });
+  }
+  try {
+    const { size } = await stat(file);
+    if (size > MAX_BYTES) throw new Error(`it has ${size} bytes; a config has less than ${MAX_BYTES}`);
+    return await readFile(file, 'utf8');
+  } catch (cause) {
+    throw new MartletError('ERR_MARTLET_CONFIG', `The config ${file} cannot be read: ${(cause as Error).message}.`, { file }, { cause });
+  }
+}
+
+function parseFile(file: string, text: string) {
+  try {
+    return parseYaml(text);
+  } catch (cause) {
+    if (!(cause instanceof YamlSyntaxError)) throw cause;
+    const { position } = cause;
+    const at = position ? `${file}:${position.line}:${position.column}` : file;
+    throw new MartletError(
+      'ERR_MARTLET_CONFIG',
+      `${at}: not valid YAML: ${cause.message}.`,
+      { file, ...position, problems: [{ path: '', ...position, message: cause.message }] },
+      { cause },
+    );
+  }
+}
+
+/** Checks a config that is parsed already. */
+export function resolveTrainConfig(raw: unknown, where: Where = {}, options: LoadConfigOptions = {}): LoadedConfig {
+  if (typeof raw !== 'object' || raw === null || Array.isArray(raw)) {
+    const what = raw === undefined || raw === null ? 'is empty' : `holds ${describe(raw)} at the top`;
+    throw new MartletError('ERR_MARTLET_CONFIG', `${where.file ?? 'The config'} ${what}; it must hold keys such as model, dataset and output_dir.`, {
+      file: where.file,
+    });
+  }
+  const flat = flatten(raw as Record<string, unknown>);
+  const set = overrides(options.overrides);
+  for (const problem of set.problems) flat.problems.push(problem);
+  for (const [key, value] of Object.entries(set.values)) {
+    flat.values[key] = value;
+    flat.origin.set(key, set.origin.get(key) as string);
+  }
+  const parsed = trainConfigSchema.safeParse(flat.values);
+  if (!parsed.success) {
+    for (const issue of parsed.error.issues) {
+      const [key, ...rest] = issue.path.map(String);
+      const path = [flat.origin.get(key ?? '') ?? key, ...rest].join('.');
+      flat.problems.push({ path, message: issueMessage(issue, path, flat.values) });
+    }
+  }
+  if (flat.problems.length > 0 || !parsed.success) throw problemsError(flat.problems, where);
+  return { config: complete(parsed.data), warnings: [...flat.warnings, ...set.warnings], ...(where.file !== undefined && { file: where.file }) };
+}
+
+function issueMessage(issue: z.core.$ZodIssue, path: string, values: Record<string, unknown>): string {
+  const given = issue.path.reduce<unknown>((value, key) => (value as Record<PropertyKey, unknown> | undefined)?.[key], values);
+  if (given === undefined) return `${path} is missing`;
+  if (issue.code === 'invalid_union') return `${path} is ${describe(given)}, which is not of a form that it takes`;
+  return `${path} is ${describe(given)}: ${issue.message.replace(/^Invalid (input|option|string): /, '')}`;
+}
+
+/** `a.b=c` (the value is YAML) or an object, as flat keys. */
+function overrides(given: LoadConfigOptions['overrides']) {
+  const raw: Record<string, unknown> = {};
+  const problems: Problem[] = [];
+  if (Array.isArray(given)) {
+    for (const item of given) {
+      const at = item.indexOf('=');
+      if (at < 1) {
+        problems.push({ path: `--set ${item}`, message: `--set ${item}: write KEY=VALUE` });
+        continue;
+      }
+      const keys = item.slice(0, at).split('.');
+      let value: unknown;
+      try {
+        value = parseYaml(item.slice(at + 1)).value ?? null;
+      } catch (error) {
+        problems.push({ path: `--set ${item}`, message: `--set ${item}: the value is not valid YAML: ${(error as Error).message}` });
+        continue;
+      }
+      let target = raw;
+      for (const key of keys.slice(0, -1)) {
+        if (typeof target[key] !== 'object' || target[key] === null) target[key] = {};
+        target = target[key] as Record<string, unknown>;
+      }
+      target[keys.at(-1) as string] = value;
+    }
+  } else if (given) {
+    Object.assign(raw, given);
+  }
+  const flat = flatten(raw);
+  for (const problem of flat.problems) problems.push({ path: `--set ${problem.path}`, message: `--set ${problem.message}` });
+  return { values: flat.values, origin: new Map([...flat.origin].map(([key, path]) => [key, `--set ${path}`])), problems, warnings: flat.warnings };
+}
+
+function problemsError(problems: Problem[], { file, positions }: Where): MartletError {
+  const placed = problems.map((problem) => {
+    const position = positionOf(problem.path, positions);
+    return { ...problem, ...position, text: `${[file, position?.line, position?.column].filter((part) => part !== undefined).join(':')}${file ? ': ' : ''}${problem.message}.` };
+  });
+  const lines = placed.slice(0, SHOWN_PROBLEMS).map(({ text }) => text);
+  if (placed.length > SHOWN_PROBLEMS) lines.push(`… and ${placed.length - SHOWN_PROBLEMS} more (details.problems)`);
+  const first = placed[0];
+  return new MartletError('ERR_MARTLET_CONFIG', lines.join('\n').replace(/\?\.$/gm, '?'), {
+    file,
+    path: first?.path,
+    line: first?.line,
+    column: first?.column,
+    problems: placed.map(({ text: _, ...problem }) => problem),
+  });
+}
+
+/** Of the key itself, else of the nearest section around it. */
+function positionOf(path: string, positions: Map<string, Position> | undefined): Position | undefined {
+  for (let at = path; at !== ''; at = at.includes('.') ? at.slice(0, at.lastIndexOf('.')) : '') {
+    const found = positions?.get(at);
+    if (found) return found;
+  }
+  return undefined;
+}
+
+/** Defaults that depend on other keys. */
+function complete(config: z.infer<typeof trainConfigSchema>): TrainConfig {
+  const evaluates = config.val_dataset.length > 0 || config.split_dataset_ratio > 0;
+  return {
+    ...config,
+    gradient_accumulation_steps: config.gradient_accumulation_steps ?? Math.ceil(16 / config.per_device_train_batch_size),
+    learning_rate: config.learning_rate ?? (config.sft_type === 'full' ? 1e-5 : 1e-4),
+    eval_strategy: evaluates ? (config.eval_strategy ?? config.save_strategy) : 'no',
+    eval_steps: config.eval_steps ?? config.save_steps,
+  };
+}
+
+/** The text of args.yaml: a config file that gives this config again. */
+export function configToYaml(config: TrainConfig): string {
+  return dump(config, { lineWidth: -1 });
+}
+
+/** JSON Schema (draft 2020-12) of the flat dialect, for editors. */
+export function trainConfigJsonSchema(): object {
+  return { title: 'martlet training config', ...z.toJSONSchema(trainConfigSchema, { io: 'input' }) };
+}
+

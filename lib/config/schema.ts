@@ -1,0 +1,203 @@
+/** The one shape that every config becomes: flat, ms-swift's names. Each key is documented here; docs/configuration.md is generated from it. */
+import { z } from 'zod';
+
+const positive = () => z.number().int().positive();
+const ratio = () => z.number().min(0).max(1);
+
+export const datasetSpecSchema = z.strictObject({
+  path: z.string().min(1).describe('JSON or JSONL file in LLaVA, messages, query/response or alpaca form.'),
+  dataset_root: z.string().optional().describe('Folder that pictures are looked for in.'),
+  image_folder: z.string().optional().describe('Folder below dataset_root that pictures are looked for in first.'),
+  sample: positive().optional().describe('Take only the first N rows (`path#N`).'),
+});
+
+/** One data file. */
+export type DatasetSpec = z.infer<typeof datasetSpecSchema>;
+
+export const trainConfigSchema = z.strictObject({
+  // ---- model
+  model: z.string().min(1).describe('Folder of the base model, or its hub id.'),
+  model_type: z.string().nullable().default(null).describe("The model's family. Defaults to what config.json says; a contradiction is an error."),
+  sft_type: z.enum(['lora', 'full']).default('lora').describe('What is trained: `lora` adapters, or `full` weights.'),
+  torch_dtype: z
+    .enum(['auto', 'float32', 'bfloat16', 'float16'])
+    .default('auto')
+    .describe('Precision of the arithmetic; `auto` = as the checkpoint is stored. Adapters and optimiser state are float32 always.'),
+  device: z
+    .string()
+    .regex(/^(auto|cpu|cuda(:\d+)?)$/, 'expected auto, cpu, cuda or cuda:N')
+    .default('auto')
+    .describe('`auto` = the first CUDA device, else the CPU.'),
+  template: z.enum(['default', 'ms-swift']).default('default').describe("`default` = the checkpoint's own chat template; `ms-swift` = ms-swift's registered one."),
+  system: z.string().nullable().default(null).describe('System prompt of rows that have none.'),
+  adapters: z.array(z.string()).max(1).default([]).describe('PEFT adapter folder to start from.'),
+
+  // ---- data
+  dataset: z.array(datasetSpecSchema).min(1).describe('Training files: a path, a list of paths (`path#N` takes N rows), or objects.'),
+  val_dataset: z.array(datasetSpecSchema).default([]).describe('Evaluation files.'),
+  split_dataset_ratio: ratio().default(0).describe('Share of the training rows that is set aside for evaluation when there is no val_dataset.'),
+  dataset_shuffle: z.boolean().default(true).describe('Shuffle the rows once, by data_seed.'),
+  train_dataloader_shuffle: z.boolean().default(true).describe('Shuffle the order again in every epoch, by seed.'),
+  data_seed: z.number().int().min(0).default(42).describe('Seed of dataset_shuffle and the split.'),
+  max_length: positive().nullable().default(null).describe("Longest row in tokens, image tokens counted. null = the model's positions."),
+  truncation_strategy: z
+    .enum(['delete', 'raise'])
+    .default('delete')
+    .describe('What happens to a longer row: `delete` leaves it out and reports it, `raise` stops before training.'),
+  on_bad_row: z.enum(['error', 'skip']).default('error').describe('A row that cannot be used: `error` stops before training and names all of them, `skip` reports them.'),
+  exif_orientation: z.boolean().default(true).describe('Turn pictures as their EXIF orientation says.'),
+  max_image_pixels: positive().default(268_402_689).describe('Larger pictures are refused (guards against decompression bombs).'),
+
+  // ---- LoRA
+  lora_rank: positive().max(4096).default(8).describe('Rank r of the adapters.'),
+  lora_alpha: z.number().positive().default(32).describe('Scaling: alpha / r, or alpha / √r with use_rslora.'),
+  lora_dropout: z.number().min(0).lt(1).default(0.05).describe('Dropout on the input of A, in training only.'),
+  target_modules: z
+    .union([z.array(z.string().min(1)).min(1), z.string().min(1)])
+    .default('all-linear')
+    .describe('`all-linear` (every linear of the language model but the head, and of parts that are not frozen), a list of names or endings, or one regular expression.'),
+  use_rslora: z.boolean().default(false).describe('Rank-stabilised scaling alpha / √r.'),
+  freeze_vit: z.boolean().default(true).describe('Keep the vision tower as it is. Wins over target_modules.'),
+  freeze_aligner: z.boolean().default(true).describe('Keep the projector as it is. Wins over target_modules.'),
+  freeze_llm: z.boolean().default(false).describe('Keep the language model as it is. Wins over target_modules.'),
+
+  // ---- training
+  num_train_epochs: z.number().positive().default(3).describe('Passes over the data; a fraction ends early.'),
+  max_steps: z.number().int().min(-1).default(-1).describe('Optimiser steps; wins over num_train_epochs unless −1.'),
+  per_device_train_batch_size: positive().default(1).describe('Rows of a micro-batch.'),
+  per_device_eval_batch_size: positive().default(1).describe('Rows of an evaluation batch.'),
+  gradient_accumulation_steps: positive().nullable().default(null).describe('Micro-batches of a step. null = enough for 16 rows a step.'),
+  learning_rate: z.number().min(0).nullable().default(null).describe('Highest learning rate. null = 1e-4 for lora, 1e-5 for full.'),
+  weight_decay: z.number().min(0).default(0.1).describe("AdamW's decay; not on biases and norms."),
+  adam_beta1: ratio().default(0.9).describe("AdamW's β₁."),
+  adam_beta2: ratio().default(0.95).describe("AdamW's β₂."),
+  adam_epsilon: z.number().positive().default(1e-8).describe("AdamW's ε."),
+  max_grad_norm: z.number().min(0).default(1).describe('Gradients are scaled down to this norm; 0 = never.'),
+  lr_scheduler_type: z.enum(['linear', 'cosine', 'constant', 'constant_with_warmup']).default('cosine').describe('Schedule of the learning rate, as in transformers.'),
+  warmup_ratio: ratio().default(0).describe('Share of the steps in which the learning rate rises from 0.'),
+  warmup_steps: z.number().int().min(0).default(0).describe('Steps in which the learning rate rises; wins over warmup_ratio unless 0.'),
+  gradient_checkpointing: z.boolean().default(true).describe('Compute each layer again in the backward pass: less memory, about a third slower.'),
+  seed: z.number().int().min(0).default(42).describe('Fixes initial adapters, dropout and order: two runs give the same bits on the CPU.'),
+  deterministic: z.boolean().default(false).describe('Same bits on CUDA too, slower.'),
+
+  // ---- output
+  output_dir: z.string().min(1).default('output').describe('Folder of the run: final adapter, checkpoint-N, logs, runs, args.yaml.'),
+  overwrite_output_dir: z.boolean().default(false).describe('Replace a run that output_dir holds.'),
+  resume_from_checkpoint: z
+    .union([z.boolean(), z.string().min(1)])
+    .nullable()
+    .default(null)
+    .describe('true = the newest checkpoint of output_dir; or the path of one.'),
+  logging_steps: positive().default(5).describe('Steps between log lines and step events.'),
+  logging_first_step: z.boolean().default(true).describe('Log the first step too.'),
+  save_strategy: z.enum(['steps', 'epoch', 'no']).default('steps').describe('When checkpoints are written.'),
+  save_steps: positive().default(500).describe('Steps between checkpoints.'),
+  save_total_limit: positive().nullable().default(null).describe('Checkpoints that are kept; null = all.'),
+  save_only_model: z.boolean().default(false).describe('Leave the optimiser out of checkpoints; they cannot be resumed then.'),
+  eval_strategy: z.enum(['steps', 'epoch', 'no']).nullable().default(null).describe('When loss and token accuracy on the evaluation rows are computed. null = as save_strategy if there are such rows.'),
+  eval_steps: positive().nullable().default(null).describe('Steps between evaluations. null = save_steps.'),
+  report_to: z.array(z.enum(['tensorboard', 'none'])).default(['tensorboard']).describe('`tensorboard` writes event files to runs/; `none` does not.'),
+  max_shard_size: z.string().regex(/^\d+(\.\d+)?\s*([KMGT]i?B|B)?$/i, 'expected a size such as 5GB').default('5GB').describe('Largest weight file of a full model.'),
+  experiment_name: z.string().nullable().default(null).describe('A name for the logs.'),
+});
+
+/** A resolved config: every key present. */
+export type TrainConfig = Omit<z.infer<typeof trainConfigSchema>, 'gradient_accumulation_steps' | 'learning_rate' | 'eval_strategy' | 'eval_steps'> & {
+  gradient_accumulation_steps: number;
+  learning_rate: number;
+  eval_strategy: 'steps' | 'epoch' | 'no';
+  eval_steps: number;
+};
+
+/** What `trainLoRA` takes as an object: YAML's keys, or their camelCase twins, of either dialect. */
+export type TrainConfigInput = Record<string, unknown>;
+
+export const TRAIN_CONFIG_KEYS = Object.keys(trainConfigSchema.shape) as (keyof TrainConfig)[];
+
+/** Other names of a key: ms-swift 2.x, 3.x and 4.x, transformers, and the tutorial. */
+export const ALIASES: Record<string, keyof TrainConfig> = {
+  model_id: 'model',
+  model_id_or_path: 'model',
+  model_name_or_path: 'model',
+  tuner_type: 'sft_type',
+  train_type: 'sft_type',
+  dtype: 'torch_dtype',
+  device_map: 'device',
+  template_type: 'template',
+  adapter_name_or_path: 'adapters',
+  train_dataset: 'dataset',
+  eval_dataset: 'val_dataset',
+  dataset_test_ratio: 'split_dataset_ratio',
+  r: 'lora_rank',
+  lora_r: 'lora_rank',
+  lora_target_modules: 'target_modules',
+  target_regex: 'target_modules',
+  evaluation_strategy: 'eval_strategy',
+  batch_size: 'per_device_train_batch_size',
+  max_train_steps: 'max_steps',
+};
+
+/** Options of ms-swift that martlet does not do yet: their default is accepted, anything else is an error. */
+export const UNSUPPORTED: Record<string, unknown[]> = {
+  use_dora: [false],
+  lora_bias: ['none'],
+  lora_dtype: [null, 'float32'],
+  lorap_lr_ratio: [null],
+  init_weights: [true, 'true'],
+  init_lora_weights: [true, 'true'],
+  modules_to_save: [null, []],
+  target_parameters: [null, []],
+  quant_method: [null],
+  quant_bits: [null, 0],
+  bnb_4bit_quant_type: ['nf4'],
+  bnb_4bit_use_double_quant: [true],
+  packing: [false],
+  padding_free: [false],
+  sequence_parallel_size: [1],
+  group_by_length: [false],
+  streaming: [false],
+  optim: [null, 'adamw_torch', 'adamw_torch_fused'],
+  optimizer: [null],
+  neftune_noise_alpha: [null, 0],
+  label_smoothing_factor: [0],
+  loss_scale: ['default', null],
+  vit_lr: [null],
+  aligner_lr: [null],
+  freeze_parameters: [null, []],
+  freeze_parameters_regex: [null],
+  freeze_parameters_ratio: [0],
+  trainable_parameters: [null, []],
+  trainable_parameters_regex: [null],
+  lr_scheduler_kwargs: [null],
+  max_pixels: [null],
+  min_pixels: [null],
+  norm_bbox: [null],
+  predict_with_generate: [false],
+  metric_for_best_model: [null, 'loss'],
+  load_best_model_at_end: [false],
+  early_stop_interval: [null],
+  deepspeed: [null],
+  fsdp: [null, ''],
+  push_to_hub: [false],
+  use_liger_kernel: [false],
+  vit_gradient_checkpointing: [null, true, false],
+};
+
+/** Keys that mean nothing here, with the reason that the warning gives. */
+export const IGNORED: Record<string, string> = {
+  framework: 'martlet has one framework',
+  type: 'the form of a data file is recognised',
+  lora_target: 'target_modules says which modules are trained',
+  dataloader_num_workers: 'rows are always prepared ahead of the step',
+  dataloader_pin_memory: 'rows are always prepared ahead of the step',
+  dataset_num_proc: 'rows are always prepared ahead of the step',
+  lazy_tokenize: 'rows are always prepared ahead of the step',
+  load_from_cache_file: 'nothing is cached',
+  attn_impl: 'the attention kernel is chosen by device and dtype',
+  use_hf: 'the model is looked for on disk, in the Hugging Face cache and on the hub',
+  add_version: 'output_dir is used as it is',
+  model_author: 'it changes nothing',
+  model_name: 'it changes nothing',
+  logging_dir: 'logs go to output_dir/logs and output_dir/runs',
+  task_type: 'the task is always a chat answer',
+};
