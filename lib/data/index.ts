@@ -1,0 +1,156 @@
+/** Data files → rows, all of them checked before training starts. */
+import { MartletError } from '../errors.js';
+import { imageSize } from '../processing/image.js';
+import type { Processor } from '../processing/types.js';
+import { ImageResolver } from './images.js';
+import { readRows, Yielder } from './read.js';
+import { parseRow, RowError } from './rows.js';
+import type { DatasetSpec, Row, RowProblem } from './types.js';
+
+export type { DatasetSpec, Row, RowProblem, RowSource } from './types.js';
+
+/** Rows whose pictures are looked at together. */
+const CONCURRENCY = 16;
+const SHOWN_PROBLEMS = 10;
+
+export interface LoadDatasetOptions {
+  onBadRow: 'error' | 'skip';
+  processor: Processor;
+  /** Longest row in tokens, image tokens counted. */
+  maxLength: number;
+  /** A longer row: `delete` lists it under `skipped`, `raise` makes it a bad row. */
+  truncationStrategy: 'delete' | 'raise';
+  exifOrientation: boolean;
+  maxImagePixels: number;
+  signal?: AbortSignal;
+  onProgress?: (rows: number) => void;
+}
+
+export interface LoadedDataset {
+  rows: Row[];
+  /** Tokens of each row. */
+  lengths: number[];
+  /** Rows left out, each with its reason. */
+  skipped: RowProblem[];
+}
+
+/**
+ * Reads, resolves and checks every row: its form, its pictures' headers, its length. In `error` mode all bad rows of all files come as one error.
+ *
+ * @throws ERR_MARTLET_DATASET with `details.problems`; `code` of each says what is wrong with it
+ */
+export async function loadDataset(specs: DatasetSpec[], options: LoadDatasetOptions): Promise<LoadedDataset> {
+  const out: LoadedDataset = { rows: [], lengths: [], skipped: [] };
+  const bad: RowProblem[] = [];
+  const yielder = new Yielder();
+  for (const spec of specs) {
+    const resolver = new ImageResolver(spec);
+    let batch: Promise<Checked>[] = [];
+    let taken = 0;
+    const drain = async () => {
+      for (const checked of await Promise.all(batch)) {
+        if ('problem' in checked) (checked.tooLong ? out.skipped : bad).push(checked.problem);
+        else {
+          out.rows.push(checked.row);
+          out.lengths.push(checked.length);
+        }
+      }
+      batch = [];
+      options.onProgress?.(out.rows.length);
+    };
+    for await (const raw of readRows(spec.path, options.signal)) {
+      if (spec.sample !== undefined && taken >= spec.sample) break;
+      taken++;
+      batch.push(checkRow(raw, spec, resolver, options));
+      if (batch.length >= CONCURRENCY) await drain();
+      await yielder.turn(options.signal);
+    }
+    await drain();
+    if (taken === 0) throw new MartletError('ERR_MARTLET_DATASET', `${spec.path} holds no rows.`, { file: spec.path });
+  }
+  if (bad.length > 0 && options.onBadRow === 'error') throw badRows(bad);
+  out.skipped.push(...bad);
+  if (out.rows.length === 0 && specs.length > 0) {
+    throw new MartletError('ERR_MARTLET_DATASET', `No row of ${specs.map(({ path }) => path).join(', ')} can be used. First reason: ${out.skipped[0]?.message ?? 'unknown'}`, {
+      problems: out.skipped,
+    });
+  }
+  return out;
+}
+
+type Checked = { row: Row; length: number } | { problem: RowProblem; tooLong: boolean };
+
+async function checkRow(
+  raw: { value: unknown; row: number; line?: number; error?: string },
+  spec: DatasetSpec,
+  resolver: ImageResolver,
+  options: LoadDatasetOptions,
+): Promise<Checked> {
+  const source = { file: spec.path, row: raw.row, ...(raw.line !== undefined && { line: raw.line }) };
+  let id: string | undefined;
+  try {
+    if (raw.error !== undefined) throw new RowError(`not valid JSON: ${raw.error}`);
+    const parsed = parseRow(raw.value);
+    id = parsed.id;
+    const images = await Promise.all(parsed.images.map((image) => resolver.resolve(image)));
+    const messages = await Promise.all(
+      parsed.messages.map(async (message) => ({
+        ...message,
+        content:
+          typeof message.content === 'string'
+            ? message.content
+            : await Promise.all(
+                message.content.map(async (part) => (part.type === 'image' && typeof part.image === 'string' ? { ...part, image: await resolver.resolve(part.image) } : part)),
+              ),
+      })),
+    );
+    const row: Row = { messages, images, ...(id !== undefined && { id }), source };
+    const length = await rowLength(row, options);
+    if (length <= options.maxLength) return { row, length };
+    const message = `the row has ${length} tokens, more than max_length ${options.maxLength}`;
+    return {
+      problem: { ...source, code: 'ERR_MARTLET_DATASET', message, ...(id !== undefined && { id }) },
+      tooLong: options.truncationStrategy === 'delete',
+    };
+  } catch (error) {
+    if (error instanceof MartletError && error.code === 'ERR_MARTLET_ABORTED') throw error;
+    if (!(error instanceof RowError || error instanceof MartletError)) throw error;
+    const field = error instanceof RowError ? error.field : undefined;
+    return {
+      problem: {
+        ...source,
+        code: error instanceof MartletError ? error.code : 'ERR_MARTLET_DATASET',
+        message: error.message,
+        ...(id !== undefined && { id }),
+        ...(field !== undefined && { field }),
+      },
+      tooLong: false,
+    };
+  }
+}
+
+/** Reads the pictures' headers: a missing or broken one is found here, before training. */
+async function rowLength(row: Row, options: LoadDatasetOptions): Promise<number> {
+  const decode = { exifOrientation: options.exifOrientation, maxPixels: options.maxImagePixels, ...(options.signal && { signal: options.signal }) };
+  const listed = [...row.images];
+  const sources = row.messages.flatMap(({ content }) =>
+    typeof content === 'string'
+      ? Array.from({ length: content.split('<image>').length - 1 }, () => listed.shift() as string)
+      : content.flatMap((part) => (part.type === 'image' ? [(part.image as string | undefined) ?? (listed.shift() as string)] : [])),
+  );
+  const imageSizes = await Promise.all(sources.map((source) => imageSize(source, decode)));
+  return options.processor.countTokens({ messages: row.messages, imageSizes });
+}
+
+function badRows(problems: RowProblem[]): MartletError {
+  const lines = problems.slice(0, SHOWN_PROBLEMS).map(({ file, row, line, id, message }) => {
+    return `  ${file} row ${row}${line === undefined ? '' : ` (line ${line})`}${id === undefined ? '' : `, id ${id}`}: ${message}`;
+  });
+  if (problems.length > SHOWN_PROBLEMS) lines.push(`  … and ${problems.length - SHOWN_PROBLEMS} more (details.problems)`);
+  const [first] = problems as [RowProblem];
+  return new MartletError(
+    'ERR_MARTLET_DATASET',
+    `${problems.length} row(s) cannot be used. Correct them, or set on_bad_row: skip.\n${lines.join('\n')}`,
+    { file: first.file, row: first.row, line: first.line, id: first.id, field: first.field, problems },
+  );
+}

@@ -1,0 +1,29 @@
+import type { ChatMessage } from '../processing/types.js';
+
+export type { DatasetSpec } from '../config/index.js';
+
+/** One training or evaluation row, checked. */
+export interface Row {
+  messages: ChatMessage[];
+  /** Absolute paths, or URLs and data URIs as written. */
+  images: string[];
+  id?: string;
+  source: RowSource;
+}
+
+export interface RowSource {
+  file: string;
+  /** From 0. */
+  row: number;
+  /** From 1; JSONL only. */
+  line?: number;
+}
+
+/** Why a row cannot be used. */
+export interface RowProblem extends RowSource {
+  code: string;
+  message: string;
+  id?: string;
+  /** e.g. `conversations.1.from` */
+  field?: string;
+}
