@@ -66,6 +66,11 @@ export class Schedule {
     return { step, epoch, epochProgress: epoch + last / this.batchesPerEpoch, microBatches };
   }
 
+  /** The steps from `first` to the last. */
+  *from(first: number): Generator<StepRows> {
+    for (let step = first; step <= this.totalSteps; step++) yield this.step(step);
+  }
+
   #order(epoch: number): Uint32Array {
     if (this.#cached?.epoch !== epoch) {
       const base = this.#base;

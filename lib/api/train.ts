@@ -1,11 +1,11 @@
 import { resolve } from 'node:path';
-import { loadTrainConfig, type TrainConfigInput } from '../config/index.js';
-import { removeUnfinished } from '../files.js';
+import { loadTrainConfig, type TrainConfig, type TrainConfigInput } from '../config/index.js';
+import { isDirectory, removeUnfinished } from '../files.js';
 import { resolveModel } from '../hub/index.js';
 import { abortedError, throwIfAborted } from './abort.js';
 import { checkOutputDir, lockOutputDir } from './output-dir.js';
 import { type RunControl, startRun } from './train-run.js';
-import { prepareTraining } from './train-setup.js';
+import { loadTrainingData } from './train-setup.js';
 import { runTrainer } from './trainer.js';
 import type { TrainOptions, TrainResult, TrainRun } from './types.js';
 
@@ -33,8 +33,7 @@ async function run(
 ): Promise<TrainResult> {
   const { signal } = control;
   throwIfAborted(signal);
-  const config = await loadTrainConfig(input, { overrides: options.overrides });
-  const modelDir = await resolveModel(config.model, { signal });
+  const { config, modelDir, warnings } = await resolveTraining(input, options, signal);
   const outputDir = resolve(config.output_dir);
   await checkOutputDir(outputDir, {
     resume: Boolean(config.resume_from_checkpoint),
@@ -44,9 +43,21 @@ async function run(
   const unlock = await lockOutputDir(outputDir);
   try {
     await removeUnfinished(outputDir);
-    const setup = await prepareTraining(config, { modelDir, outputDir, signal });
-    return await runTrainer(setup, control);
+    const data = await loadTrainingData(config, { modelDir, signal });
+    return await runTrainer({ config, modelDir, outputDir, data, warnings }, control);
   } finally {
     await unlock();
   }
+}
+
+/** The config of a run and its model on this machine. A local model is named by its full path, so that `args.yaml` holds from anywhere. */
+export async function resolveTraining(
+  input: string | TrainConfigInput,
+  options: Pick<TrainOptions, 'overrides'>,
+  signal?: AbortSignal,
+): Promise<{ config: TrainConfig; modelDir: string; warnings: string[] }> {
+  const { config, warnings } = await loadTrainConfig(input, { overrides: options.overrides });
+  const local = await isDirectory(config.model);
+  const modelDir = await resolveModel(config.model, { signal });
+  return { config: { ...config, model: local ? modelDir : config.model }, modelDir, warnings };
 }

@@ -1,10 +1,12 @@
 /** The training loop: steps, logging, evaluation, checkpoints, the final save. */
 import { join } from 'node:path';
-import { configToYaml } from '../config/index.js';
+import { configToYaml, type TrainConfig } from '../config/index.js';
+import type { Row } from '../data/index.js';
 import { MartletError } from '../errors.js';
 import { writeDirAtomic, writeFileAtomic } from '../files.js';
 import type { LoadResult, TrainBeginArgs, TrainBeginResult, TrainStepArgs, TrainStepResult } from '../native/binding.js';
 import { Engine } from '../native/engine.js';
+import type { EncodedSample } from '../processing/index.js';
 import { duration, rounded } from '../report/format.js';
 import { RunLog } from '../report/run-log.js';
 import { type LogInterval, removeOldCheckpoints, type TrainerState, writeTrainerState } from './checkpoint.js';
@@ -15,42 +17,78 @@ import { JobBuffers } from './samples.js';
 import { parseSize } from './size.js';
 import type { RunControl } from './train-run.js';
 import type { StepRows } from './train-schedule.js';
-import { markedSample, type TrainSetup } from './train-setup.js';
+import {
+  encodeRow,
+  findResumePoint,
+  fingerprintRows,
+  limitLength,
+  markedSample,
+  planSteps,
+  type ResumePoint,
+  rowName,
+  type TrainData,
+  type TrainPlan,
+  trainingWarnings,
+  type TrainWarning,
+} from './train-setup.js';
 import type { TrainEvent, TrainResult } from './types.js';
 
 /** Rows encoded ahead of the step that runs, unless one step has more. */
 const PREFETCH_ROWS = 16;
 /** Decoded pictures that wait ahead of the step that runs, in bytes. */
 const PREFETCH_BYTES = 512 * 2 ** 20;
-const SHARD_SIZE = parseSize('5GB', 'max_shard_size');
 const EMPTY_INTERVAL: LogInterval = { steps: 0, loss: 0, labelledTokens: 0, correctTokens: 0 };
 
-/** Trains as `setup` says and saves into its output folder. */
-export async function runTrainer(setup: TrainSetup, control: RunControl): Promise<TrainResult> {
-  const { config, outputDir } = setup;
+export interface TrainerInput {
+  config: TrainConfig;
+  modelDir: string;
+  outputDir: string;
+  data: TrainData;
+  /** From reading the config. */
+  warnings: string[];
+}
+
+/** All that is fixed when the first step begins. */
+interface TrainSetup extends Omit<TrainerInput, 'warnings'>, TrainPlan {
+  /** Of the training rows. */
+  fingerprint: string;
+  resume: ResumePoint | undefined;
+  loaded: LoadResult;
+  begun: TrainBeginResult;
+  warnings: TrainWarning[];
+}
+
+/** Trains, and saves into the output folder. */
+export async function runTrainer(input: TrainerInput, control: RunControl): Promise<TrainResult> {
+  const { config, modelDir, outputDir } = input;
   const { signal } = control;
   const engine = new Engine();
   try {
     const { result: loaded } = await engine.call(
       'load',
-      { modelDir: setup.modelDir, device: config.device, dtype: setup.dtype },
+      { modelDir, device: config.device, dtype: config.torch_dtype },
       { signal },
     );
-    const { result: begun } = await engine.call('train.begin', beginArgs(setup), { signal });
-    if (setup.resume) await engine.call('train.loadState', { dir: setup.resume.dir }, { signal });
+    const data = limitLength(input.data, config, loaded.maxPositions);
+    const plan = planSteps(config, data);
+    const fingerprint = await fingerprintRows(data.train.rows);
+    const resume = await findResumePoint(config, outputDir, plan.schedule.plan, fingerprint);
+    const { result: begun } = await engine.call('train.begin', beginArgs(config, plan), { signal });
+    if (resume) await engine.call('train.loadState', { dir: resume.dir }, { signal });
     // an earlier run's files go only now that the new one is sure to start
-    if (config.overwrite_output_dir && !setup.resume) await removeRun(outputDir);
+    if (config.overwrite_output_dir && !resume) await removeRun(outputDir);
     const log = await RunLog.open({
       outputDir,
-      totalSteps: setup.schedule.totalSteps,
-      resumedStep: setup.resume?.state.global_step ?? 0,
+      totalSteps: plan.schedule.totalSteps,
+      resumedStep: resume?.state.global_step ?? 0,
       tensorboard: config.report_to.includes('tensorboard'),
     });
     try {
-      const trainer = new Trainer(setup, control, engine, log, loaded, begun);
-      return await trainer.run();
+      const warnings = [...input.warnings.map((message) => ({ message })), ...trainingWarnings(config, data, plan)];
+      const setup: TrainSetup = { ...input, ...plan, data, fingerprint, resume, loaded, begun, warnings };
+      return await new Trainer(setup, control, engine, log).run();
     } catch (error) {
-      await log.note(`failed: ${(error as Error).message}`);
+      await log.note(`ended: ${(error as Error).message}`);
       throw error;
     } finally {
       await log.close();
@@ -60,9 +98,8 @@ export async function runTrainer(setup: TrainSetup, control: RunControl): Promis
   }
 }
 
-function beginArgs(setup: TrainSetup): TrainBeginArgs {
-  const { config, schedule } = setup;
-  const full = config.tuner_type === 'full';
+function beginArgs(config: TrainConfig, plan: TrainPlan): TrainBeginArgs {
+  const full = config.sft_type === 'full';
   return {
     method: full ? 'full' : 'lora',
     ...(!full && {
@@ -85,8 +122,8 @@ function beginArgs(setup: TrainSetup): TrainBeginArgs {
     },
     schedule: {
       type: config.lr_scheduler_type,
-      warmupSteps: setup.warmupSteps,
-      totalSteps: schedule.totalSteps,
+      warmupSteps: plan.warmupSteps,
+      totalSteps: plan.schedule.totalSteps,
     },
     learningRate: config.learning_rate,
     maxGradNorm: config.max_grad_norm,
@@ -101,9 +138,8 @@ class Trainer {
   readonly #control: RunControl;
   readonly #engine: Engine;
   readonly #log: RunLog;
-  readonly #loaded: LoadResult;
-  readonly #begun: TrainBeginResult;
   readonly #started = performance.now();
+  readonly #skipped: TrainResult['skipped'];
   /** Steps done, in this process or before it. */
   #step: number;
   #epoch: number;
@@ -120,20 +156,12 @@ class Trainer {
   /** Milliseconds that the engine waited for rows. */
   #dataWait = 0;
 
-  constructor(
-    setup: TrainSetup,
-    control: RunControl,
-    engine: Engine,
-    log: RunLog,
-    loaded: LoadResult,
-    begun: TrainBeginResult,
-  ) {
+  constructor(setup: TrainSetup, control: RunControl, engine: Engine, log: RunLog) {
     this.#setup = setup;
     this.#control = control;
     this.#engine = engine;
     this.#log = log;
-    this.#loaded = loaded;
-    this.#begun = begun;
+    this.#skipped = [...setup.data.skipped];
     const state = setup.resume?.state;
     this.#step = state?.global_step ?? 0;
     this.#epoch = state?.epoch ?? 0;
@@ -151,7 +179,7 @@ class Trainer {
     const { config, schedule } = this.#setup;
     await writeFileAtomic(join(this.#setup.outputDir, 'args.yaml'), configToYaml(config));
     await this.#announce();
-    const prefetcher = this.#prefetch();
+    const prefetcher = this.#prefetch(this.#setup.data.train.rows, schedule.from(this.#step + 1));
     let stopped = false;
     while (this.#step < schedule.totalSteps && !stopped) {
       const waited = performance.now();
@@ -171,48 +199,66 @@ class Trainer {
   }
 
   async #announce(): Promise<void> {
-    const { config, schedule, outputDir, rows } = this.#setup;
-    const { trainableParams, totalParams, parts, targets, unmatched, warnings } = this.#begun;
+    const { config, schedule, outputDir, data, begun, warnings } = this.#setup;
+    const { trainableParams, totalParams, parts, targets, unmatched } = begun;
+    const first = await encodeRow(data.processor, data.train.rows[0] as Row, this.#control.signal);
     await this.#emit({
       type: 'start',
       config,
       outputDir,
       steps: schedule.totalSteps,
       epochs: schedule.epochs,
-      rows: rows.length,
+      rows: data.train.rows.length,
       trainableParams,
       totalParams,
       parts,
       targets: targets.length,
-      sample: markedSample(this.#setup, this.#loaded.imageTokenId),
+      sample: markedSample(data.processor, first),
     });
     for (const { name, nearest } of unmatched) {
-      await this.#warn(`target_modules: ${name} matches no module of this model. Near: ${nearest.join(', ')}.`, {
-        name,
-        nearest,
-      });
+      const near = nearest.length === 0 ? '' : ` Near: ${nearest.join(', ')}.`;
+      await this.#warn(`target_modules: ${name} matches no module of this model.${near}`, { name, nearest });
     }
-    for (const message of warnings) await this.#warn(message);
-    for (const { message, details } of this.#setup.warnings) await this.#warn(message, details);
+    for (const message of begun.warnings) await this.#warn(message);
+    for (const { message, details } of warnings) await this.#warn(message, details);
   }
 
-  #prefetch(): Prefetcher<StepRows> {
-    const { schedule } = this.#setup;
-    const first = this.#step + 1;
-    function* steps(): Generator<StepRows> {
-      for (let step = first; step <= schedule.totalSteps; step++) yield schedule.step(step);
-    }
+  #prefetch(rows: Row[], steps: Iterator<StepRows>): Prefetcher<StepRows> {
     return new Prefetcher({
-      steps: steps(),
+      steps,
       rows: (step) => step.microBatches,
-      encode: (row) => this.#setup.encode(this.#setup.rows, row, this.#control.signal),
+      encode: (row) => this.#encode(rows[row] as Row),
       maxRows: PREFETCH_ROWS,
       maxBytes: PREFETCH_BYTES,
     });
   }
 
+  /** A row that went bad since it was checked (a picture was removed) ends the run, or is left out, as on_bad_row says. */
+  async #encode(row: Row): Promise<EncodedSample | undefined> {
+    const { config, data } = this.#setup;
+    try {
+      return await encodeRow(data.processor, row, this.#control.signal);
+    } catch (error) {
+      const bad = error instanceof MartletError && ['ERR_MARTLET_IMAGE', 'ERR_MARTLET_DATASET'].includes(error.code);
+      if (!bad || config.on_bad_row !== 'skip') throw error;
+      const { file, row: number } = row.source;
+      if (!this.#skipped.some((skipped) => skipped.file === file && skipped.row === number)) {
+        this.#skipped.push({ file, row: number, code: error.code, message: error.message });
+        await this.#warn(`left out: ${error.message}`, error.details);
+      }
+      return undefined;
+    }
+  }
+
   async #trainStep({ step, microBatches }: LoadedStep<StepRows>): Promise<void> {
-    const { args, buffers } = this.#job(microBatches, this.#setup.rows);
+    const { rows } = this.#setup.data.train;
+    if (microBatches.length === 0) {
+      throw new MartletError('ERR_MARTLET_DATASET', `step ${step.step}: none of its rows can be used any more.`, {
+        step: step.step,
+        rows: step.microBatches.flat().map((row) => rowName(rows[row] as Row)),
+      });
+    }
+    const { args, buffers } = this.#job(microBatches, rows);
     const { result } = await this.#engine
       .call('train.step', args, { buffers, signal: this.#control.signal })
       .catch((error: unknown) => {
@@ -230,11 +276,11 @@ class Trainer {
     this.#interval.correctTokens += result.correctTokens;
   }
 
-  #job(microBatches: LoadedRow[][], rows: TrainSetup['rows']): { args: TrainStepArgs; buffers: ArrayBufferView[] } {
+  #job(microBatches: LoadedRow[][], rows: Row[]): { args: TrainStepArgs; buffers: ArrayBufferView[] } {
     const job = new JobBuffers();
     const args = {
       microBatches: microBatches.map((batch) =>
-        batch.map(({ row, sample }) => job.sample(sample, this.#setup.rowName(rows, row))),
+        batch.map(({ row, sample }) => job.sample(sample, rowName(rows[row] as Row))),
       ),
     };
     return { args, buffers: job.buffers };
@@ -243,11 +289,10 @@ class Trainer {
   /** Native code says that the loss or a gradient is not finite; which rows were in the step is known here. */
   #withSamples(error: unknown, step: number, microBatches: LoadedRow[][]): unknown {
     if (!(error instanceof MartletError) || error.code !== 'ERR_MARTLET_NON_FINITE') return error;
-    const samples = microBatches.flat().map(({ row }) => this.#setup.rowName(this.#setup.rows, row));
+    const samples = microBatches.flat().map(({ row }) => rowName(this.#setup.data.train.rows[row] as Row));
     return new MartletError(
       error.code,
-      `${error.message} (step ${step}; rows of the step: ${samples.join(', ')}). Look at these rows; else lower learning_rate, or use ` +
-        'bfloat16 or float32 in place of float16.',
+      `${error.message} The rows of the step: ${samples.join(', ')}.`,
       { ...error.details, step, samples },
       { cause: error },
     );
@@ -285,20 +330,15 @@ class Trainer {
   }
 
   async #evaluate(): Promise<void> {
-    const { config, evalRows, evalSchedule } = this.#setup;
+    const { data, evalSchedule } = this.#setup;
     if (!evalSchedule) return;
+    const { rows } = data.evaluation;
     const started = performance.now();
-    const prefetcher = new Prefetcher({
-      steps: Array.from({ length: evalSchedule.batchesPerEpoch }, (_, i) => evalSchedule.step(i + 1)).values(),
-      rows: (step) => step.microBatches,
-      encode: (row) => this.#setup.encode(evalRows, row, this.#control.signal),
-      maxRows: PREFETCH_ROWS,
-      maxBytes: PREFETCH_BYTES,
-    });
+    const prefetcher = this.#prefetch(rows, evalSchedule.from(1));
     const sum = { loss: 0, labelled: 0, correct: 0 };
     for (let loaded = await prefetcher.next(); loaded; loaded = await prefetcher.next()) {
       if (loaded.microBatches.length === 0) continue;
-      const { args, buffers } = this.#job(loaded.microBatches, evalRows);
+      const { args, buffers } = this.#job(loaded.microBatches, rows);
       const { result } = await this.#engine.call('train.evaluate', args, { buffers, signal: this.#control.signal });
       sum.loss += result.loss * result.labelledTokens;
       sum.labelled += result.labelledTokens;
@@ -345,8 +385,12 @@ class Trainer {
   async #saveWeights(dir: string): Promise<void> {
     const { config, modelDir } = this.#setup;
     const { signal } = this.#control;
-    if (config.tuner_type === 'full') await copyModelFiles(modelDir, dir, signal);
-    await this.#engine.call('train.save', { dir, baseModel: config.model, maxShardSize: SHARD_SIZE }, { signal });
+    if (config.sft_type === 'full') await copyModelFiles(modelDir, dir, signal);
+    await this.#engine.call(
+      'train.save',
+      { dir, baseModel: config.model, maxShardSize: parseSize(config.max_shard_size, 'max_shard_size') },
+      { signal },
+    );
   }
 
   #state(): TrainerState {
@@ -371,8 +415,8 @@ class Trainer {
   }
 
   async #finish(stopped: boolean): Promise<TrainResult> {
-    const { outputDir, schedule, skipped } = this.#setup;
-    const { trainableParams, totalParams } = this.#begun;
+    const { outputDir, schedule } = this.#setup;
+    const { trainableParams, totalParams } = this.#setup.begun;
     await this.#saveWeights(outputDir);
     const seconds = (performance.now() - this.#started) / 1000;
     const steps = this.#step - (this.#setup.resume?.state.global_step ?? 0);
@@ -396,7 +440,7 @@ class Trainer {
       ...(this.#best && { bestCheckpoint: this.#best.dir }),
       trainableParams,
       totalParams,
-      skipped,
+      skipped: this.#skipped,
       stopped,
     };
     await this.#log.event({ type: 'done', ...result });

@@ -1,7 +1,8 @@
 import { trainLoRA } from '../api/train.js';
-import { planTraining, type TrainPlan } from '../api/train-plan.js';
-import { configToYaml, TRAIN_CONFIG_KEYS } from '../config/index.js';
-import { duration, integer, significant } from '../report/format.js';
+import { planTraining, type TrainingOutline } from '../api/train-plan.js';
+import { configToYaml, TRAIN_CONFIG_KEYS, type TrainConfigInput } from '../config/index.js';
+import { ALIASES, IGNORED, UNSUPPORTED } from '../config/schema.js';
+import { integer, significant } from '../report/format.js';
 import { createProgressRenderer } from '../report/progress.js';
 import { type OptionSpecs, usageError } from './args.js';
 import { type CliIo, type Command, type Invocation, printJson } from './command.js';
@@ -11,7 +12,10 @@ const OWN_OPTIONS: OptionSpecs = {
   set: { kind: 'value', multiple: true, placeholder: 'KEY=VALUE', help: 'override one key of the config; may be repeated' },
   dry_run: { kind: 'flag', help: 'check everything, print the resolved config and the plan, train nothing' },
 };
-const CONFIG_OPTIONS: OptionSpecs = Object.fromEntries(TRAIN_CONFIG_KEYS.map((key) => [key, { kind: 'config' }]));
+/** Every spelling of a key that a config file may use; the config's own check judges keys and values. */
+const CONFIG_OPTIONS: OptionSpecs = Object.fromEntries(
+  ['fp16', 'bf16', ...TRAIN_CONFIG_KEYS, ...[ALIASES, UNSUPPORTED, IGNORED].flatMap(Object.keys)].map((key) => [key, { kind: 'config' }]),
+);
 
 /** Exit code of a run ended by a second Ctrl-C, as shells count it: 128 + SIGINT. */
 const INTERRUPTED = 130;
@@ -48,7 +52,7 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
   return 0;
 }
 
-async function train(config: string | object, overrides: string[], json: boolean, io: CliIo): Promise<number> {
+async function train(config: string | TrainConfigInput, overrides: string[], json: boolean, io: CliIo): Promise<number> {
   const abort = new AbortController();
   const run = trainLoRA(config, { overrides, signal: abort.signal });
   const progress = createProgressRenderer(io.stderr);
@@ -79,13 +83,14 @@ async function train(config: string | object, overrides: string[], json: boolean
   }
 }
 
-function planText(plan: TrainPlan): string {
+function planText(plan: TrainingOutline): string {
   const { rows, evalRows, steps, epochs, stepsPerEpoch, warmupSteps, rowsPerStep, tokens } = plan;
   return [
     '# plan',
     `rows: ${integer(rows)} for training, ${integer(evalRows)} for evaluation${plan.skipped.length > 0 ? `, ${plan.skipped.length} left out` : ''}`,
     `steps: ${steps} (${epochs} epochs of ${stepsPerEpoch}, ${rowsPerStep} rows a step, ${warmupSteps} of warm-up)`,
-    `tokens in a row, image tokens included: ${tokens.shortest} to ${tokens.longest}, on average ${significant(tokens.mean)} (${tokens.measured} rows measured in ${duration(tokens.seconds)})`,
+    `tokens in a row, image tokens included: ${tokens.shortest} to ${tokens.longest}, on average ${significant(tokens.mean)}`,
+    `first row, [[ ]] = trained: ${plan.sample}`,
     ...plan.warnings.map((warning) => `warning: ${warning}`),
   ].join('\n');
 }
