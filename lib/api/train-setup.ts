@@ -6,6 +6,7 @@ import type { TrainConfig } from '../config/index.js';
 import { type LoadedDataset, loadDataset, type Row, type RowProblem } from '../data/index.js';
 import { MartletError } from '../errors.js';
 import { type EncodedSample, loadProcessor, type Processor } from '../processing/index.js';
+import { significant } from '../report/format.js';
 import { findCheckpoint, readTrainerState, type TrainerState } from './checkpoint.js';
 import { Rng } from './rng.js';
 import { Schedule, type SchedulePlan, warmupSteps } from './train-schedule.js';
@@ -247,7 +248,7 @@ export function trainingWarnings(config: TrainConfig, data: TrainData, plan: Tra
   const [low, high] = config.sft_type === 'full' ? [1e-7, 1e-4] : [5e-6, 1e-3];
   if (config.learning_rate > high || config.learning_rate < low) {
     warnings.push({
-      message: `learning_rate ${config.learning_rate} is unusual for sft_type: ${config.sft_type}; ${low} to ${high} is usual.`,
+      message: `learning_rate ${significant(config.learning_rate)} is unusual for sft_type: ${config.sft_type}; ${significant(low)} to ${significant(high)} is usual.`,
       details: { learning_rate: config.learning_rate },
     });
   }

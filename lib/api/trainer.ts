@@ -7,7 +7,7 @@ import { writeDirAtomic, writeFileAtomic } from '../files.js';
 import type { LoadResult, TrainBeginArgs, TrainBeginResult, TrainStepArgs, TrainStepResult } from '../native/binding.js';
 import { Engine } from '../native/engine.js';
 import type { EncodedSample } from '../processing/index.js';
-import { duration, rounded } from '../report/format.js';
+import { rounded } from '../report/format.js';
 import { RunLog } from '../report/run-log.js';
 import { type LogInterval, removeOldCheckpoints, type TrainerState, writeTrainerState } from './checkpoint.js';
 import { copyModelFiles } from './merge.js';
@@ -430,7 +430,7 @@ class Trainer {
       model_parameter_info: { total: totalParams, trainable: trainableParams },
     });
     await this.#log.note(
-      `${steps} steps in ${duration(seconds)}; waited ${duration(this.#dataWait / 1000)} of it for rows (${((100 * this.#dataWait) / 1000 / seconds).toFixed(1)} %)`,
+      `${steps} steps in ${seconds.toFixed(1)} s; waited ${(this.#dataWait / 1000).toFixed(1)} s of it for rows (${(this.#dataWait / 10 / seconds).toFixed(1)} %)`,
     );
     const result: TrainResult = {
       outputDir,
