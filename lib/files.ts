@@ -118,10 +118,13 @@ export async function writeDirAtomic(
   }
 }
 
+/** Temporary names of this file, and of native/core/base/fs.cpp for weights. */
+const UNFINISHED = /^\..+\.\d+-[0-9a-f]{8}\.tmp$|^(adapter_config|.+\.safetensors(\.index)?)(\.json)?\.tmp-\d+$/;
+
 /** Removes what killed processes left of unfinished files and folders in `dir`. Only for a folder that nobody else writes to. */
 export async function removeUnfinished(dir: string): Promise<void> {
   for (const name of await listDir(dir)) {
-    if (/^\..+\.\d+-[0-9a-f]{8}\.tmp$/.test(name)) await rm(join(dir, name), { recursive: true, force: true });
+    if (UNFINISHED.test(name)) await rm(join(dir, name), { recursive: true, force: true });
   }
 }
 

@@ -1,9 +1,12 @@
 /** What an adapter folder says about how it was trained. */
 import { readFile } from 'node:fs/promises';
-import { dirname, join, resolve } from 'node:path';
+import { basename, dirname, join, resolve } from 'node:path';
 import { load } from 'js-yaml';
 import { MartletError } from '../errors.js';
 import { exists } from '../files.js';
+
+/** The resolved config of a run, in its folder. */
+export const ARGS_FILE = 'args.yaml';
 
 /** The keys of `args.yaml` that loading and merging need. */
 export interface AdapterArgs {
@@ -13,10 +16,14 @@ export interface AdapterArgs {
   exif_orientation?: boolean;
 }
 
-/** Reads `args.yaml` in the adapter's folder, or beside it for a checkpoint. PEFT's own adapters have none: the result is empty then. */
-export async function readAdapterArgs(adapterDir: string): Promise<AdapterArgs> {
-  for (const dir of [adapterDir, dirname(resolve(adapterDir))]) {
-    const path = join(dir, 'args.yaml');
+/**
+ * Reads `args.yaml` in the folder of an adapter or a trained model, or above it for a checkpoint. Folders that martlet did not write have
+ * none: the result is empty then.
+ */
+export async function readAdapterArgs(folder: string): Promise<AdapterArgs> {
+  const isCheckpoint = /^checkpoint-\d+$/.test(basename(resolve(folder)));
+  for (const dir of isCheckpoint ? [folder, dirname(resolve(folder))] : [folder]) {
+    const path = join(dir, ARGS_FILE);
     if (!(await exists(path))) continue;
     let args: unknown;
     try {

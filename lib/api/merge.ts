@@ -1,12 +1,13 @@
 import { readdir, rm } from 'node:fs/promises';
 import { join, relative, resolve } from 'node:path';
+import { dump } from 'js-yaml';
 import { MartletError } from '../errors.js';
-import { copyFileAtomic, exists, isDirectory, listDir, makeDir, writeDirAtomic } from '../files.js';
+import { copyFileAtomic, exists, isDirectory, listDir, makeDir, writeDirAtomic, writeFileAtomic } from '../files.js';
 import { resolveModel } from '../hub/index.js';
 import type { MergeResult } from '../native/binding.js';
 import { Engine } from '../native/engine.js';
 import { abortedError, throwIfAborted } from './abort.js';
-import { adapterBaseModel } from './adapter-args.js';
+import { ARGS_FILE, adapterBaseModel, readAdapterArgs } from './adapter-args.js';
 import { parseSize } from './size.js';
 import type { MergeOptions, MergeReport } from './types.js';
 
@@ -57,6 +58,7 @@ export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> 
     let merged: MergeResult | undefined;
     await writeDirAtomic(resolve(outputDir), 'merge', async (dir) => {
       await copyModelFiles(modelDir, dir, signal);
+      await keepPromptArgs(adapter, dir);
       const { result } = await engine.call(
         'merge',
         {
@@ -79,6 +81,12 @@ export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> 
   } finally {
     await engine.close();
   }
+}
+
+/** Template and system prompt that the adapter was trained with: the merged model must be asked in the same way. */
+async function keepPromptArgs(adapter: string, target: string): Promise<void> {
+  const { model: _, ...args } = await readAdapterArgs(adapter);
+  if (Object.keys(args).length > 0) await writeFileAtomic(join(target, ARGS_FILE), dump(args));
 }
 
 async function checkOutputDir(outputDir: string, overwrite: boolean): Promise<void> {

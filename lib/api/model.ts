@@ -39,10 +39,13 @@ export async function loadModel(dirOrId: string, options: LoadModelOptions = {})
       { field: 'quantization' },
     );
   }
-  const modelDir = await resolveModel(dirOrId, { signal });
+  const modelDir = await resolveModel(dirOrId, {
+    ...(signal && { signal }),
+    onProgress: ({ done, total, bytes }) => onProgress?.({ done, total, bytes }),
+  });
   const adapters = Object.entries(options.adapters ?? {});
   for (const [name, dir] of adapters) await checkAdapterDir(name, dir);
-  const saved = adapters.length > 0 ? await readAdapterArgs((adapters[0] as [string, string])[1]) : {};
+  const saved = await readAdapterArgs(adapters[0]?.[1] ?? modelDir);
   const processor = await loadProcessor(modelDir, {
     template: options.template ?? saved.template ?? 'default',
     system: options.system ?? saved.system,

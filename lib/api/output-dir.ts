@@ -3,7 +3,7 @@ import { open, readFile, realpath, rm } from 'node:fs/promises';
 import { hostname } from 'node:os';
 import { dirname, join, relative, sep } from 'node:path';
 import { MartletError } from '../errors.js';
-import { ensureWritableDir, ioError, isDirectory, listDir } from '../files.js';
+import { ensureWritableDir, exists, ioError, isDirectory, listDir } from '../files.js';
 
 const CHECKPOINT = /^checkpoint-(\d+)$/;
 /** What a training run leaves at the top of its folder. */
@@ -32,12 +32,13 @@ export async function holdsRun(outputDir: string): Promise<boolean> {
   return (await listDir(outputDir)).some((name) => RUN_FILES.test(name));
 }
 
-/** Refuses an output folder that holds another run, or where the run would overwrite one of `inputs`. */
+/** Creates the output folder if asked to. Refuses one that holds another run, or where the run would overwrite one of `inputs`. */
 export async function checkOutputDir(
   outputDir: string,
-  options: { resume: boolean; overwrite: boolean; inputs: string[] },
+  options: { resume: boolean; overwrite: boolean; inputs: string[]; create: boolean },
 ): Promise<void> {
-  await ensureWritableDir(outputDir);
+  if (options.create) await ensureWritableDir(outputDir);
+  else if (!(await exists(outputDir))) return;
   const output = await realpath(outputDir);
   for (const input of options.inputs) {
     if (!(await isDirectory(input))) continue;

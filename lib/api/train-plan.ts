@@ -29,11 +29,12 @@ export async function planTraining(
   options: Pick<TrainOptions, 'overrides' | 'signal'> = {},
 ): Promise<{ config: TrainConfig; plan: TrainingOutline }> {
   const { signal } = options;
-  const { config, modelDir, warnings } = await resolveTraining(input, options, signal);
+  const { config, modelDir, warnings } = await resolveTraining(input, options, signal ? { signal } : {});
   await checkOutputDir(resolve(config.output_dir), {
     resume: Boolean(config.resume_from_checkpoint),
     overwrite: config.overwrite_output_dir,
     inputs: [modelDir, ...config.adapters],
+    create: false,
   });
   const data = await loadTrainingData(config, { modelDir, ...(signal && { signal }) });
   const steps = planSteps(config, data);

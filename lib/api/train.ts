@@ -1,7 +1,8 @@
 import { resolve } from 'node:path';
 import { loadTrainConfig, type TrainConfig, type TrainConfigInput } from '../config/index.js';
 import { isDirectory, removeUnfinished } from '../files.js';
-import { resolveModel } from '../hub/index.js';
+import { type ResolveOptions, resolveModel } from '../hub/index.js';
+import { bytes } from '../report/format.js';
 import { abortedError, throwIfAborted } from './abort.js';
 import { checkOutputDir, lockOutputDir } from './output-dir.js';
 import { type RunControl, startRun } from './train-run.js';
@@ -33,12 +34,20 @@ async function run(
 ): Promise<TrainResult> {
   const { signal } = control;
   throwIfAborted(signal);
-  const { config, modelDir, warnings } = await resolveTraining(input, options, signal);
+  let announced = false;
+  const { config, modelDir, warnings } = await resolveTraining(input, options, {
+    signal,
+    onProgress: ({ total, totalBytes }) => {
+      if (!announced) control.emit({ type: 'warning', message: `the model is not on this machine: downloading ${total} files, ${bytes(totalBytes)}` });
+      announced = true;
+    },
+  });
   const outputDir = resolve(config.output_dir);
   await checkOutputDir(outputDir, {
     resume: Boolean(config.resume_from_checkpoint),
     overwrite: config.overwrite_output_dir,
     inputs: [modelDir, ...config.adapters],
+    create: true,
   });
   const unlock = await lockOutputDir(outputDir);
   try {
@@ -54,10 +63,10 @@ async function run(
 export async function resolveTraining(
   input: string | TrainConfigInput,
   options: Pick<TrainOptions, 'overrides'>,
-  signal?: AbortSignal,
+  resolving: ResolveOptions = {},
 ): Promise<{ config: TrainConfig; modelDir: string; warnings: string[] }> {
   const { config, warnings } = await loadTrainConfig(input, { overrides: options.overrides });
   const local = await isDirectory(config.model);
-  const modelDir = await resolveModel(config.model, { signal });
+  const modelDir = await resolveModel(config.model, resolving);
   return { config: { ...config, model: local ? modelDir : config.model }, modelDir, warnings };
 }

@@ -9,6 +9,7 @@ import { Engine } from '../native/engine.js';
 import type { EncodedSample } from '../processing/index.js';
 import { rounded } from '../report/format.js';
 import { RunLog } from '../report/run-log.js';
+import { ARGS_FILE } from './adapter-args.js';
 import { type LogInterval, removeOldCheckpoints, type TrainerState, writeTrainerState } from './checkpoint.js';
 import { copyModelFiles } from './merge.js';
 import { removeRun } from './output-dir.js';
@@ -69,6 +70,7 @@ export async function runTrainer(input: TrainerInput, control: RunControl): Prom
       { modelDir, device: config.device, dtype: config.torch_dtype },
       { signal },
     );
+    checkModelType(config, loaded);
     const data = limitLength(input.data, config, loaded.maxPositions);
     const plan = planSteps(config, data);
     const fingerprint = await fingerprintRows(data.train.rows);
@@ -96,6 +98,18 @@ export async function runTrainer(input: TrainerInput, control: RunControl): Prom
   } finally {
     await engine.close();
   }
+}
+
+/** A config that names another family than the checkpoint's was written for another model. ms-swift's names carry a version: `llava1_5_hf`. */
+function checkModelType({ model, model_type }: TrainConfig, { family, modelType }: LoadResult): void {
+  if (model_type === null) return;
+  const plain = (name: string) => name.toLowerCase().replaceAll(/[^a-z0-9]/g, '');
+  if ([family, modelType].some((name) => plain(model_type).startsWith(plain(name)))) return;
+  throw new MartletError(
+    'ERR_MARTLET_CONFIG',
+    `model_type is ${model_type}, but ${model} is a ${modelType}. Correct model or model_type, or leave model_type out.`,
+    { path: 'model_type', value: model_type, found: modelType },
+  );
 }
 
 function beginArgs(config: TrainConfig, plan: TrainPlan): TrainBeginArgs {
@@ -177,7 +191,7 @@ class Trainer {
 
   async run(): Promise<TrainResult> {
     const { config, schedule } = this.#setup;
-    await writeFileAtomic(join(this.#setup.outputDir, 'args.yaml'), configToYaml(config));
+    await writeFileAtomic(join(this.#setup.outputDir, ARGS_FILE), configToYaml(config));
     await this.#announce();
     const prefetcher = this.#prefetch(this.#setup.data.train.rows, schedule.from(this.#step + 1));
     let stopped = false;
@@ -368,7 +382,7 @@ class Trainer {
     }
     await writeDirAtomic(dir, 'replace', async (unfinished) => {
       await this.#saveWeights(unfinished);
-      await writeFileAtomic(join(unfinished, 'args.yaml'), configToYaml(config));
+      await writeFileAtomic(join(unfinished, ARGS_FILE), configToYaml(config));
       if (!config.save_only_model) {
         await this.#engine.call('train.saveState', { dir: unfinished }, { signal });
         await writeTrainerState(unfinished, this.#state());

@@ -115,6 +115,16 @@ export function describeOptions(specs: OptionSpecs): string {
     .join('\n');
 }
 
+const DTYPES: Record<string, 'auto' | 'float32' | 'bfloat16' | 'float16'> = {
+  auto: 'auto',
+  float32: 'float32',
+  bfloat16: 'bfloat16',
+  float16: 'float16',
+  fp32: 'float32',
+  bf16: 'bfloat16',
+  fp16: 'float16',
+};
+
 /** Typed access to parsed options. */
 export class Options {
   readonly #options: ParsedArgs['options'];
@@ -148,6 +158,12 @@ export class Options {
       throw usageError(`--${name} must be a number, not ${text}.`, { option: name, value: text });
     }
     return value;
+  }
+
+  /** A precision, under any of its usual names. */
+  dtype(name: string): (typeof DTYPES)[string] | undefined {
+    const text = this.choice(name, Object.keys(DTYPES));
+    return text === undefined ? undefined : DTYPES[text];
   }
 
   choice<T extends string>(name: string, choices: readonly T[]): T | undefined {

@@ -37,7 +37,11 @@ export function printJson(io: CliIo, value: unknown): void {
   io.stdout.write(`${JSON.stringify(value)}\n`);
 }
 
-/** 2 = the command line or the config is wrong, 1 = the work failed. */
+/** Exit code of what Ctrl-C ended, as shells count it: 128 + SIGINT. */
+export const INTERRUPTED = 130;
+
+/** 2 = the command line or the config is wrong, 1 = the work failed, 130 = interrupted. */
 export function exitCode(error: MartletError): number {
+  if (error.code === 'ERR_MARTLET_ABORTED') return INTERRUPTED;
   return error.code === 'ERR_MARTLET_USAGE' || error.code === 'ERR_MARTLET_CONFIG' ? 2 : 1;
 }

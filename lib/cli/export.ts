@@ -1,7 +1,9 @@
+import { adapterBaseModel } from '../api/adapter-args.js';
 import { mergeAdapter } from '../api/merge.js';
 import { duration, significant } from '../report/format.js';
 import { type OptionSpecs, usageError } from './args.js';
 import { type Command, type Invocation, printJson } from './command.js';
+import { interruptible, resolveWithNotice } from './jobs.js';
 
 const OPTIONS: OptionSpecs = {
   adapters: {
@@ -33,14 +35,18 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
   const adapter = options.string('adapters');
   if (adapter === undefined) throw usageError('export needs --adapters DIR. --help shows more.');
   if (options.string('merge_lora') === 'false') throw usageError('export without merging is not available: leave --merge_lora out.');
-  const report = await mergeAdapter({
-    adapter,
-    model: options.string('model'),
-    outputDir: options.string('output_dir') ?? `${adapter.replace(/\/+$/, '')}-merged`,
-    dtype: options.choice('dtype', ['float32', 'bfloat16', 'float16']),
-    maxShardSize: options.string('max_shard_size'),
-    overwrite: options.flag('overwrite'),
-  });
+  const dtype = options.dtype('dtype');
+  const report = await interruptible(async (signal) =>
+    mergeAdapter({
+      adapter,
+      model: await resolveWithNotice(options.string('model') ?? (await adapterBaseModel(adapter)), io, signal),
+      outputDir: options.string('output_dir') ?? `${adapter.replace(/\/+$/, '')}-merged`,
+      ...(dtype !== undefined && dtype !== 'auto' && { dtype }),
+      maxShardSize: options.string('max_shard_size'),
+      overwrite: options.flag('overwrite'),
+      signal,
+    }),
+  );
   if (options.flag('json')) {
     printJson(io, report);
   } else {

@@ -9,6 +9,7 @@ import { MartletError } from '../errors.js';
 import { exists, ioError } from '../files.js';
 import { type OptionSpecs, type Options, usageError } from './args.js';
 import { type CliIo, type Command, type Invocation, printJson } from './command.js';
+import { interruptible, resolveWithNotice } from './jobs.js';
 
 const OPTIONS: OptionSpecs = {
   model: { kind: 'value', aliases: ['model_id', 'model_id_or_path'], placeholder: 'DIR|ID', help: "the base model; the adapter's own by default" },
@@ -42,16 +43,6 @@ const OPTIONS: OptionSpecs = {
   vllm: { kind: 'flag' },
 };
 
-const DTYPES: Record<string, NonNullable<LoadModelOptions['dtype']>> = {
-  auto: 'auto',
-  float32: 'float32',
-  fp32: 'float32',
-  bfloat16: 'bfloat16',
-  bf16: 'bfloat16',
-  float16: 'float16',
-  fp16: 'float16',
-};
-
 export const command: Command = {
   usage: 'infer [--model DIR|ID] [--adapters DIR] [--image PATH --text TEXT | --input FILE]',
   description: `Answers one question, every item of a file, or (without --text and --input) the lines typed: a conversation.
@@ -81,34 +72,38 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
   const input = options.string('input');
   if (question && input !== undefined) throw usageError('--input and --text exclude each other.');
   if (options.flag('json') && options.flag('stream')) throw usageError('--stream and --json exclude each other.');
-  const settings = generationSettings(options);
   const adapter = options.string('adapters');
   const modelId = options.string('model') ?? (adapter === undefined ? undefined : await adapterBaseModel(adapter));
   if (modelId === undefined) throw usageError('infer needs --model or --adapters. --help shows more.');
 
-  const model = await loadModel(modelId, { ...loadOptions(options), ...(adapter !== undefined && { adapters: { default: adapter } }) });
-  try {
-    if (input !== undefined) return await batch(model, input, settings, io);
-    if (question) return await answer(model, question, settings, options, io);
-    return await converse(model, settings, io);
-  } finally {
-    await model.dispose();
-  }
+  const loading = loadOptions(options);
+  return interruptible(async (signal) => {
+    const settings = { ...generationSettings(options), signal };
+    const model = await loadModel(await resolveWithNotice(modelId, io, signal), {
+      ...loading,
+      ...(adapter !== undefined && { adapters: { default: adapter } }),
+      signal,
+    });
+    try {
+      if (input !== undefined) return await batch(model, input, settings, io);
+      if (question) return await answer(model, question, settings, options, io);
+      return await converse(model, settings, io);
+    } finally {
+      await model.dispose();
+    }
+  });
 }
 
 function loadOptions(options: Options): LoadModelOptions {
-  const dtype = options.string('torch_dtype');
-  const quantized = dtype === 'int8' || dtype === 'nf4';
-  if (dtype !== undefined && !quantized && DTYPES[dtype] === undefined) {
-    throw usageError(`--torch_dtype must be one of ${Object.keys(DTYPES).join(', ')}, not ${dtype}.`, { option: 'torch_dtype' });
-  }
+  const named = options.string('torch_dtype');
+  const quantized = named === 'int8' || named === 'nf4';
   const device = options.string('device');
   if (device !== undefined && !/^(auto|cpu|cuda(:\d+)?)$/.test(device)) {
     throw usageError(`--device must be auto, cpu, cuda or cuda:N, not ${device}.`, { option: 'device' });
   }
   return {
     device: device as LoadModelOptions['device'],
-    ...(quantized ? { quantization: dtype } : { dtype: dtype === undefined ? undefined : DTYPES[dtype] }),
+    ...(quantized ? { quantization: named } : { dtype: options.dtype('torch_dtype') }),
     template: options.choice('template', ['default', 'ms-swift']),
     system: options.string('system'),
   };
@@ -190,7 +185,7 @@ async function batch(model: Model, file: string, settings: Settings, io: CliIo):
         const images = await Promise.all(question.images.map((image) => besideFile(image as string, file)));
         printJson(io, outcome(await model.generate({ ...settings, ...question, images })));
       } catch (error) {
-        if (!(error instanceof MartletError)) throw error;
+        if (!(error instanceof MartletError) || error.code === 'ERR_MARTLET_ABORTED') throw error;
         failed++;
         const { code, message, details } = error;
         printJson(io, { error: { code, message, details: { ...details, file, line } } });
@@ -271,7 +266,7 @@ async function say(model: Model, question: Question, settings: Settings, io: Cli
     io.stdout.write('\n');
     return said;
   } catch (error) {
-    if (!(error instanceof MartletError)) throw error;
+    if (!(error instanceof MartletError) || error.code === 'ERR_MARTLET_ABORTED') throw error;
     io.stderr.write(`error: ${error.message}\n`);
     return undefined;
   }

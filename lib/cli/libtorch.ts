@@ -1,6 +1,7 @@
 import { installLibtorch, libtorchStatus } from '../native/libtorch.js';
 import { type OptionSpecs, usageError } from './args.js';
 import { type Command, type Invocation, printJson } from './command.js';
+import { interruptible } from './jobs.js';
 
 const OPTIONS: OptionSpecs = {
   cuda: { kind: 'flag', help: 'install: the CUDA build, with the NVIDIA libraries it needs' },
@@ -38,12 +39,15 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
   }
   if (options.flag('cuda') && options.flag('cpu')) throw usageError('--cuda and --cpu exclude each other.');
   const version = options.string('version');
-  const location = await installLibtorch({
-    cuda: options.flag('cuda'),
-    ...(version !== undefined && { version }),
-    force: options.flag('force'),
-    onLine: (line) => io.stderr.write(`${line}\n`),
-  });
+  const location = await interruptible((signal) =>
+    installLibtorch({
+      cuda: options.flag('cuda'),
+      ...(version !== undefined && { version }),
+      force: options.flag('force'),
+      onLine: (line) => io.stderr.write(`${line}\n`),
+      signal,
+    }),
+  );
   if (json) printJson(io, location);
   else io.stdout.write(`libtorch ${location.version} is in ${location.root}\n`);
   return 0;

@@ -1,11 +1,12 @@
 import { trainLoRA } from '../api/train.js';
 import { planTraining, type TrainingOutline } from '../api/train-plan.js';
-import { configToYaml, TRAIN_CONFIG_KEYS, type TrainConfigInput } from '../config/index.js';
-import { ALIASES, IGNORED, UNSUPPORTED } from '../config/schema.js';
+import { configToYaml, type TrainConfigInput } from '../config/index.js';
+import { ALIASES, IGNORED, trainConfigSchema, UNSUPPORTED } from '../config/schema.js';
 import { integer, significant } from '../report/format.js';
 import { createProgressRenderer } from '../report/progress.js';
 import { type OptionSpecs, usageError } from './args.js';
 import { type CliIo, type Command, type Invocation, printJson } from './command.js';
+import { interruptible } from './jobs.js';
 
 const OWN_OPTIONS: OptionSpecs = {
   config: { kind: 'value', placeholder: 'FILE', help: 'the YAML or JSON config (may also be the first argument)' },
@@ -13,19 +14,17 @@ const OWN_OPTIONS: OptionSpecs = {
   dry_run: { kind: 'flag', help: 'check everything, print the resolved config and the plan, train nothing' },
 };
 /** Every spelling of a key that a config file may use; the config's own check judges keys and values. */
-const CONFIG_OPTIONS: OptionSpecs = Object.fromEntries(
-  ['fp16', 'bf16', ...TRAIN_CONFIG_KEYS, ...[ALIASES, UNSUPPORTED, IGNORED].flatMap(Object.keys)].map((key) => [key, { kind: 'config' }]),
-);
-
-/** Exit code of a run ended by a second Ctrl-C, as shells count it: 128 + SIGINT. */
-const INTERRUPTED = 130;
+const CONFIG_OPTIONS: OptionSpecs = Object.fromEntries([
+  ...['fp16', 'bf16', ...[ALIASES, UNSUPPORTED, IGNORED].flatMap(Object.keys)].map((key) => [key, { kind: 'config' }]),
+  ...Object.entries(trainConfigSchema.shape).map(([key, { description }]) => [key, { kind: 'config', help: description }]),
+]);
 
 export const command: Command = {
   usage: 'train --config FILE [--set KEY=VALUE] [--KEY VALUE …]',
   description: `Fine-tunes a vision-language model (alias: sft). Every key of the config is an option too: --learning_rate 1e-4.
 
 Ctrl-C finishes the step, saves and ends with exit code 0; a second Ctrl-C ends at once.`,
-  options: () => ({ ...CONFIG_OPTIONS, ...OWN_OPTIONS }),
+  options: () => ({ ...OWN_OPTIONS, ...CONFIG_OPTIONS }),
   footer: `Examples:
   martlet train --config lora.yaml
   martlet train --config lora.yaml --set lora_rank=16 --dry-run
@@ -46,7 +45,7 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
   const config = first ?? {};
   const json = options.flag('json');
   if (!options.flag('dry_run')) return train(config, overrides, json, io);
-  const planned = await planTraining(config, { overrides });
+  const planned = await interruptible((signal) => planTraining(config, { overrides, signal }));
   if (json) printJson(io, planned);
   else io.stdout.write(`${configToYaml(planned.config)}\n${planText(planned.plan)}\n`);
   return 0;
@@ -73,9 +72,6 @@ async function train(config: string | TrainConfigInput, overrides: string[], jso
       else progress.handle(event);
     }
     return 0;
-  } catch (error) {
-    if (abort.signal.aborted) return INTERRUPTED;
-    throw error;
   } finally {
     progress.close();
     process.off('SIGINT', interrupt);

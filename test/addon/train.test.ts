@@ -77,6 +77,7 @@ test('a run learns, tells its steps, and leaves an adapter, checkpoints, logs an
   const base = await infer({ model: MODEL, image, text, ...greedy });
   assert.notEqual(answer.text, base.text);
   const merged = await mergeAdapter({ adapter: out, outputDir: join(dir, 'merged') });
+  assert.match(readFileSync(join(merged.outputDir, 'args.yaml'), 'utf8'), /^template: default$/m, 'the merged model is asked in the same way');
   assert.equal(merged.mergedTensors, 21);
   assert.equal((await infer({ model: merged.outputDir, image, text, ...greedy })).text, answer.text);
 });
@@ -341,5 +342,8 @@ evaluation_strategy: no
   const start = events[0] as Extract<TrainEvent, { type: 'start' }>;
   assert.deepEqual([start.config.lora_rank, start.config.max_steps, start.targets], [2, 1, 6]);
   assert.equal(result.steps, 1);
+  const named = { max_steps: 1, overwrite_output_dir: true, output_dir: join(dir, 'out') };
+  await train(smallConfig(dir, { ...named, model_type: 'llava1_5_hf' }));
+  await assert.rejects(train(smallConfig(dir, { ...named, model_type: 'qwen-vl-chat' })), { code: 'ERR_MARTLET_CONFIG', message: /is a llava/ });
   await assert.rejects(train({ model: MODEL, dataste: 'x' }), { code: 'ERR_MARTLET_CONFIG', message: /did you mean dataset/ });
 });

@@ -24,7 +24,7 @@ async function folder(files: string[]): Promise<string> {
   }
   return dir;
 }
-const none = { resume: false, overwrite: false, inputs: [] };
+const none = { resume: false, overwrite: false, inputs: [], create: true };
 
 test('a folder with another run is refused with all three ways out; with other files it is not', async () => {
   for (const file of ['adapter_config.json', 'checkpoint-5/x', 'args.yaml', 'model-00001-of-00002.safetensors']) {
@@ -37,7 +37,11 @@ test('a folder with another run is refused with all three ways out; with other f
   await checkOutputDir(await folder(['notes.txt', 'data.json']), none);
   await checkOutputDir(await folder(['args.yaml']), { ...none, resume: true });
   await checkOutputDir(await folder(['args.yaml']), { ...none, overwrite: true });
-  await checkOutputDir(join(root, 'not', 'there', 'yet'), none);
+  const absent = join(root, 'not', 'there', 'yet');
+  await checkOutputDir(absent, { ...none, create: false });
+  assert.ok(!(await readdir(root)).includes('not'), 'a dry run creates nothing');
+  await checkOutputDir(absent, none);
+  assert.deepEqual(await readdir(absent), []);
 });
 
 test('a folder that is not writable, or a file in its place, is refused', async () => {
@@ -130,7 +134,7 @@ test('a failed write leaves neither the file nor a temporary one; a folder appea
 });
 
 test('what a killed process left unfinished is swept away', async () => {
-  const dir = await folder(['.checkpoint-5.123-0a1b2c3d.tmp/x', '.adapter.1-00000000.tmp', 'a.tmp', 'checkpoint-5/x']);
+  const dir = await folder(['.checkpoint-5.123-0a1b2c3d.tmp/x', '.adapter.1-00000000.tmp', 'adapter_model.safetensors.tmp-7', 'a.tmp', 'checkpoint-5/x']);
   await removeUnfinished(dir);
   assert.deepEqual((await readdir(dir)).sort(), ['a.tmp', 'checkpoint-5']);
 });
