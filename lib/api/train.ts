@@ -2,6 +2,7 @@ import { resolve } from 'node:path';
 import { loadTrainConfig, type TrainConfig, type TrainConfigInput } from '../config/index.js';
 import { isDirectory, removeUnfinished } from '../files.js';
 import { type ResolveOptions, resolveModel } from '../hub/index.js';
+import { loadAddon } from '../native/load.js';
 import { bytes } from '../report/format.js';
 import { abortedError, throwIfAborted } from './abort.js';
 import { checkOutputDir, lockOutputDir } from './output-dir.js';
@@ -49,6 +50,7 @@ async function run(
     inputs: [modelDir, ...config.adapters],
     create: true,
   });
+  loadAddon(); // a missing libtorch should show before a large dataset is read
   const unlock = await lockOutputDir(outputDir);
   try {
     await removeUnfinished(outputDir);

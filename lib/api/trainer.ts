@@ -167,6 +167,8 @@ class Trainer {
   #best: { metric: number; dir: string } | undefined;
   #lastEval: { step: number; loss: number } | undefined;
   #lastCheckpoint: { step: number; dir: string } | undefined;
+  /** Over the steps of this process. */
+  #sum = { loss: 0, rows: 0 };
   /** Milliseconds that the engine waited for rows. */
   #dataWait = 0;
 
@@ -284,6 +286,8 @@ class Trainer {
     this.#lastLoss = result.loss;
     this.#lastStep = result;
     this.#memory = Math.max(this.#memory, result.memory.peakReserved, result.memory.peakAllocated);
+    this.#sum.loss += result.loss;
+    this.#sum.rows += microBatches.flat().length;
     this.#interval.steps += 1;
     this.#interval.loss += result.loss;
     this.#interval.labelledTokens += result.labelledTokens;
@@ -436,7 +440,9 @@ class Trainer {
     const steps = this.#step - (this.#setup.resume?.state.global_step ?? 0);
     await this.#log.record({
       train_runtime: rounded(seconds, 6),
+      train_samples_per_second: rounded(this.#sum.rows / seconds, 6),
       train_steps_per_second: rounded(steps / seconds, 6),
+      train_loss: rounded(this.#sum.loss / steps, 8),
       'global_step/max_steps': `${this.#step}/${schedule.totalSteps}`,
       last_model_checkpoint: this.#lastCheckpoint?.dir ?? null,
       best_model_checkpoint: this.#best?.dir ?? null,
