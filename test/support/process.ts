@@ -1,0 +1,107 @@
+/** Runs the scripts of test/process/children, each in a process of its own with a time limit. */
+import { spawn } from 'node:child_process';
+import { writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { cases, llava, projectRoot } from './fixtures.js';
+import { smallConfig } from './train.js';
+
+/** The embedded model: 3 million parameters, 512 positions; a step over many rows takes seconds. */
+export const QUICKSTART_MODEL = join(projectRoot, 'examples/quickstart/model');
+
+const CHILDREN = new URL('../process/children/', import.meta.url);
+
+export interface ChildResult {
+  code: number | null;
+  signal: NodeJS.Signals | null;
+  stdout: string;
+  stderr: string;
+}
+
+export interface ChildOptions {
+  /** Merged over this process's; undefined removes a variable. */
+  env?: Record<string, string | undefined>;
+  nodeArgs?: string[];
+  /** Shell commands that run first in the same process, such as `ulimit -f 1`. */
+  shell?: string;
+  /** Longest the process may take, in ms. Defaults to a minute. */
+  limit?: number;
+  /** Sees each line of standard output; may kill. */
+  onLine?: (line: string, kill: () => void) => void;
+}
+
+/** Runs `dist/test/process/children/<name>.js`, which finds `args` with {@link childArgs}. Rejects when it outlives its limit. */
+export function runChild(name: string, args: unknown, options: ChildOptions = {}): Promise<ChildResult> {
+  const script = fileURLToPath(new URL(`${name}.js`, CHILDREN));
+  return runNode([...(options.nodeArgs ?? []), script, JSON.stringify(args)], options);
+}
+
+export function runNode(nodeArgs: string[], options: ChildOptions = {}): Promise<ChildResult> {
+  const { shell, limit = 60_000, onLine } = options;
+  const env = { ...process.env, ...options.env };
+  // a child is not a test file of the runner above it
+  delete env.NODE_TEST_CONTEXT;
+  return new Promise((resolve, reject) => {
+    const child = shell
+      ? spawn('bash', ['-c', `${shell} && exec "$0" "$@"`, process.execPath, ...nodeArgs], { env })
+      : spawn(process.execPath, nodeArgs, { env });
+    const out = { stdout: '', stderr: '' };
+    let late = false;
+    const timer = setTimeout(() => {
+      late = true;
+      child.kill('SIGKILL');
+    }, limit);
+    let rest = '';
+    child.stdout.setEncoding('utf8').on('data', (text: string) => {
+      out.stdout += text;
+      const lines = (rest + text).split('\n');
+      rest = lines.pop() as string;
+      for (const line of lines) onLine?.(line, () => child.kill('SIGKILL'));
+    });
+    child.stderr.setEncoding('utf8').on('data', (text: string) => {
+      out.stderr += text;
+    });
+    child.on('error', reject);
+    child.on('close', (code, signal) => {
+      clearTimeout(timer);
+      if (late) reject(new Error(`still running after ${limit} ms\n${out.stdout}\n${out.stderr}`));
+      else resolve({ code, signal, ...out });
+    });
+  });
+}
+
+/** In a child: what the test handed over. */
+export function childArgs<T>(): T {
+  return JSON.parse(process.argv[2] as string) as T;
+}
+
+/** The last line of a child's standard output, as JSON. */
+export function lastJson<T>(stdout: string): T {
+  return JSON.parse(stdout.trimEnd().split('\n').at(-1) as string) as T;
+}
+
+/** The config of a run whose single steps take about a second or more: the embedded model, `rows` rows a step. */
+export function slowConfig(dir: string, rows = 256): Record<string, unknown> {
+  const dataset = join(dir, 'many.json');
+  const all = [...cases.values()].map(({ messages, images }) => ({
+    messages,
+    images: images.map((image) => join(llava, 'images', image)),
+  }));
+  writeFileSync(dataset, JSON.stringify(Array.from({ length: rows }, (_, i) => all[i % all.length])));
+  return smallConfig(dir, {
+    model: QUICKSTART_MODEL,
+    dataset,
+    per_device_train_batch_size: rows,
+    gradient_accumulation_steps: 1,
+    max_steps: 1000,
+    save_strategy: 'no',
+  });
+}
+
+/** A question whose answer is as long as the tiny model's positions allow: some hundred tokens. */
+export const LONG_QUESTION = {
+  messages: [{ role: 'user' as const, content: 'Tell a long story.' }],
+  temperature: 0,
+  maxNewTokens: 100_000,
+  adapter: null,
+};
