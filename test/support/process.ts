@@ -22,6 +22,7 @@ export interface ChildOptions {
   /** Merged over this process's; undefined removes a variable. */
   env?: Record<string, string | undefined>;
   nodeArgs?: string[];
+  cwd?: string;
   /** Shell commands that run first in the same process, such as `ulimit -f 1`. */
   shell?: string;
   /** Longest the process may take, in ms. Defaults to a minute. */
@@ -37,14 +38,14 @@ export function runChild(name: string, args: unknown, options: ChildOptions = {}
 }
 
 export function runNode(nodeArgs: string[], options: ChildOptions = {}): Promise<ChildResult> {
-  const { shell, limit = 60_000, onLine } = options;
+  const { shell, cwd, limit = 60_000, onLine } = options;
   const env = { ...process.env, ...options.env };
   // a child is not a test file of the runner above it
   delete env.NODE_TEST_CONTEXT;
   return new Promise((resolve, reject) => {
     const child = shell
-      ? spawn('bash', ['-c', `${shell} && exec "$0" "$@"`, process.execPath, ...nodeArgs], { env })
-      : spawn(process.execPath, nodeArgs, { env });
+      ? spawn('bash', ['-c', `${shell} && exec "$0" "$@"`, process.execPath, ...nodeArgs], { env, cwd })
+      : spawn(process.execPath, nodeArgs, { env, cwd });
     const out = { stdout: '', stderr: '' };
     let late = false;
     const timer = setTimeout(() => {
