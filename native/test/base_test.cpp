@@ -12,12 +12,12 @@ TEST("an AtomicFile that is committed holds what was written, under its name onl
   {
     AtomicFile file(folder / "out.bin");
     file.write("one ", 4);
-    CHECK(!std::filesystem::exists(folder / "out.bin"));
+    EXPECT(!std::filesystem::exists(folder / "out.bin"));
     file.write("two", 3);
     file.commit();
   }
-  CHECK_EQ(read_bytes(folder / "out.bin"), "one two");
-  CHECK_EQ(folder.names().size(), 1u);
+  EXPECT_EQ(read_bytes(folder / "out.bin"), "one two");
+  EXPECT_EQ(folder.names().size(), 1u);
 }
 
 TEST("an AtomicFile that is not committed leaves nothing") {
@@ -25,9 +25,9 @@ TEST("an AtomicFile that is not committed leaves nothing") {
   {
     AtomicFile file(folder / "out.bin");
     file.write("half", 4);
-    CHECK_EQ(folder.names().size(), 1u);  // the temporary file
+    EXPECT_EQ(folder.names().size(), 1u);  // the temporary file
   }
-  CHECK_EQ(folder.names().size(), 0u);
+  EXPECT_EQ(folder.names().size(), 0u);
 }
 
 TEST("an AtomicFile that is not committed leaves the old file as it was") {
@@ -37,20 +37,20 @@ TEST("an AtomicFile that is not committed leaves the old file as it was") {
     AtomicFile file(folder / "out.bin");
     file.write("new", 3);
   }
-  CHECK_EQ(read_bytes(folder / "out.bin"), "old");
+  EXPECT_EQ(read_bytes(folder / "out.bin"), "old");
   write_text_file(folder / "out.bin", "new");
-  CHECK_EQ(read_bytes(folder / "out.bin"), "new");
-  CHECK_EQ(folder.names().size(), 1u);
+  EXPECT_EQ(read_bytes(folder / "out.bin"), "new");
+  EXPECT_EQ(folder.names().size(), 1u);
 }
 
 TEST("a folder that is not there, or a folder in the file's place, is ERR_MARTLET_IO with the path") {
   const TemporaryFolder folder;
-  const Error absent = CHECK_THROWS_CODE(code::kIo, AtomicFile(folder / "no/out.bin"));
-  CHECK_CONTAINS(absent.details_json(), (folder / "no/out.bin").string());
+  const Error absent = EXPECT_THROWS_CODE(code::kIo, AtomicFile(folder / "no/out.bin"));
+  EXPECT_CONTAINS(absent.details_json(), (folder / "no/out.bin").string());
   std::filesystem::create_directory(folder / "taken");
-  const Error taken = CHECK_THROWS_CODE(code::kIo, write_text_file(folder / "taken", "x"));
-  CHECK_CONTAINS(taken.what(), (folder / "taken").string());
-  CHECK_EQ(folder.names().size(), 1u);
+  const Error taken = EXPECT_THROWS_CODE(code::kIo, write_text_file(folder / "taken", "x"));
+  EXPECT_CONTAINS(taken.what(), (folder / "taken").string());
+  EXPECT_EQ(folder.names().size(), 1u);
 }
 
 TEST("a generator gives the same numbers for the same seed, and others for another") {
@@ -59,8 +59,8 @@ TEST("a generator gives the same numbers for the same seed, and others for anoth
     generator.set_current_seed(seed);
     return at::empty({64}, at::kFloat).uniform_(0, 1, generator);
   };
-  CHECK_SAME(draw(7), draw(7));
-  CHECK(!at::equal(draw(7), draw(8)));
+  EXPECT_SAME(draw(7), draw(7));
+  EXPECT(!at::equal(draw(7), draw(8)));
 }
 
 TEST("a generator's state brings back the numbers that followed") {
@@ -70,9 +70,9 @@ TEST("a generator's state brings back the numbers that followed") {
   draw();
   const at::Tensor state = generator.get_state();
   const at::Tensor first = draw();
-  CHECK(!at::equal(first, draw()));
+  EXPECT(!at::equal(first, draw()));
   generator.set_state(state);
-  CHECK_SAME(draw(), first);
+  EXPECT_SAME(draw(), first);
 }
 
 TEST("generators do not share state") {
@@ -82,12 +82,12 @@ TEST("generators do not share state") {
   at::empty({10}, at::kFloat).uniform_(0, 1, one);
   at::Generator fresh = make_generator(at::kCPU);
   fresh.set_current_seed(5);
-  CHECK_SAME(at::empty({10}, at::kFloat).uniform_(0, 1, two), at::empty({10}, at::kFloat).uniform_(0, 1, fresh));
+  EXPECT_SAME(at::empty({10}, at::kFloat).uniform_(0, 1, two), at::empty({10}, at::kFloat).uniform_(0, 1, fresh));
 }
 
 TEST("mix_seed is splitmix64") {
   // The published sequence of splitmix64 from the state 1234567: output i mixes state + (i + 1) · golden ratio.
-  CHECK_EQ(mix_seed(1234567, 0), 6457827717110365317ULL);
-  CHECK_EQ(mix_seed(1234567, 1), 3203168211198807973ULL);
-  CHECK_EQ(mix_seed(1234567, 2), 9817491932198370423ULL);
+  EXPECT_EQ(mix_seed(1234567, 0), 6457827717110365317ULL);
+  EXPECT_EQ(mix_seed(1234567, 1), 3203168211198807973ULL);
+  EXPECT_EQ(mix_seed(1234567, 2), 9817491932198370423ULL);
 }

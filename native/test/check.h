@@ -1,4 +1,5 @@
-// The tests' registry and checks. A failed check is recorded and the test goes on; a test without a failed check passes.
+// The tests' registry and checks. A failed check is recorded and the test goes on; a test without a failed check
+// passes.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -78,18 +79,19 @@ at::Tensor randn(at::IntArrayRef shape, uint64_t seed, at::ScalarType dtype = at
 #define MARTLET_JOIN(a, b) MARTLET_JOIN_(a, b)
 
 // TEST("what must hold") { … }
-#define TEST(title)                                                                                         \
-  static void MARTLET_JOIN(test_, __LINE__)();                                                              \
-  static const ::martlet::test::Registration MARTLET_JOIN(registration_, __LINE__)(__FILE__, title,         \
-                                                                                  MARTLET_JOIN(test_, __LINE__)); \
+#define TEST(title)                                                                                                \
+  static void MARTLET_JOIN(test_, __LINE__)();                                                                     \
+  static const ::martlet::test::Registration MARTLET_JOIN(registration_, __LINE__)(__FILE__, title,                \
+                                                                                   MARTLET_JOIN(test_, __LINE__)); \
   static void MARTLET_JOIN(test_, __LINE__)()
 
-#define CHECK(condition) \
+// EXPECT, since c10's logging header takes the name CHECK.
+#define EXPECT(condition) \
   ((condition) ? void() : ::martlet::test::record_failure(__FILE__, __LINE__, #condition " does not hold"))
-#define CHECK_EQ(actual, expected) ::martlet::test::check_equal((actual), (expected), #actual, __FILE__, __LINE__)
-#define CHECK_CLOSE(actual, expected, tolerance) \
+#define EXPECT_EQ(actual, expected) ::martlet::test::check_equal((actual), (expected), #actual, __FILE__, __LINE__)
+#define EXPECT_CLOSE(actual, expected, tolerance) \
   ::martlet::test::check_close((actual), (expected), (tolerance), #actual, __FILE__, __LINE__)
-#define CHECK_SAME(actual, expected) ::martlet::test::check_same((actual), (expected), #actual, __FILE__, __LINE__)
-#define CHECK_CONTAINS(text, part) ::martlet::test::check_contains((text), (part), __FILE__, __LINE__)
-#define CHECK_THROWS_CODE(code, expression) \
+#define EXPECT_SAME(actual, expected) ::martlet::test::check_same((actual), (expected), #actual, __FILE__, __LINE__)
+#define EXPECT_CONTAINS(text, part) ::martlet::test::check_contains((text), (part), __FILE__, __LINE__)
+#define EXPECT_THROWS_CODE(code, expression) \
   ::martlet::test::expect_error((code), [&] { (void)(expression); }, #expression, __FILE__, __LINE__)

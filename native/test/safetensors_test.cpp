@@ -29,8 +29,7 @@ void check_refused(const std::string& bytes, const std::string& part, const char
   const TemporaryFolder folder;
   const std::filesystem::path path = folder / "bad.safetensors";
   write_bytes(path, bytes);
-  const Error error = expect_error(
-      code::kWeights, [&] { SafetensorsFile::open(path); }, about, __FILE__, __LINE__);
+  const Error error = expect_error(code::kWeights, [&] { SafetensorsFile::open(path); }, about, __FILE__, __LINE__);
   check_contains(error.what(), part, about, 0);
   check_contains(json::parse(error.details_json()).value("path", ""), path.string(), about, 0);
 }
@@ -73,11 +72,11 @@ TEST("what write_safetensors writes is read back to the bit") {
   const auto tensors = samples();
   write_safetensors(folder / "m.safetensors", tensors, {{"format", "pt"}, {"note", "ü"}});
   const auto file = SafetensorsFile::open(folder / "m.safetensors");
-  CHECK_EQ(file->tensors().size(), tensors.size());
-  for (const auto& [name, tensor] : tensors) CHECK_SAME(file->tensor(name), tensor);
-  CHECK(!file->tensor("absent").defined());
-  CHECK_EQ(file->metadata().at("note"), "ü");
-  CHECK_EQ(folder.names().size(), 1u);
+  EXPECT_EQ(file->tensors().size(), tensors.size());
+  for (const auto& [name, tensor] : tensors) EXPECT_SAME(file->tensor(name), tensor);
+  EXPECT(!file->tensor("absent").defined());
+  EXPECT_EQ(file->metadata().at("note"), "ü");
+  EXPECT_EQ(folder.names().size(), 1u);
 }
 
 TEST("a tensor outlives the file object it came from") {
@@ -85,27 +84,26 @@ TEST("a tensor outlives the file object it came from") {
   const at::Tensor value = randn({100, 100}, 1);
   write_safetensors(folder / "m.safetensors", {{"w", value}}, {});
   const at::Tensor read = SafetensorsFile::open(folder / "m.safetensors")->tensor("w");
-  CHECK_SAME(read, value);
+  EXPECT_SAME(read, value);
 }
 
 TEST("tensors at odd offsets are read") {
   const TemporaryFolder folder;
   const at::Tensor value = randn({3}, 1);
   // One byte before it, and a header whose length is no multiple of 8.
-  const std::string header =
-      json{{"byte", entry("U8", {1}, 0, 1)}, {"w", entry("F32", {3}, 1, 13)}}.dump();
+  const std::string header = json{{"byte", entry("U8", {1}, 0, 1)}, {"w", entry("F32", {3}, 1, 13)}}.dump();
   write_bytes(folder / "m.safetensors",
               file_bytes(header, "x" + std::string(static_cast<const char*>(value.const_data_ptr()), 12)));
-  CHECK_SAME(SafetensorsFile::open(folder / "m.safetensors")->tensor("w"), value);
+  EXPECT_SAME(SafetensorsFile::open(folder / "m.safetensors")->tensor("w"), value);
 }
 
 TEST("ShardWriter: one shard is model.safetensors without an index") {
   const TemporaryFolder folder;
   const auto tensors = samples();
-  CHECK_EQ(write_shards(folder.path(), tensors, int64_t{1} << 30), std::vector<std::string>{"model.safetensors"});
-  CHECK_EQ(folder.names(), std::vector<std::string>{"model.safetensors"});
+  EXPECT(write_shards(folder.path(), tensors, int64_t{1} << 30) == std::vector<std::string>{"model.safetensors"});
+  EXPECT(folder.names() == std::vector<std::string>{"model.safetensors"});
   const Checkpoint checkpoint = Checkpoint::open(folder.path());
-  for (const auto& [name, tensor] : tensors) CHECK_SAME(checkpoint.tensor(name), tensor);
+  for (const auto& [name, tensor] : tensors) EXPECT_SAME(checkpoint.tensor(name), tensor);
 }
 
 TEST("ShardWriter: shards keep to the size and are read back through the index") {
@@ -114,14 +112,14 @@ TEST("ShardWriter: shards keep to the size and are read back through the index")
   for (int i = 0; i < 6; ++i) tensors.emplace_back("t" + std::to_string(i), randn({i == 2 ? 40 : 10}, 10 + i));
   const auto files = write_shards(folder.path(), tensors, 80);
   // 40-byte tensors two by two; the 160-byte one is larger than a shard and stands alone.
-  CHECK_EQ(files.size(), 4u);
-  CHECK_EQ(files.front(), "model-00001-of-00004.safetensors");
+  EXPECT_EQ(files.size(), 4u);
+  EXPECT_EQ(files.front(), "model-00001-of-00004.safetensors");
   const json index = json::parse(read_bytes(folder / "model.safetensors.index.json"));
-  CHECK_EQ(index["metadata"]["total_size"].get<int64_t>(), 360);
-  CHECK_EQ(index["weight_map"]["t2"].get<std::string>(), "model-00002-of-00004.safetensors");
+  EXPECT_EQ(index["metadata"]["total_size"].get<int64_t>(), 360);
+  EXPECT_EQ(index["weight_map"]["t2"].get<std::string>(), "model-00002-of-00004.safetensors");
   const Checkpoint checkpoint = Checkpoint::open(folder.path());
-  CHECK_EQ(checkpoint.names().size(), 6u);
-  for (const auto& [name, tensor] : tensors) CHECK_SAME(checkpoint.tensor(name), tensor);
+  EXPECT_EQ(checkpoint.names().size(), 6u);
+  for (const auto& [name, tensor] : tensors) EXPECT_SAME(checkpoint.tensor(name), tensor);
 }
 
 TEST("ShardWriter: a tensor off the plan, or too few, is an error and leaves no whole file") {
@@ -130,12 +128,12 @@ TEST("ShardWriter: a tensor off the plan, or too few, is an error and leaves no 
   {
     ShardWriter writer(folder.path(), plan_of(tensors), 1 << 20);
     writer.add("a", tensors[0].second);
-    CHECK_THROWS_CODE(code::kInternal, writer.add("a", tensors[0].second));
-    CHECK_THROWS_CODE(code::kInternal, writer.add("b", randn({5}, 2)));
-    CHECK_THROWS_CODE(code::kInternal, writer.add("b", randn({4}, 2, at::kHalf)));
-    CHECK_THROWS_CODE(code::kInternal, writer.finish());
+    EXPECT_THROWS_CODE(code::kInternal, writer.add("a", tensors[0].second));
+    EXPECT_THROWS_CODE(code::kInternal, writer.add("b", randn({5}, 2)));
+    EXPECT_THROWS_CODE(code::kInternal, writer.add("b", randn({4}, 2, at::kHalf)));
+    EXPECT_THROWS_CODE(code::kInternal, writer.finish());
   }
-  CHECK_EQ(folder.names().size(), 0u);
+  EXPECT_EQ(folder.names().size(), 0u);
 }
 
 TEST("a file cut anywhere is refused") {
@@ -149,11 +147,11 @@ TEST("a file cut anywhere is refused") {
       SafetensorsFile::open(folder / "cut.safetensors");
       ++opened;
     } catch (const Error& error) {
-      CHECK_EQ(error.code(), code::kWeights);
-      CHECK_CONTAINS(error.what(), "cut.safetensors");
+      EXPECT_EQ(error.code(), code::kWeights);
+      EXPECT_CONTAINS(error.what(), "cut.safetensors");
     }
   }
-  CHECK_EQ(opened, 0);
+  EXPECT_EQ(opened, 0);
 }
 
 TEST("a header whose length lies is refused") {
@@ -220,21 +218,22 @@ TEST("an empty shape with huge extents opens, and reading it does not crash") {
   write_bytes(folder / "m.safetensors", file_bytes(header, ""));
   try {
     const at::Tensor read = SafetensorsFile::open(folder / "m.safetensors")->tensor("w");
-    CHECK_EQ(read.numel(), 0);
+    EXPECT_EQ(read.numel(), 0);
   } catch (const Error& error) {
-    CHECK_EQ(error.code(), code::kWeights);
+    EXPECT_EQ(error.code(), code::kWeights);
   }
 }
 
 TEST("what is not a file is refused") {
   const TemporaryFolder folder;
-  CHECK_CONTAINS(CHECK_THROWS_CODE(code::kWeights, SafetensorsFile::open(folder / "absent")).what(), "absent");
-  CHECK_CONTAINS(CHECK_THROWS_CODE(code::kWeights, SafetensorsFile::open(folder.path())).what(), "not a regular file");
+  EXPECT_CONTAINS(EXPECT_THROWS_CODE(code::kWeights, SafetensorsFile::open(folder / "absent")).what(), "absent");
+  EXPECT_CONTAINS(EXPECT_THROWS_CODE(code::kWeights, SafetensorsFile::open(folder.path())).what(),
+                  "not a regular file");
 }
 
 TEST("a checkpoint whose index and shards disagree is refused") {
   const TemporaryFolder folder;
-  CHECK_CONTAINS(CHECK_THROWS_CODE(code::kWeights, Checkpoint::open(folder.path())).what(), "weights are missing");
+  EXPECT_CONTAINS(EXPECT_THROWS_CODE(code::kWeights, Checkpoint::open(folder.path())).what(), "weights are missing");
 
   std::vector<std::pair<std::string, at::Tensor>> tensors;
   for (int i = 0; i < 3; ++i) tensors.emplace_back("t" + std::to_string(i), randn({10}, i));
@@ -251,7 +250,7 @@ TEST("a checkpoint whose index and shards disagree is refused") {
     write_bytes(index_path, changed.dump());
   };
   const auto refused = [&](const std::string& part) {
-    CHECK_CONTAINS(CHECK_THROWS_CODE(code::kWeights, Checkpoint::open(folder.path())).what(), part);
+    EXPECT_CONTAINS(EXPECT_THROWS_CODE(code::kWeights, Checkpoint::open(folder.path())).what(), part);
   };
 
   with_map("t9", "model-00002-of-00003.safetensors");
