@@ -1,5 +1,5 @@
 /** The typed side of the native engine: one thread with its queue of jobs, holding at most one model. */
-import { MartletError, type ErrorCode, type ErrorDetails } from '../errors.js';
+import { type ErrorCode, type ErrorDetails, MartletError } from '../errors.js';
 import type { Methods, RawEngine } from './binding.js';
 import { loadAddon } from './load.js';
 
@@ -15,6 +15,8 @@ export interface CallOptions {
 
 export class Engine {
   readonly #raw: RawEngine;
+  /** Queued or running; the first one runs. */
+  readonly #jobs = new Set<object>();
   #closed: Promise<void> | undefined;
 
   constructor() {
@@ -42,10 +44,21 @@ export class Engine {
       buffers,
       onEvent && ((text) => onEvent(JSON.parse(text))),
     );
-    const cancel = () => job.cancel();
+    this.#jobs.add(job);
+    const done = () => this.#jobs.delete(job);
+    job.promise.then(done, done);
+    let cancel = () => {};
+    const leftQueue = new Promise<never>((_, reject) => {
+      cancel = () => {
+        job.cancel();
+        // native code drops a waiting job only when its turn comes: the caller need not wait for the jobs before it
+        const [running] = this.#jobs;
+        if (running !== job && signal) reject(aborted(signal));
+      };
+    });
     signal?.addEventListener('abort', cancel, { once: true });
     try {
-      const { result, buffers: out } = await job.promise;
+      const { result, buffers: out } = await Promise.race([job.promise, leftQueue]);
       return { result: JSON.parse(result), buffers: out };
     } catch (error) {
       throw translate(error, here, signal, this.closed);

@@ -1,0 +1,69 @@
+/**
+ * Measures how long jobs hold up the event loop. A late turn is the loop's own fault only as far as its thread was not waiting
+ * for a core: Linux says how long it waited, so that other work on the machine does not count.
+ */
+import { readFileSync, writeSync } from 'node:fs';
+import { monitorEventLoopDelay } from 'node:perf_hooks';
+import { getSystemInfo, loadModel, trainLoRA } from '../../../lib/index.js';
+import { childArgs, LONG_QUESTION } from '../../support/process.js';
+
+const RESOLUTION_MS = 5;
+const { config, model, block } = childArgs<{ config: Record<string, unknown>; model: string; block: number }>();
+
+/** Milliseconds that the main thread was ready to run and had no core. */
+const waitedForCore = (): number =>
+  Number(readFileSync(`/proc/self/task/${process.pid}/schedstat`, 'utf8').split(' ')[1]) / 1e6;
+
+interface Delays {
+  /** perf_hooks, less the interval of its own timer, ms */
+  measured: number;
+  /** less the time without a core, ms */
+  own: number;
+  turns: number;
+}
+
+async function measure(work: () => Promise<void>): Promise<Delays> {
+  const histogram = monitorEventLoopDelay({ resolution: RESOLUTION_MS });
+  const delays = { measured: 0, own: 0, turns: 0 };
+  let last = { time: performance.now(), waited: waitedForCore() };
+  const timer = setInterval(() => {
+    const now = { time: performance.now(), waited: waitedForCore() };
+    const late = now.time - last.time - RESOLUTION_MS;
+    delays.own = Math.max(delays.own, late - (now.waited - last.waited));
+    delays.turns++;
+    last = now;
+  }, RESOLUTION_MS);
+  histogram.enable();
+  await work();
+  histogram.disable();
+  clearInterval(timer);
+  return { ...delays, measured: histogram.max / 1e6 - RESOLUTION_MS };
+}
+
+async function main(): Promise<void> {
+  getSystemInfo(); // loads libtorch, once a process and in one piece: that is not a job
+  const out = {
+    load: await measure(async () => {
+      const loaded = await loadModel(model, { device: 'cpu' });
+      await loaded.dispose();
+    }),
+    train: await measure(async () => {
+      for await (const _ of trainLoRA(config));
+    }),
+    generate: await measure(async () => {
+      const loaded = await loadModel(model, { device: 'cpu' });
+      for (let i = 0; i < 3; i++) await loaded.generate(LONG_QUESTION);
+      for await (const _ of loaded.stream(LONG_QUESTION));
+      await loaded.dispose();
+    }),
+    blocked: await measure(async () => {
+      await new Promise((resolve) => setTimeout(resolve, 20));
+      const until = performance.now() + block;
+      while (performance.now() < until);
+      await new Promise((resolve) => setTimeout(resolve, 20));
+    }),
+  };
+  writeSync(1, `${JSON.stringify(out)}\n`);
+}
+
+void main();
