@@ -10,6 +10,16 @@
 #include "core/base/error.h"
 
 namespace martlet {
+namespace {
+
+// at::max hands a NaN of any place on, so the highest logit speaks for the row.
+void check_finite(double highest) {
+  if (std::isfinite(highest)) return;
+  fail(code::kNonFinite,
+       "The model's logits are not finite: it cannot be sampled from. Try dtype float32 or bfloat16.");
+}
+
+}  // namespace
 
 Sampler::Sampler(const SamplingOptions& options, const std::vector<int64_t>& prompt)
     : options_(options), random_(options.seed), seen_(prompt) {}
@@ -17,11 +27,16 @@ Sampler::Sampler(const SamplingOptions& options, const std::vector<int64_t>& pro
 int64_t Sampler::next(const at::Tensor& logits) {
   const bool greedy = options_.temperature <= 0;
   const bool penalised = options_.repetition_penalty != 1.0;
-  if (greedy && !penalised) return logits.argmax().item<int64_t>();
+  if (greedy && !penalised) {
+    const auto [highest, id] = logits.max(0);
+    check_finite(highest.item<double>());
+    return id.item<int64_t>();
+  }
 
   const at::Tensor row = logits.to(at::kFloat).to(at::kCPU).clone();
   float* values = row.data_ptr<float>();
   const int64_t vocab = row.numel();
+  check_finite(row.max().item<double>());
   if (penalised) {
     std::vector<int64_t> unique = seen_;
     std::sort(unique.begin(), unique.end());
@@ -43,10 +58,8 @@ int64_t Sampler::next(const at::Tensor& logits) {
     std::vector<double> weights(kept);
     const double highest = values[order[0]];
     double total = 0;
-    for (int64_t i = 0; i < kept; ++i) total += weights[i] = std::exp((values[order[i]] - highest) / options_.temperature);
-    if (!(total > 0) || !std::isfinite(total)) {
-      fail(code::kNonFinite, "The model's logits are not finite: it cannot be sampled from. Try dtype float32 or bfloat16.");
-    }
+    for (int64_t i = 0; i < kept; ++i)
+      total += weights[i] = std::exp((values[order[i]] - highest) / options_.temperature);
     if (options_.top_p < 1.0) {
       // The smallest set whose probability reaches top_p; the first token always stays.
       double sum = 0;

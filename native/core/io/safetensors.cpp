@@ -31,9 +31,18 @@ struct DtypeName {
   at::ScalarType dtype;
 };
 constexpr DtypeName kDtypes[] = {
-    {"F64", at::kDouble}, {"F32", at::kFloat}, {"F16", at::kHalf}, {"BF16", at::kBFloat16},      {"I64", at::kLong},
-    {"I32", at::kInt},    {"I16", at::kShort}, {"I8", at::kChar},  {"U8", at::kByte},            {"BOOL", at::kBool},
-    {"F8_E4M3", at::kFloat8_e4m3fn},           {"F8_E5M2", at::kFloat8_e5m2},
+    {"F64", at::kDouble},
+    {"F32", at::kFloat},
+    {"F16", at::kHalf},
+    {"BF16", at::kBFloat16},
+    {"I64", at::kLong},
+    {"I32", at::kInt},
+    {"I16", at::kShort},
+    {"I8", at::kChar},
+    {"U8", at::kByte},
+    {"BOOL", at::kBool},
+    {"F8_E4M3", at::kFloat8_e4m3fn},
+    {"F8_E5M2", at::kFloat8_e5m2},
 };
 
 [[noreturn]] void broken(const fs::path& path, const std::string& what, json details = json::object()) {
@@ -92,7 +101,8 @@ std::shared_ptr<SafetensorsFile> SafetensorsFile::open(const fs::path& path) {
   ::close(fd);
   if (file->size_ < 8) broken(path, "it has only " + std::to_string(file->size_) + " bytes");
   if (file->mapping_ == nullptr) {
-    fail(code::kIo, "Cannot map " + path.string() + " into memory: " + std::strerror(errno) + ".", {{"path", path.string()}});
+    fail(code::kIo, "Cannot map " + path.string() + " into memory: " + std::strerror(errno) + ".",
+         {{"path", path.string()}});
   }
   file->parse(path);
   return file;
@@ -130,30 +140,40 @@ void SafetensorsFile::parse(const fs::path& path) {
     TensorInfo info;
     info.name = name;
     const json &dtype = entry["dtype"], &shape = entry["shape"], &offsets = entry["data_offsets"];
-    const DtypeName* known = std::find_if(std::begin(kDtypes), std::end(kDtypes), [&](const DtypeName& d) { return dtype == d.name; });
+    const DtypeName* known =
+        std::find_if(std::begin(kDtypes), std::end(kDtypes), [&](const DtypeName& d) { return dtype == d.name; });
     if (known == std::end(kDtypes)) broken(path, label + " has the unknown dtype " + dtype.dump(), about);
     info.dtype = known->dtype;
     const uint64_t item = c10::elementSize(info.dtype);
     if (!shape.is_array()) broken(path, label + " has no shape", about);
-    uint64_t elements = 1;
+    // `bound` leaves zeros out: strides must fit in 64 bits even where there are no elements.
+    uint64_t elements = 1, bound = 1;
     for (const json& extent : shape) {
-      if (!extent.is_number_unsigned()) broken(path, label + " has a shape of other than whole numbers: " + shape.dump(), about);
+      if (!extent.is_number_unsigned())
+        broken(path, label + " has a shape of other than whole numbers: " + shape.dump(), about);
       const uint64_t n = extent.get<uint64_t>();
-      if (n != 0 && elements > (std::numeric_limits<uint64_t>::max() >> 8) / n) broken(path, label + " has an impossible shape " + shape.dump(), about);
-      if (n > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) broken(path, label + " has an impossible shape", about);
+      if (n != 0 && bound > (std::numeric_limits<int64_t>::max() >> 8) / n)
+        broken(path, label + " has an impossible shape " + shape.dump(), about);
       elements *= n;
+      bound *= std::max<uint64_t>(n, 1);
       info.shape.push_back(static_cast<int64_t>(n));
     }
-    if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() || !offsets[1].is_number_unsigned()) {
+    if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() ||
+        !offsets[1].is_number_unsigned()) {
       broken(path, label + " has no two data_offsets", about);
     }
     info.begin = offsets[0].get<size_t>();
     info.end = offsets[1].get<size_t>();
     if (info.begin > info.end || info.end > data_size) {
-      broken(path, label + " claims the bytes " + offsets.dump() + " of " + std::to_string(data_size) + " (the file is cut short, or lies)", about);
+      broken(path,
+             label + " claims the bytes " + offsets.dump() + " of " + std::to_string(data_size) +
+                 " (the file is cut short, or lies)",
+             about);
     }
     if (info.nbytes() != elements * item) {
-      broken(path, label + " has " + std::to_string(info.nbytes()) + " bytes where its shape and dtype need " + std::to_string(elements * item),
+      broken(path,
+             label + " has " + std::to_string(info.nbytes()) + " bytes where its shape and dtype need " +
+                 std::to_string(elements * item),
              about);
     }
     tensors_.push_back(std::move(info));
@@ -165,14 +185,17 @@ void SafetensorsFile::parse(const fs::path& path) {
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const TensorInfo& info = tensors_[i];
     if (info.begin != expected) {
-      broken(path, "tensor " + info.name + (info.begin < expected ? " overlaps the one before it" : " leaves a hole before it"),
-             {{"tensor", info.name}});
+      broken(
+          path,
+          "tensor " + info.name + (info.begin < expected ? " overlaps the one before it" : " leaves a hole before it"),
+          {{"tensor", info.name}});
     }
     expected = info.end;
     index_.emplace(info.name, i);
   }
   if (expected != data_size) {
-    broken(path, "it holds " + std::to_string(data_size) + " bytes of tensors where its header describes " + std::to_string(expected));
+    broken(path, "it holds " + std::to_string(data_size) + " bytes of tensors where its header describes " +
+                     std::to_string(expected));
   }
 }
 
@@ -191,7 +214,9 @@ at::Tensor SafetensorsFile::tensor(const std::string& name) {
     return copy;
   }
   // The mapping is private and never written to, so dropping const is safe.
-  return at::from_blob(const_cast<char*>(begin), info->shape, [self = shared_from_this()](void*) {}, at::TensorOptions().dtype(info->dtype));
+  return at::from_blob(
+      const_cast<char*>(begin), info->shape, [self = shared_from_this()](void*) {},
+      at::TensorOptions().dtype(info->dtype));
 }
 
 Checkpoint Checkpoint::open(const fs::path& dir) {
@@ -203,14 +228,17 @@ Checkpoint Checkpoint::open(const fs::path& dir) {
     const json index = read_json_file(index_path);
     const auto map = index.is_object() ? index.find("weight_map") : index.end();
     if (!index.is_object() || map == index.end() || !map->is_object()) {
-      fail(code::kWeights, index_path.string() + " has no weight_map. Download it again.", {{"path", index_path.string()}});
+      fail(code::kWeights, index_path.string() + " has no weight_map. Download it again.",
+           {{"path", index_path.string()}});
     }
     std::set<std::string> shards;
     for (const auto& [key, shard] : map->items()) {
       // A shard is a file of this folder; a path could lead anywhere.
-      if (!shard.is_string() || shard.get<std::string>().find('/') != std::string::npos || shard.get<std::string>().empty() ||
-          shard == ".." || shard == ".") {
-        fail(code::kWeights, index_path.string() + " names the file " + shard.dump() + " for " + key + ", which is not a file of this folder.",
+      if (!shard.is_string() || shard.get<std::string>().find('/') != std::string::npos ||
+          shard.get<std::string>().empty() || shard == ".." || shard == ".") {
+        fail(code::kWeights,
+             index_path.string() + " names the file " + shard.dump() + " for " + key +
+                 ", which is not a file of this folder.",
              {{"path", index_path.string()}, {"key", key}});
       }
       weight_map[key] = shard.get<std::string>();
@@ -227,15 +255,20 @@ Checkpoint Checkpoint::open(const fs::path& dir) {
       pickled = pickled || (name.rfind("pytorch_model", 0) == 0 && entry.path().extension() == ".bin");
     }
     fail(code::kWeights,
-         pickled ? dir.string() + " holds its weights as pytorch_model*.bin, which cannot be read yet. Convert them once with transformers: "
-                                  "AutoModelForImageTextToText.from_pretrained(dir).save_pretrained(out)."
-                 : dir.string() + " holds neither model.safetensors nor model.safetensors.index.json: the weights are missing. Download them.",
+         pickled ? dir.string() +
+                       " holds its weights as pytorch_model*.bin, which cannot be read yet. Convert them once with "
+                       "transformers: "
+                       "AutoModelForImageTextToText.from_pretrained(dir).save_pretrained(out)."
+                 : dir.string() +
+                       " holds neither model.safetensors nor model.safetensors.index.json: the weights are missing. "
+                       "Download them.",
          {{"path", dir.string()}});
   }
   for (const std::string& shard : shard_names) {
     const fs::path path = dir / shard;
     if (!fs::exists(path)) {
-      fail(code::kWeights, "The shard " + path.string() + " is missing (named in model.safetensors.index.json). Download it.",
+      fail(code::kWeights,
+           "The shard " + path.string() + " is missing (named in model.safetensors.index.json). Download it.",
            {{"path", path.string()}});
     }
     checkpoint.files_.push_back(SafetensorsFile::open(path));
@@ -254,7 +287,8 @@ Checkpoint Checkpoint::open(const fs::path& dir) {
   }
   for (const auto& [key, shard] : weight_map) {
     if (!checkpoint.where_.count(key)) {
-      fail(code::kWeights, "The index places " + key + " in " + shard + ", which does not hold it. Download the shard again.",
+      fail(code::kWeights,
+           "The index places " + key + " in " + shard + ", which does not hold it. Download the shard again.",
            {{"path", (dir / shard).string()}, {"key", key}});
     }
   }
@@ -267,14 +301,16 @@ at::Tensor Checkpoint::tensor(const std::string& name) const { return where_.at(
 namespace {
 
 // The 8 bytes of length and the header, padded with spaces to a multiple of 8 so that tensors are aligned.
-std::string header_bytes(const std::vector<const TensorInfo*>& tensors, const std::map<std::string, std::string>& metadata) {
+std::string header_bytes(const std::vector<const TensorInfo*>& tensors,
+                         const std::map<std::string, std::string>& metadata) {
   json header = json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   size_t offset = 0;
   for (const TensorInfo* info : tensors) {
     size_t size = c10::elementSize(info->dtype);
     for (const int64_t extent : info->shape) size *= static_cast<size_t>(extent);
-    header[info->name] = {{"dtype", name_of(info->dtype)}, {"shape", info->shape}, {"data_offsets", {offset, offset + size}}};
+    header[info->name] = {
+        {"dtype", name_of(info->dtype)}, {"shape", info->shape}, {"data_offsets", {offset, offset + size}}};
     offset += size;
   }
   std::string text = header.dump();
@@ -317,7 +353,8 @@ struct ShardWriter::Impl {
   int64_t total = 0;
 };
 
-ShardWriter::ShardWriter(fs::path dir, const ShardPlan& plan, int64_t max_shard_size) : impl_(std::make_unique<Impl>()) {
+ShardWriter::ShardWriter(fs::path dir, const ShardPlan& plan, int64_t max_shard_size)
+    : impl_(std::make_unique<Impl>()) {
   impl_->dir = std::move(dir);
   impl_->plan = plan;
   int64_t filled = 0;
@@ -346,7 +383,8 @@ void ShardWriter::add(const std::string& name, const at::Tensor& tensor) {
   Impl& s = *impl_;
   if (s.next >= s.plan.size()) fail(code::kInternal, "More tensors were written than planned.");
   const TensorInfo& planned = s.plan[s.next];
-  if (planned.name != name || planned.dtype != tensor.scalar_type() || tensor.sizes() != at::IntArrayRef(planned.shape)) {
+  if (planned.name != name || planned.dtype != tensor.scalar_type() ||
+      tensor.sizes() != at::IntArrayRef(planned.shape)) {
     fail(code::kInternal, "The tensor " + name + " does not follow the plan of the shards.");
   }
   const auto [begin, end] = s.shards[s.shard];
