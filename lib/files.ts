@@ -9,9 +9,11 @@ const REMEDIES: Record<string, string> = {
   EACCES: 'Check the permissions of that folder, or choose another one.',
   EPERM: 'Check the permissions of that folder, or choose another one.',
   EROFS: 'That file system is read-only: choose another folder.',
-  ENOSPC: 'The disk is full: free some space or choose another disk, then run again (resume_from_checkpoint: true continues a training run).',
+  ENOSPC:
+    'The disk is full: free some space or choose another disk, then run again (resume_from_checkpoint: true continues a training run).',
   EDQUOT: 'The disk quota is used up: free some space or choose another disk.',
   ENOTDIR: 'A part of that path is a file, not a folder.',
+  EFBIG: 'The file is larger than this process may write: raise the limit (ulimit -f).',
   EISDIR: 'That path is a folder, not a file.',
   ENOENT: 'Check the path.',
   EMFILE: 'Too many open files: raise the limit (ulimit -n).',

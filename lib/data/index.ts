@@ -4,7 +4,7 @@ import { imageSize } from '../processing/image.js';
 import type { Processor } from '../processing/types.js';
 import { ImageResolver } from './images.js';
 import { readRows, Yielder } from './read.js';
-import { parseRow, RowError } from './rows.js';
+import { parseRow, RowError, rowId } from './rows.js';
 import type { DatasetSpec, Row, RowProblem } from './types.js';
 
 export type { DatasetSpec, Row, RowProblem, RowSource } from './types.js';
@@ -71,9 +71,13 @@ export async function loadDataset(specs: DatasetSpec[], options: LoadDatasetOpti
   if (bad.length > 0 && options.onBadRow === 'error') throw badRows(bad);
   out.skipped.push(...bad);
   if (out.rows.length === 0 && specs.length > 0) {
-    throw new MartletError('ERR_MARTLET_DATASET', `No row of ${specs.map(({ path }) => path).join(', ')} can be used. First reason: ${out.skipped[0]?.message ?? 'unknown'}`, {
-      problems: out.skipped,
-    });
+    throw new MartletError(
+      'ERR_MARTLET_DATASET',
+      `No row of ${specs.map(({ path }) => path).join(', ')} can be used. First reason: ${out.skipped[0]?.message ?? 'unknown'}`,
+      {
+        problems: out.skipped,
+      },
+    );
   }
   return out;
 }
@@ -87,11 +91,10 @@ async function checkRow(
   options: LoadDatasetOptions,
 ): Promise<Checked> {
   const source = { file: spec.path, row: raw.row, ...(raw.line !== undefined && { line: raw.line }) };
-  let id: string | undefined;
+  const id = rowId(raw.value);
   try {
     if (raw.error !== undefined) throw new RowError(`not valid JSON: ${raw.error}`);
     const parsed = parseRow(raw.value);
-    id = parsed.id;
     const images = await Promise.all(parsed.images.map((image) => resolver.resolve(image)));
     const messages = await Promise.all(
       parsed.messages.map(async (message) => ({
@@ -100,7 +103,11 @@ async function checkRow(
           typeof message.content === 'string'
             ? message.content
             : await Promise.all(
-                message.content.map(async (part) => (part.type === 'image' && typeof part.image === 'string' ? { ...part, image: await resolver.resolve(part.image) } : part)),
+                message.content.map(async (part) =>
+                  part.type === 'image' && typeof part.image === 'string'
+                    ? { ...part, image: await resolver.resolve(part.image) }
+                    : part,
+                ),
               ),
       })),
     );
@@ -131,12 +138,18 @@ async function checkRow(
 
 /** Reads the pictures' headers: a missing or broken one is found here, before training. */
 async function rowLength(row: Row, options: LoadDatasetOptions): Promise<number> {
-  const decode = { exifOrientation: options.exifOrientation, maxPixels: options.maxImagePixels, ...(options.signal && { signal: options.signal }) };
+  const decode = {
+    exifOrientation: options.exifOrientation,
+    maxPixels: options.maxImagePixels,
+    ...(options.signal && { signal: options.signal }),
+  };
   const listed = [...row.images];
   const sources = row.messages.flatMap(({ content }) =>
     typeof content === 'string'
       ? Array.from({ length: content.split('<image>').length - 1 }, () => listed.shift() as string)
-      : content.flatMap((part) => (part.type === 'image' ? [(part.image as string | undefined) ?? (listed.shift() as string)] : [])),
+      : content.flatMap((part) =>
+          part.type === 'image' ? [(part.image as string | undefined) ?? (listed.shift() as string)] : [],
+        ),
   );
   const imageSizes = await Promise.all(sources.map((source) => imageSize(source, decode)));
   return options.processor.countTokens({ messages: row.messages, imageSizes });
@@ -146,7 +159,8 @@ function badRows(problems: RowProblem[]): MartletError {
   const lines = problems.slice(0, SHOWN_PROBLEMS).map(({ file, row, line, id, message }) => {
     return `  ${file} row ${row}${line === undefined ? '' : ` (line ${line})`}${id === undefined ? '' : `, id ${id}`}: ${message}`;
   });
-  if (problems.length > SHOWN_PROBLEMS) lines.push(`  … and ${problems.length - SHOWN_PROBLEMS} more (details.problems)`);
+  if (problems.length > SHOWN_PROBLEMS)
+    lines.push(`  … and ${problems.length - SHOWN_PROBLEMS} more (details.problems)`);
   const [first] = problems as [RowProblem];
   return new MartletError(
     'ERR_MARTLET_DATASET',

@@ -14,7 +14,6 @@ export class RowError extends Error {
 export interface ParsedRow {
   messages: ChatMessage[];
   images: string[];
-  id?: string;
 }
 
 type Json = Record<string, unknown>;
@@ -29,12 +28,26 @@ const ROLES: Record<string, ChatMessage['role']> = {
 };
 const QUERY_KEYS = ['query', 'prompt', 'question', 'problem'];
 const RESPONSE_KEYS = ['response', 'answer', 'output', 'target', 'solution', 'completion'];
-const UNSUPPORTED = ['videos', 'video', 'audios', 'audio', 'objects', 'tools', 'rejected_response', 'rejected_images', 'label'];
+const UNSUPPORTED = [
+  'videos',
+  'video',
+  'audios',
+  'audio',
+  'objects',
+  'tools',
+  'rejected_response',
+  'rejected_images',
+  'label',
+];
 
-const isObject = (value: unknown): value is Json => typeof value === 'object' && value !== null && !Array.isArray(value);
+const isObject = (value: unknown): value is Json =>
+  typeof value === 'object' && value !== null && !Array.isArray(value);
 
 export function parseRow(value: unknown): ParsedRow {
-  if (!isObject(value)) throw new RowError(`the row is ${value === null ? 'null' : Array.isArray(value) ? 'a list' : `a ${typeof value}`}, not an object`);
+  if (!isObject(value))
+    throw new RowError(
+      `the row is ${value === null ? 'null' : Array.isArray(value) ? 'a list' : `a ${typeof value}`}, not an object`,
+    );
   for (const key of UNSUPPORTED) {
     const content = value[key];
     if (content === undefined || content === null || (Array.isArray(content) && content.length === 0)) continue;
@@ -46,8 +59,13 @@ export function parseRow(value: unknown): ParsedRow {
   }
   checkOrder(messages);
   const images = parseImages(value);
-  const id = value.id;
-  return { messages: placeImages(messages, images.length), images, ...((typeof id === 'string' || typeof id === 'number') && { id: String(id) }) };
+  return { messages: placeImages(messages, images.length), images };
+}
+
+/** The id that the row gives itself, whatever else is wrong with it. */
+export function rowId(value: unknown): string | undefined {
+  const id = isObject(value) ? value.id : undefined;
+  return typeof id === 'string' || typeof id === 'number' ? String(id) : undefined;
 }
 
 function parseMessages(row: Json): ChatMessage[] {
@@ -58,12 +76,15 @@ function parseMessages(row: Json): ChatMessage[] {
     return list.flatMap((entry, i) => parseMessage(entry, `${field}.${i}`));
   }
   if (row.instruction !== undefined) {
-    const input = row.input === undefined || row.input === null || row.input === '' ? '' : `\n${text(row.input, 'input')}`;
+    const input =
+      row.input === undefined || row.input === null || row.input === '' ? '' : `\n${text(row.input, 'input')}`;
     return withHistory(row, text(row.instruction, 'instruction') + input);
   }
   const query = QUERY_KEYS.find((key) => row[key] !== undefined && row[key] !== null);
   if (query === undefined) {
-    throw new RowError(`no messages: expected conversations, messages, query/response or instruction/output, found ${Object.keys(row).join(', ') || 'nothing'}`);
+    throw new RowError(
+      `no messages: expected conversations, messages, query/response or instruction/output, found ${Object.keys(row).join(', ') || 'nothing'}`,
+    );
   }
   return withHistory(row, text(row[query], query));
 }
@@ -73,10 +94,15 @@ function withHistory(row: Json, query: string): ChatMessage[] {
   if (response === undefined) throw new RowError('no answer: expected response or output', 'response');
   const messages: ChatMessage[] = [];
   if (row.history !== undefined && row.history !== null) {
-    if (!Array.isArray(row.history)) throw new RowError('history must be a list of [question, answer] pairs', 'history');
+    if (!Array.isArray(row.history))
+      throw new RowError('history must be a list of [question, answer] pairs', 'history');
     row.history.forEach((turn: unknown, i) => {
-      if (!Array.isArray(turn) || turn.length !== 2) throw new RowError('history must be a list of [question, answer] pairs', `history.${i}`);
-      messages.push({ role: 'user', content: text(turn[0], `history.${i}.0`) }, { role: 'assistant', content: text(turn[1], `history.${i}.1`) });
+      if (!Array.isArray(turn) || turn.length !== 2)
+        throw new RowError('history must be a list of [question, answer] pairs', `history.${i}`);
+      messages.push(
+        { role: 'user', content: text(turn[0], `history.${i}.0`) },
+        { role: 'assistant', content: text(turn[1], `history.${i}.1`) },
+      );
     });
   }
   messages.push({ role: 'user', content: query }, { role: 'assistant', content: text(row[response], response) });
@@ -86,7 +112,12 @@ function withHistory(row: Json, query: string): ChatMessage[] {
 function parseMessage(entry: unknown, field: string): ChatMessage[] {
   if (!isObject(entry)) throw new RowError('a message must be an object', field);
   // {"human": "…", "assistant": "…"}: one turn
-  if (entry.role === undefined && entry.from === undefined && entry.human !== undefined && entry.assistant !== undefined) {
+  if (
+    entry.role === undefined &&
+    entry.from === undefined &&
+    entry.human !== undefined &&
+    entry.assistant !== undefined
+  ) {
     return [
       { role: 'user', content: text(entry.human, `${field}.human`) },
       { role: 'assistant', content: text(entry.assistant, `${field}.assistant`) },
@@ -96,13 +127,22 @@ function parseMessage(entry: unknown, field: string): ChatMessage[] {
   const name = entry[roleKey];
   const role = typeof name === 'string' && Object.hasOwn(ROLES, name) ? ROLES[name] : undefined;
   if (role === undefined) {
-    throw new RowError(`unknown role ${JSON.stringify(name ?? null)}: known are ${Object.keys(ROLES).join(', ')}`, `${field}.${roleKey}`);
+    throw new RowError(
+      `unknown role ${JSON.stringify(name ?? null)}: known are ${Object.keys(ROLES).join(', ')}`,
+      `${field}.${roleKey}`,
+    );
   }
   const contentKey = entry.content === undefined ? 'value' : 'content';
   const content = entry[contentKey];
-  const message: ChatMessage = { role, content: Array.isArray(content) ? content.map((part, i) => parsePart(part, `${field}.${contentKey}.${i}`)) : text(content, `${field}.${contentKey}`) };
+  const message: ChatMessage = {
+    role,
+    content: Array.isArray(content)
+      ? content.map((part, i) => parsePart(part, `${field}.${contentKey}.${i}`))
+      : text(content, `${field}.${contentKey}`),
+  };
   if (entry.loss === false || entry.loss === 0) message.loss = false;
-  if (entry.loss_scale !== undefined && entry.loss_scale !== 1 && entry.loss_scale !== 0) throw new RowError('loss_scale other than 0 and 1 is not supported yet', `${field}.loss_scale`);
+  if (entry.loss_scale !== undefined && entry.loss_scale !== 1 && entry.loss_scale !== 0)
+    throw new RowError('loss_scale other than 0 and 1 is not supported yet', `${field}.loss_scale`);
   if (entry.loss_scale === 0) message.loss = false;
   return [message];
 }
@@ -115,15 +155,24 @@ function parsePart(part: unknown, field: string): ContentPart {
     return { type: 'image', image: text(url, `${field}.image_url`) };
   }
   if (part.type === 'image') {
-    if (part.image === undefined && part.source === undefined && part.url === undefined && part.path === undefined) return { type: 'image' };
-    if (isObject(part.source)) return { type: 'image', image: `data:${text(part.source.media_type, `${field}.source.media_type`)};base64,${text(part.source.data, `${field}.source.data`)}` };
+    if (part.image === undefined && part.source === undefined && part.url === undefined && part.path === undefined)
+      return { type: 'image' };
+    if (isObject(part.source))
+      return {
+        type: 'image',
+        image: `data:${text(part.source.media_type, `${field}.source.media_type`)};base64,${text(part.source.data, `${field}.source.data`)}`,
+      };
     return { type: 'image', image: text(part.image ?? part.url ?? part.path, `${field}.image`) };
   }
-  throw new RowError(`unknown content part ${JSON.stringify(part.type ?? null)}: known are text, image, image_url`, `${field}.type`);
+  throw new RowError(
+    `unknown content part ${JSON.stringify(part.type ?? null)}: known are text, image, image_url`,
+    `${field}.type`,
+  );
 }
 
 function text(value: unknown, field: string): string {
-  if (typeof value !== 'string') throw new RowError(`${field} must be text, not ${value === null ? 'null' : typeof value}`, field);
+  if (typeof value !== 'string')
+    throw new RowError(`${field} must be text, not ${value === null ? 'null' : typeof value}`, field);
   return value;
 }
 
@@ -134,12 +183,18 @@ function checkOrder(messages: ChatMessage[]): void {
       if (i > 0) throw new RowError('a system message must come first', `messages.${i}`);
       return;
     }
-    if (message.role !== expected) throw new RowError(`messages must alternate: expected ${expected} at place ${i}, found ${message.role}`, `messages.${i}`);
+    if (message.role !== expected)
+      throw new RowError(
+        `messages must alternate: expected ${expected} at place ${i}, found ${message.role}`,
+        `messages.${i}`,
+      );
     expected = expected === 'user' ? 'assistant' : 'user';
   });
-  if (!messages.some(({ role }) => role === 'assistant')) throw new RowError('no assistant turn: there is nothing to learn from');
-  if (messages.at(-1)?.role !== 'assistant') throw new RowError('the last message must be the assistant\'s');
-  if (!messages.some(({ role, content, loss }) => role === 'assistant' && loss !== false && content.length > 0)) throw new RowError('every answer is empty or has loss: false');
+  if (!messages.some(({ role }) => role === 'assistant'))
+    throw new RowError('no assistant turn: there is nothing to learn from');
+  if (messages.at(-1)?.role !== 'assistant') throw new RowError("the last message must be the assistant's");
+  if (!messages.some(({ role, content, loss }) => role === 'assistant' && loss !== false && content.length > 0))
+    throw new RowError('every answer is empty or has loss: false');
 }
 
 function parseImages(row: Json): string[] {
@@ -149,7 +204,11 @@ function parseImages(row: Json): string[] {
     if (value === undefined || value === null || value === '') continue;
     for (const [i, entry] of (Array.isArray(value) ? value : [value]).entries()) {
       const at = Array.isArray(value) ? `${field}.${i}` : field;
-      const source = isObject(entry) ? (entry.path ?? entry.url ?? (typeof entry.bytes === 'string' ? `data:image/unknown;base64,${entry.bytes}` : undefined)) : entry;
+      const source = isObject(entry)
+        ? (entry.path ??
+          entry.url ??
+          (typeof entry.bytes === 'string' ? `data:image/unknown;base64,${entry.bytes}` : undefined))
+        : entry;
       images.push(text(source, at));
     }
   }
@@ -158,16 +217,24 @@ function parseImages(row: Json): string[] {
 
 /** As ms-swift: pictures without any mark go before the first question; any other mismatch is an error. Literal marks count. */
 function placeImages(messages: ChatMessage[], images: number): ChatMessage[] {
-  const parts = messages.flatMap(({ content }) => (typeof content === 'string' ? [] : content.filter((part) => part.type === 'image')));
+  const parts = messages.flatMap(({ content }) =>
+    typeof content === 'string' ? [] : content.filter((part) => part.type === 'image'),
+  );
   const own = parts.filter((part) => part.type === 'image' && part.image !== undefined).length;
-  const marks = messages.reduce((sum, { content }) => sum + (typeof content === 'string' ? content.split('<image>').length - 1 : 0), 0);
+  const marks = messages.reduce(
+    (sum, { content }) => sum + (typeof content === 'string' ? content.split('<image>').length - 1 : 0),
+    0,
+  );
   const open = marks + parts.length - own;
   if (open === images) return messages;
   if (open === 0) {
     const first = messages.findIndex(({ role }) => role === 'user');
     return messages.map((message, i) => {
       if (i !== first) return message;
-      const content = typeof message.content === 'string' ? '<image>\n'.repeat(images) + message.content : [...Array.from({ length: images }, () => ({ type: 'image' as const })), ...message.content];
+      const content =
+        typeof message.content === 'string'
+          ? '<image>\n'.repeat(images) + message.content
+          : [...Array.from({ length: images }, () => ({ type: 'image' as const })), ...message.content];
       return { ...message, content };
     });
   }

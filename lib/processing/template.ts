@@ -41,12 +41,17 @@ export function contentText(content: ChatMessage['content']): string {
 }
 
 export function countImages(messages: ChatMessage[]): number {
-  return messages.reduce((sum, { content }) => sum + contentParts(content).filter((part) => part.type !== 'text').length, 0);
+  return messages.reduce(
+    (sum, { content }) => sum + contentParts(content).filter((part) => part.type !== 'text').length,
+    0,
+  );
 }
 
 /** Adds the default system message where there is none. */
 export function withSystem(messages: ChatMessage[], system: string | undefined): ChatMessage[] {
-  return system === undefined || messages[0]?.role === 'system' ? messages : [{ role: 'system', content: system }, ...messages];
+  return system === undefined || messages[0]?.role === 'system'
+    ? messages
+    : [{ role: 'system', content: system }, ...messages];
 }
 
 // Private-use characters: they stand for answers while the template is rendered, so that an answer is found even where a template trims or moves it.
@@ -62,7 +67,13 @@ export function jinjaRenderer(source: string, tokenizer: Tokenizer, endToken: st
   try {
     template = new Template(source);
   } catch (cause) {
-    throw new MartletError('ERR_MARTLET_TEMPLATE', `The chat template of ${path} cannot be parsed: ${(cause as Error).message}.`, { path }, { cause });
+    throw new MartletError(
+      'ERR_MARTLET_TEMPLATE',
+      `The chat template of ${path} cannot be parsed: ${(cause as Error).message}. ` +
+        'Download its tokenizer and processor files again, or use template: ms-swift.',
+      { path },
+      { cause },
+    );
   }
   const render = (messages: { role: string; content: unknown }[], generation: boolean): string => {
     try {
@@ -76,12 +87,16 @@ export function jinjaRenderer(source: string, tokenizer: Tokenizer, endToken: st
       );
     }
   };
-  const writesNewline = render([{ role: 'user', content: [{ type: 'image' }, { type: 'text', text: 'x' }] }], false).includes(`${IMAGE_MARK}\n`);
+  const writesNewline = render(
+    [{ role: 'user', content: [{ type: 'image' }, { type: 'text', text: 'x' }] }],
+    false,
+  ).includes(`${IMAGE_MARK}\n`);
 
   return (messages, { forGeneration }) => {
     const answers: string[] = [];
     const marked = messages.map((message) => {
-      if (message.role !== 'assistant') return { role: message.role, content: templateParts(message.content, writesNewline) };
+      if (message.role !== 'assistant')
+        return { role: message.role, content: templateParts(message.content, writesNewline) };
       answers.push(contentText(message.content));
       return { role: 'assistant', content: [{ type: 'text', text: `${OPEN}${answers.length - 1}${CLOSE}` }] };
     });
@@ -94,17 +109,23 @@ export function jinjaRenderer(source: string, tokenizer: Tokenizer, endToken: st
       const mark = `${OPEN}${answer}${CLOSE}`;
       const at = whole.indexOf(mark, position);
       if (at < 0) {
-        throw new MartletError('ERR_MARTLET_TEMPLATE', "The checkpoint's chat template leaves an assistant message out, so it cannot be trained.", { path });
+        throw new MartletError(
+          'ERR_MARTLET_TEMPLATE',
+          "The checkpoint's chat template leaves an assistant message out, so it cannot be trained.",
+          { path },
+        );
       }
       // What the model is given before it answers ends where the generation prompt ends; a space after it is the tokenizer's own.
       const prompt = render(marked.slice(0, i), true);
-      const boundary = whole.startsWith(prompt) && prompt.length >= position && prompt.length <= at ? prompt.length : at;
+      const boundary =
+        whole.startsWith(prompt) && prompt.length >= position && prompt.length <= at ? prompt.length : at;
       const between = whole.slice(boundary, at);
       const kept = tokenizer.prependsSpace && between.trim() === '' ? '' : between;
       segments.push({ text: whole.slice(position, boundary) + kept, trained: false });
       segments.push({ text: answers[answer] + endToken, trained: message.loss !== false });
       const rest = whole.slice(at + mark.length);
-      position = at + mark.length + (rest.startsWith(endToken) ? endToken.length : rest.length - rest.trimStart().length);
+      position =
+        at + mark.length + (rest.startsWith(endToken) ? endToken.length : rest.length - rest.trimStart().length);
       answer++;
     });
     const tail = whole.slice(position);

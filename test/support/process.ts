@@ -23,7 +23,7 @@ export interface ChildOptions {
   env?: Record<string, string | undefined>;
   nodeArgs?: string[];
   cwd?: string;
-  /** Shell commands that run first in the same process, such as `ulimit -f 1`. */
+  /** A line for bash that runs the process as `"$@"`, such as `ulimit -f 1; exec "$@"`. */
   shell?: string;
   /** Longest the process may take, in ms. Defaults to a minute. */
   limit?: number;
@@ -44,7 +44,7 @@ export function runNode(nodeArgs: string[], options: ChildOptions = {}): Promise
   delete env.NODE_TEST_CONTEXT;
   return new Promise((resolve, reject) => {
     const child = shell
-      ? spawn('bash', ['-c', `${shell} && exec "$0" "$@"`, process.execPath, ...nodeArgs], { env, cwd })
+      ? spawn('bash', ['-c', shell, 'bash', process.execPath, ...nodeArgs], { env, cwd })
       : spawn(process.execPath, nodeArgs, { env, cwd });
     const out = { stdout: '', stderr: '' };
     let late = false;
