@@ -19,10 +19,10 @@ const REMEDIES: Record<string, string> = {
   EMFILE: 'Too many open files: raise the limit (ulimit -n).',
 };
 
-/** Turns a failed file operation into `ERR_MARTLET_IO`; a MartletError passes unchanged. */
-export function ioError(cause: unknown, action: string, path: string): MartletError {
-  if (cause instanceof MartletError) return cause;
+/** Turns a failed file operation into `ERR_MARTLET_IO`; any other error passes unchanged. */
+export function ioError(cause: unknown, action: string, path: string): unknown {
   const error = cause as NodeJS.ErrnoException;
+  if (cause instanceof MartletError || typeof error?.errno !== 'number') return cause;
   const remedy = REMEDIES[error.code ?? ''] ?? '';
   return new MartletError(
     'ERR_MARTLET_IO',

@@ -8,7 +8,7 @@ export interface CallOptions {
   buffers?: ArrayBufferView[];
   /** Aborting rejects with ERR_MARTLET_ABORTED, `cause` = the signal's reason. */
   signal?: AbortSignal;
-  /** Progress events of the method. */
+  /** Progress events of the method. What it throws ends the job and is what the call rejects with. */
   // biome-ignore lint/suspicious/noExplicitAny: each method has its own event shape (see Methods)
   onEvent?: (event: any) => void;
 }
@@ -38,12 +38,18 @@ export class Engine {
     const here = new Error();
     if (this.#closed) throw new MartletError('ERR_MARTLET_DISPOSED', 'The model has been disposed of.');
     if (signal?.aborted) throw aborted(signal);
-    const job = this.#raw.submit(
-      method,
-      JSON.stringify(args),
-      buffers,
-      onEvent && ((text) => onEvent(JSON.parse(text))),
-    );
+    let thrown: { error: unknown } | undefined;
+    // native code has nobody to hand a listener's error to: it ends the job
+    const listener = (text: string) => {
+      if (thrown) return;
+      try {
+        onEvent?.(JSON.parse(text));
+      } catch (error) {
+        thrown = { error };
+        job.cancel();
+      }
+    };
+    const job = this.#raw.submit(method, JSON.stringify(args), buffers, onEvent && listener);
     this.#jobs.add(job);
     const done = () => this.#jobs.delete(job);
     job.promise.then(done, done);
@@ -59,8 +65,10 @@ export class Engine {
     signal?.addEventListener('abort', cancel, { once: true });
     try {
       const { result, buffers: out } = await Promise.race([job.promise, leftQueue]);
+      if (thrown) throw thrown.error;
       return { result: JSON.parse(result), buffers: out };
     } catch (error) {
+      if (thrown) throw thrown.error;
       throw translate(error, here, signal, this.closed);
     } finally {
       signal?.removeEventListener('abort', cancel);

@@ -3,11 +3,18 @@ import { spawn } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { cases, llava, projectRoot } from './fixtures.js';
+import { projectRoot } from './fixtures.js';
 import { smallConfig } from './train.js';
 
 /** The embedded model: 3 million parameters, 512 positions; a step over many rows takes seconds. */
 export const QUICKSTART_MODEL = join(projectRoot, 'examples/quickstart/model');
+
+/**
+ * One thread of libtorch, which sleeps while it waits: for jobs that share two cores with other work, where threads that wait for one
+ * another make any time limit a matter of luck. Every child gets it; a test file that measures in its own process takes it by
+ * `Object.assign(process.env, CALM)` before libtorch is loaded.
+ */
+export const CALM = { MARTLET_NUM_THREADS: '1', OMP_WAIT_POLICY: 'passive' };
 
 const CHILDREN = new URL('../process/children/', import.meta.url);
 
@@ -19,7 +26,7 @@ export interface ChildResult {
 }
 
 export interface ChildOptions {
-  /** Merged over this process's; undefined removes a variable. */
+  /** Merged over this process's and {@link CALM}; undefined removes a variable. */
   env?: Record<string, string | undefined>;
   nodeArgs?: string[];
   cwd?: string;
@@ -39,7 +46,7 @@ export function runChild(name: string, args: unknown, options: ChildOptions = {}
 
 export function runNode(nodeArgs: string[], options: ChildOptions = {}): Promise<ChildResult> {
   const { shell, cwd, limit = 60_000, onLine } = options;
-  const env = { ...process.env, ...options.env };
+  const env: NodeJS.ProcessEnv = { ...process.env, ...CALM, ...options.env };
   // a child is not a test file of the runner above it
   delete env.NODE_TEST_CONTEXT;
   return new Promise((resolve, reject) => {
@@ -81,14 +88,17 @@ export function lastJson<T>(stdout: string): T {
   return JSON.parse(stdout.trimEnd().split('\n').at(-1) as string) as T;
 }
 
-/** The config of a run whose single steps take about a second or more: the embedded model, `rows` rows a step. */
-export function slowConfig(dir: string, rows = 256): Record<string, unknown> {
+/**
+ * The config of a run whose single steps take seconds: the embedded model, `rows` rows of 300 tokens in a step. They are text alone, so
+ * that the step begins at once.
+ */
+export function slowConfig(dir: string, rows = 32): Record<string, unknown> {
   const dataset = join(dir, 'many.json');
-  const all = [...cases.values()].map(({ messages, images }) => ({
-    messages,
-    images: images.map((image) => join(llava, 'images', image)),
-  }));
-  writeFileSync(dataset, JSON.stringify(Array.from({ length: rows }, (_, i) => all[i % all.length])));
+  const messages = [
+    { role: 'user', content: 'Tell a story.' },
+    { role: 'assistant', content: 'the red circle is left of the blue square. '.repeat(16) },
+  ];
+  writeFileSync(dataset, JSON.stringify(Array.from({ length: rows }, () => ({ messages }))));
   return smallConfig(dir, {
     model: QUICKSTART_MODEL,
     dataset,

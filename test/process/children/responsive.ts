@@ -10,9 +10,11 @@ import { childArgs, LONG_QUESTION } from '../../support/process.js';
 const RESOLUTION_MS = 5;
 const { config, model, block } = childArgs<{ config: Record<string, unknown>; model: string; block: number }>();
 
-/** Milliseconds that the main thread was ready to run and had no core. */
-const waitedForCore = (): number =>
-  Number(readFileSync(`/proc/self/task/${process.pid}/schedstat`, 'utf8').split(' ')[1]) / 1e6;
+/** Milliseconds that the main thread ran, and that it was ready to run and had no core. */
+function mainThread(): { ran: number; waited: number } {
+  const [ran, waited] = readFileSync(`/proc/self/task/${process.pid}/schedstat`, 'utf8').split(' ');
+  return { ran: Number(ran) / 1e6, waited: Number(waited) / 1e6 };
+}
 
 interface Delays {
   /** perf_hooks, less the interval of its own timer, ms */
@@ -25,9 +27,9 @@ interface Delays {
 async function measure(work: () => Promise<void>): Promise<Delays> {
   const histogram = monitorEventLoopDelay({ resolution: RESOLUTION_MS });
   const delays = { measured: 0, own: 0, turns: 0 };
-  let last = { time: performance.now(), waited: waitedForCore() };
+  let last = { time: performance.now(), waited: mainThread().waited };
   const timer = setInterval(() => {
-    const now = { time: performance.now(), waited: waitedForCore() };
+    const now = { time: performance.now(), waited: mainThread().waited };
     const late = now.time - last.time - RESOLUTION_MS;
     delays.own = Math.max(delays.own, late - (now.waited - last.waited));
     delays.turns++;
@@ -58,8 +60,8 @@ async function main(): Promise<void> {
     }),
     blocked: await measure(async () => {
       await new Promise((resolve) => setTimeout(resolve, 20));
-      const until = performance.now() + block;
-      while (performance.now() < until);
+      const until = mainThread().ran + block;
+      while (mainThread().ran < until);
       await new Promise((resolve) => setTimeout(resolve, 20));
     }),
   };
