@@ -203,25 +203,25 @@ test('dispose() during loading of adapters, scoring and questions: each settles,
   assert.deepEqual([...new Set(failures)], ['ERR_MARTLET_DISPOSED']);
 });
 
-test('jobs hold up the event loop for less than 50 ms', async () => {
-  type Delays = Record<'load' | 'train' | 'generate' | 'blocked', { measured: number; own: number; turns: number }>;
-  const block = 100;
-  const attempts: Delays[] = [];
+test('jobs hold up the event loop for less than 50 ms', async (t) => {
+  type Job = 'load' | 'train' | 'generate' | 'blocked';
+  type Delays = Record<Job, { measured: number; own: number; waited: number; turns: number }>;
   const jobs = ['load', 'train', 'generate'] as const;
-  const worst = (delays: Delays) => Math.max(...jobs.map((job) => delays[job].measured));
-  // What perf_hooks measures counts the time that other processes took too, so a busy machine gets three chances; what the loop itself
-  // took (`own`) must keep the bound every time.
+  const keeps = (delays: Delays) =>
+    jobs.every((job) => delays[job].own < 50 && delays[job].measured < 50 + delays[job].waited);
+  const attempts: Delays[] = [];
+  // Other work on the machine can only make a delay longer, a loop that martlet blocks is blocked every time: the best of three counts.
   do {
     const config = { ...slowConfig(await folder(), 6), max_steps: 2, save_strategy: 'steps', save_steps: 1 };
-    const { code, stdout, stderr } = await runChild('responsive', { config, model: MODEL, block });
+    const { code, stdout, stderr } = await runChild('responsive', { config, model: MODEL, block: 100 });
     assert.equal(code, 0, stderr);
     const delays = lastJson<Delays>(stdout);
-    for (const job of jobs) assert.ok(delays[job].own < 50, `${job}: ${JSON.stringify(delays)}`);
-    assert.ok(delays.train.turns > 50 && delays.generate.turns > 20, `jobs too short: ${JSON.stringify(delays)}`);
+    assert.ok(delays.train.turns > 50 && delays.generate.turns > 20, `jobs too short: ${stdout}`);
     assert.ok(delays.blocked.measured > 50 && delays.blocked.own > 50, 'the measurement sees a loop that is blocked');
+    t.diagnostic(`longest delays in ms: ${stdout.trim()}`);
     attempts.push(delays);
-  } while (worst(attempts.at(-1) as Delays) >= 50 && attempts.length < 3);
-  assert.ok(worst(attempts.at(-1) as Delays) < 50, JSON.stringify(attempts));
+  } while (!keeps(attempts.at(-1) as Delays) && attempts.length < 3);
+  assert.ok(keeps(attempts.at(-1) as Delays), JSON.stringify(attempts));
 });
 
 test('a hundred rounds of load, question, dispose leave the memory flat', async () => {

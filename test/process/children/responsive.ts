@@ -21,17 +21,21 @@ interface Delays {
   measured: number;
   /** less the time without a core, ms */
   own: number;
+  /** longest time without a core between two turns, ms */
+  waited: number;
   turns: number;
 }
 
 async function measure(work: () => Promise<void>): Promise<Delays> {
   const histogram = monitorEventLoopDelay({ resolution: RESOLUTION_MS });
-  const delays = { measured: 0, own: 0, turns: 0 };
+  const delays = { measured: 0, own: 0, waited: 0, turns: 0 };
   let last = { time: performance.now(), waited: mainThread().waited };
   const timer = setInterval(() => {
     const now = { time: performance.now(), waited: mainThread().waited };
     const late = now.time - last.time - RESOLUTION_MS;
-    delays.own = Math.max(delays.own, late - (now.waited - last.waited));
+    const waited = now.waited - last.waited;
+    delays.own = Math.max(delays.own, late - waited);
+    delays.waited = Math.max(delays.waited, waited);
     delays.turns++;
     last = now;
   }, RESOLUTION_MS);
