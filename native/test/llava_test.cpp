@@ -152,6 +152,21 @@ TEST("a tensor of another shape, and one under two spellings, are ERR_MARTLET_WE
   EXPECT_CONTAINS(EXPECT_THROWS_CODE(code::kWeights, load(weights)).what(), "language_model.model.norm.weight");
 }
 
+TEST("packing: positions begin anew in each row, targets are the next labelled tokens of the same row") {
+  const auto model = create();
+  Sample one = with_picture(), two = sample({3, 4, 5}, 0, 0);
+  one.labels = {kIgnored, kIgnored, kIgnored, kIgnored, kIgnored, kIgnored, 7, 2};
+  two.labels = {3, 4, kIgnored};  // the first has no token before it
+  const PackedBatch batch = pack({&one, &two}, *model, at::kCPU);
+  EXPECT_SAME(batch.positions, at::tensor({0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2}, at::kLong));
+  EXPECT_SAME(batch.image_rows, at::tensor({2, 3, 4, 5}, at::kLong));
+  EXPECT_SAME(batch.predict_rows, at::tensor({5, 6, 8}, at::kLong));
+  EXPECT_SAME(batch.targets, at::tensor({7, 2, 4}, at::kLong));
+  EXPECT_SAME(batch.rows.cu_seqlens, at::tensor({0, 8, 11}, at::kInt));
+  EXPECT_EQ(batch.images.size(), 1u);
+  EXPECT_EQ(count_labelled(one) + count_labelled(two), batch.labelled);
+}
+
 TEST("packed rows have the hidden states that each has alone, pictures included") {
   const auto model = loaded();
   const Sample one = with_picture(), two = sample({3, 4, 5}, 0, 0), three = with_picture();

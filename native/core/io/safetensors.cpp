@@ -210,7 +210,8 @@ at::Tensor SafetensorsFile::tensor(const std::string& name) {
   const char* begin = data_ + info->begin;
   if (reinterpret_cast<uintptr_t>(begin) % c10::elementSize(info->dtype) != 0) {
     at::Tensor copy = at::empty(info->shape, info->dtype);
-    std::memcpy(copy.mutable_data_ptr(), begin, info->nbytes());
+    // An empty tensor has no memory, and memcpy takes no null pointer.
+    if (info->nbytes() > 0) std::memcpy(copy.mutable_data_ptr(), begin, info->nbytes());
     return copy;
   }
   // The mapping is private and never written to, so dropping const is safe.
