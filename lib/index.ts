@@ -23,7 +23,7 @@ export type {
   TrainResult,
   TrainRun,
 } from './api/types.js';
-export { type TrainConfig, type TrainConfigInput } from './config/index.js';
+export type { TrainConfig, TrainConfigInput } from './config/index.js';
 export { ERROR_CODES, type ErrorCode, type ErrorDetails, MartletError } from './errors.js';
 export type { MemoryStats } from './native/binding.js';
 export { createProgressRenderer, type ProgressRenderer, type ProgressStream } from './report/progress.js';

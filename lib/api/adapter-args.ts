@@ -29,7 +29,12 @@ export async function readAdapterArgs(folder: string): Promise<AdapterArgs> {
     try {
       args = load(await readFile(path, 'utf8'));
     } catch (cause) {
-      throw new MartletError('ERR_MARTLET_ADAPTER', `cannot read ${path}: ${(cause as Error).message}`, { path }, { cause });
+      throw new MartletError(
+        'ERR_MARTLET_ADAPTER',
+        `cannot read ${path}: ${(cause as Error).message}`,
+        { path },
+        { cause },
+      );
     }
     if (typeof args !== 'object' || args === null) continue;
     const { model, template, system, exif_orientation } = args as Record<string, unknown>;
@@ -52,8 +57,15 @@ export async function adapterBaseModel(adapterDir: string): Promise<string> {
   try {
     base = (JSON.parse(await readFile(path, 'utf8')) as Record<string, unknown>).base_model_name_or_path;
   } catch (cause) {
-    throw new MartletError('ERR_MARTLET_ADAPTER', `cannot read ${path}: ${(cause as Error).message}`, { path }, { cause });
+    throw new MartletError(
+      'ERR_MARTLET_ADAPTER',
+      `cannot read ${path}: ${(cause as Error).message}`,
+      { path },
+      { cause },
+    );
   }
   if (typeof base === 'string' && base !== '') return base;
-  throw new MartletError('ERR_MARTLET_ADAPTER', `${path} does not name its base model: give it as \`model\`.`, { path });
+  throw new MartletError('ERR_MARTLET_ADAPTER', `${path} does not name its base model: give it as \`model\`.`, {
+    path,
+  });
 }

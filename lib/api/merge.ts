@@ -91,7 +91,9 @@ async function keepPromptArgs(adapter: string, target: string): Promise<void> {
 
 async function checkOutputDir(outputDir: string, overwrite: boolean): Promise<void> {
   if ((await exists(outputDir)) && !(await isDirectory(outputDir))) {
-    throw new MartletError('ERR_MARTLET_IO', `outputDir ${outputDir} is a file: choose another name.`, { path: outputDir });
+    throw new MartletError('ERR_MARTLET_IO', `outputDir ${outputDir} is a file: choose another name.`, {
+      path: outputDir,
+    });
   }
   const names = await listDir(outputDir);
   if (names.length > 0 && !overwrite) {

@@ -209,9 +209,7 @@ class LoadedModel implements Model {
     };
   }
 
-  async prepare(
-    options: Omit<PromptOptions, 'adapter'> & { for?: 'train' | 'generate' },
-  ): Promise<PrepareResult> {
+  async prepare(options: Omit<PromptOptions, 'adapter'> & { for?: 'train' | 'generate' }): Promise<PrepareResult> {
     const sample = await this.#encode(options, options.for ?? 'generate');
     const job = new JobBuffers();
     const images = sample.images.map((image) => job.image(image));
@@ -371,7 +369,12 @@ function stack(name: string, parts: { data: Float32Array; shape: number[] }[]): 
 }
 
 function disposedError(cause?: unknown): MartletError {
-  return new MartletError('ERR_MARTLET_DISPOSED', 'the model was disposed: load it again with loadModel().', {}, { cause });
+  return new MartletError(
+    'ERR_MARTLET_DISPOSED',
+    'the model was disposed: load it again with loadModel().',
+    {},
+    { cause },
+  );
 }
 
 function stopStrings(stop: string | string[] | undefined): string[] {
@@ -395,10 +398,16 @@ function checkSettings(settings: Settings): void {
     repetitionPenalty: [(v) => Number.isFinite(v) && v > 0, 'a number above 0 (1 = off)'],
     seed: [(v) => Number.isSafeInteger(v) && v >= 0, 'a whole number of at least 0'],
   };
-  for (const [field, [holds, expected]] of Object.entries(rules) as [keyof Settings, [(v: number) => boolean, string]][]) {
+  for (const [field, [holds, expected]] of Object.entries(rules) as [
+    keyof Settings,
+    [(v: number) => boolean, string],
+  ][]) {
     const value = settings[field];
     if (typeof value !== 'number' || !holds(value)) {
-      throw new MartletError('ERR_MARTLET_USAGE', `${field} must be ${expected}, not ${String(value)}.`, { field, value });
+      throw new MartletError('ERR_MARTLET_USAGE', `${field} must be ${expected}, not ${String(value)}.`, {
+        field,
+        value,
+      });
     }
   }
 }

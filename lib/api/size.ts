@@ -1,6 +1,16 @@
 import { MartletError } from '../errors.js';
 
-const UNITS: Record<string, number> = { '': 1, KB: 1e3, MB: 1e6, GB: 1e9, TB: 1e12, KIB: 2 ** 10, MIB: 2 ** 20, GIB: 2 ** 30, TIB: 2 ** 40 };
+const UNITS: Record<string, number> = {
+  '': 1,
+  KB: 1e3,
+  MB: 1e6,
+  GB: 1e9,
+  TB: 1e12,
+  KIB: 2 ** 10,
+  MIB: 2 ** 20,
+  GIB: 2 ** 30,
+  TIB: 2 ** 40,
+};
 
 /** Bytes of `5GB`, `512MiB` or a number. Decimal units as in Hugging Face's `max_shard_size`. */
 export function parseSize(size: number | string, field: string): number {

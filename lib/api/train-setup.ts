@@ -167,7 +167,8 @@ export async function findResumePoint(
     (key) => key !== 'epochs' && key !== 'maxSteps' && plan[key] !== before[key],
   );
   if (changed.length > 0 || state.martlet.dataset !== fingerprint) {
-    const what = changed.map((key) => `${key} was ${before[key]} and is ${plan[key]}`).join(', ') || 'the rows have changed';
+    const what =
+      changed.map((key) => `${key} was ${before[key]} and is ${plan[key]}`).join(', ') || 'the rows have changed';
     throw new MartletError(
       'ERR_MARTLET_CONFIG',
       `${dir} cannot be continued: ${what}. Use the data and batch settings of that run, or start a new run from its weights with adapters: ${dir}.`,
@@ -201,7 +202,11 @@ export async function encodeRow(processor: Processor, row: Row, signal?: AbortSi
       { for: 'train', ...(signal && { signal }) },
     );
     if (sample.labels?.some((label) => label !== -100)) return sample;
-    throw new MartletError('ERR_MARTLET_DATASET', 'no token of the row is trained: it needs an answer of the assistant.', {});
+    throw new MartletError(
+      'ERR_MARTLET_DATASET',
+      'no token of the row is trained: it needs an answer of the assistant.',
+      {},
+    );
   } catch (error) {
     if (!(error instanceof MartletError) || error.code === 'ERR_MARTLET_ABORTED') throw error;
     throw new MartletError(
@@ -215,7 +220,8 @@ export async function encodeRow(processor: Processor, row: Row, signal?: AbortSi
 
 /** A row as text, what is trained in [[ ]], runs of image tokens shortened. */
 export function markedSample(processor: Processor, { inputIds, labels }: EncodedSample): string {
-  const kindOf = (i: number) => (inputIds[i] === processor.imageTokenId ? 'image' : labels?.[i] === -100 ? 'plain' : 'trained');
+  const kindOf = (i: number) =>
+    inputIds[i] === processor.imageTokenId ? 'image' : labels?.[i] === -100 ? 'plain' : 'trained';
   let text = '';
   for (let from = 0; from < inputIds.length; ) {
     const kind = kindOf(from);
@@ -243,7 +249,10 @@ export function trainingWarnings(config: TrainConfig, data: TrainData, plan: Tra
     });
   }
   if (rows < 100) {
-    warnings.push({ message: `only ${rows} rows: a model learns them by heart. At least 100 are usual.`, details: { rows } });
+    warnings.push({
+      message: `only ${rows} rows: a model learns them by heart. At least 100 are usual.`,
+      details: { rows },
+    });
   }
   const [low, high] = config.sft_type === 'full' ? [1e-7, 1e-4] : [5e-6, 1e-3];
   if (config.learning_rate > high || config.learning_rate < low) {

@@ -28,18 +28,18 @@ export function trainLoRA(config: string | TrainConfigInput, options: TrainOptio
   }, options.signal);
 }
 
-async function run(
-  input: string | TrainConfigInput,
-  options: TrainOptions,
-  control: RunControl,
-): Promise<TrainResult> {
+async function run(input: string | TrainConfigInput, options: TrainOptions, control: RunControl): Promise<TrainResult> {
   const { signal } = control;
   throwIfAborted(signal);
   let announced = false;
   const { config, modelDir, warnings } = await resolveTraining(input, options, {
     signal,
     onProgress: ({ total, totalBytes }) => {
-      if (!announced) control.emit({ type: 'warning', message: `the model is not on this machine: downloading ${total} files, ${bytes(totalBytes)}` });
+      if (!announced)
+        control.emit({
+          type: 'warning',
+          message: `the model is not on this machine: downloading ${total} files, ${bytes(totalBytes)}`,
+        });
       announced = true;
     },
   });

@@ -4,7 +4,13 @@ import { configToYaml, type TrainConfig } from '../config/index.js';
 import type { Row } from '../data/index.js';
 import { MartletError } from '../errors.js';
 import { writeDirAtomic, writeFileAtomic } from '../files.js';
-import type { LoadResult, TrainBeginArgs, TrainBeginResult, TrainStepArgs, TrainStepResult } from '../native/binding.js';
+import type {
+  LoadResult,
+  TrainBeginArgs,
+  TrainBeginResult,
+  TrainStepArgs,
+  TrainStepResult,
+} from '../native/binding.js';
 import { Engine } from '../native/engine.js';
 import type { EncodedSample } from '../processing/index.js';
 import { rounded } from '../report/format.js';
@@ -29,8 +35,8 @@ import {
   rowName,
   type TrainData,
   type TrainPlan,
-  trainingWarnings,
   type TrainWarning,
+  trainingWarnings,
 } from './train-setup.js';
 import type { TrainEvent, TrainResult } from './types.js';
 

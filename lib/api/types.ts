@@ -189,7 +189,9 @@ export interface MergeReport {
   seconds: number;
 }
 
-export interface InferOptions extends Omit<LoadModelOptions, 'adapters' | 'onProgress'>, Omit<GenerateOptions, 'messages' | 'images' | 'adapter'> {
+export interface InferOptions
+  extends Omit<LoadModelOptions, 'adapters' | 'onProgress'>,
+    Omit<GenerateOptions, 'messages' | 'images' | 'adapter'> {
   model: string;
   adapter?: string;
   image?: ImageSource | ImageSource[];

@@ -1,6 +1,6 @@
 /** What a verb of the command line is, and how it speaks to the world. */
 import type { MartletError } from '../errors.js';
-import type { Options, OptionSpecs } from './args.js';
+import type { OptionSpecs, Options } from './args.js';
 
 export interface CliIo {
   stdin: NodeJS.ReadableStream & { isTTY?: boolean };

@@ -7,7 +7,8 @@ import { type Command, type Invocation, printJson } from './command.js';
 
 export const command: Command = {
   usage: 'doctor',
-  description: 'Shows what martlet finds on this machine: libtorch, the addon that is loaded, devices, memory. Exit code 1 if it cannot run.',
+  description:
+    'Shows what martlet finds on this machine: libtorch, the addon that is loaded, devices, memory. Exit code 1 if it cannot run.',
   options: () => ({}),
   run,
 };
@@ -23,7 +24,12 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
     problem = error;
   }
   if (options.flag('json')) {
-    printJson(io, { ok: system !== undefined, libtorch: libtorchStatus(), ...(system && { system }), ...(problem && { error: problem.toJSON() }) });
+    printJson(io, {
+      ok: system !== undefined,
+      libtorch: libtorchStatus(),
+      ...(system && { system }),
+      ...(problem && { error: problem.toJSON() }),
+    });
   } else {
     io.stdout.write(system ? describe(system) : `martlet cannot run here.\n${problem?.message}\n`);
   }
@@ -31,7 +37,9 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
 }
 
 function describe(system: MartletSystemInfo): string {
-  const cuda = system.cudaAvailable ? 'available' : `not available${system.cudaError === undefined ? '' : `: ${system.cudaError}`}`;
+  const cuda = system.cudaAvailable
+    ? 'available'
+    : `not available${system.cudaError === undefined ? '' : `: ${system.cudaError}`}`;
   const rows: [string, string][] = [
     ['node', system.nodeVersion],
     ['libtorch', `${system.torchVersion} in ${system.libtorchPath} (found by: ${system.libtorchSource})`],

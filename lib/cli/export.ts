@@ -12,9 +12,19 @@ const OPTIONS: OptionSpecs = {
     placeholder: 'DIR',
     help: 'the adapter folder: the output_dir of a training run, or one of its checkpoints',
   },
-  model: { kind: 'value', aliases: ['model_id'], placeholder: 'DIR|ID', help: "the base model; the adapter's own by default" },
+  model: {
+    kind: 'value',
+    aliases: ['model_id'],
+    placeholder: 'DIR|ID',
+    help: "the base model; the adapter's own by default",
+  },
   output_dir: { kind: 'value', placeholder: 'DIR', help: 'where the merged model goes; ADAPTER-merged by default' },
-  dtype: { kind: 'value', aliases: ['torch_dtype'], placeholder: 'float32|bfloat16|float16', help: 'as stored by default' },
+  dtype: {
+    kind: 'value',
+    aliases: ['torch_dtype'],
+    placeholder: 'float32|bfloat16|float16',
+    help: 'as stored by default',
+  },
   max_shard_size: { kind: 'value', placeholder: 'SIZE', help: 'largest weight file, e.g. 2GB; default 5GB' },
   overwrite: { kind: 'flag', aliases: ['exist_ok'], help: 'write into a folder that already holds files' },
   merge_lora: { kind: 'flag', help: 'accepted for ms-swift command lines; merging is what export does' },
@@ -34,7 +44,8 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
   if (positionals.length > 0) throw usageError(`unexpected argument ${positionals[0]}.`);
   const adapter = options.string('adapters');
   if (adapter === undefined) throw usageError('export needs --adapters DIR. --help shows more.');
-  if (options.string('merge_lora') === 'false') throw usageError('export without merging is not available: leave --merge_lora out.');
+  if (options.string('merge_lora') === 'false')
+    throw usageError('export without merging is not available: leave --merge_lora out.');
   const dtype = options.dtype('dtype');
   const report = await interruptible(async (signal) =>
     mergeAdapter({

@@ -4,7 +4,14 @@ import { createInterface } from 'node:readline';
 import { adapterBaseModel } from '../api/adapter-args.js';
 import { userMessage } from '../api/infer.js';
 import { loadModel } from '../api/model.js';
-import type { ChatMessage, GenerateOptions, GenerateResult, ImageSource, LoadModelOptions, Model } from '../api/types.js';
+import type {
+  ChatMessage,
+  GenerateOptions,
+  GenerateResult,
+  ImageSource,
+  LoadModelOptions,
+  Model,
+} from '../api/types.js';
 import { MartletError } from '../errors.js';
 import { exists, ioError } from '../files.js';
 import { type OptionSpecs, type Options, usageError } from './args.js';
@@ -12,16 +19,36 @@ import { type CliIo, type Command, type Invocation, printJson } from './command.
 import { interruptible, resolveWithNotice } from './jobs.js';
 
 const OPTIONS: OptionSpecs = {
-  model: { kind: 'value', aliases: ['model_id', 'model_id_or_path'], placeholder: 'DIR|ID', help: "the base model; the adapter's own by default" },
+  model: {
+    kind: 'value',
+    aliases: ['model_id', 'model_id_or_path'],
+    placeholder: 'DIR|ID',
+    help: "the base model; the adapter's own by default",
+  },
   adapters: {
     kind: 'value',
     aliases: ['adapter_name_or_path', 'adapter', 'ckpt_dir'],
     placeholder: 'DIR',
     help: 'an adapter folder: the output_dir of a training run, or one of its checkpoints',
   },
-  text: { kind: 'value', aliases: ['query', 'prompt'], placeholder: 'TEXT', help: 'the question; <image> marks where an image goes, in front of the text by default' },
-  image: { kind: 'value', aliases: ['images'], multiple: true, placeholder: 'PATH|URL', help: 'an image; may be repeated' },
-  multi_modal_inputs: { kind: 'value', placeholder: 'JSON', help: `both as JSON: '{"image": "cat.jpg", "text": "What is this?"}'` },
+  text: {
+    kind: 'value',
+    aliases: ['query', 'prompt'],
+    placeholder: 'TEXT',
+    help: 'the question; <image> marks where an image goes, in front of the text by default',
+  },
+  image: {
+    kind: 'value',
+    aliases: ['images'],
+    multiple: true,
+    placeholder: 'PATH|URL',
+    help: 'an image; may be repeated',
+  },
+  multi_modal_inputs: {
+    kind: 'value',
+    placeholder: 'JSON',
+    help: `both as JSON: '{"image": "cat.jpg", "text": "What is this?"}'`,
+  },
   input: {
     kind: 'value',
     aliases: ['val_dataset'],
@@ -36,10 +63,21 @@ const OPTIONS: OptionSpecs = {
   top_k: { kind: 'value', placeholder: 'K', help: 'sample among the K likeliest tokens' },
   repetition_penalty: { kind: 'value', placeholder: 'X', help: '1 = off' },
   seed: { kind: 'value', placeholder: 'N', help: 'makes sampling repeatable' },
-  stop: { kind: 'value', aliases: ['stop_words'], multiple: true, placeholder: 'TEXT', help: 'the answer ends before this text; may be repeated' },
+  stop: {
+    kind: 'value',
+    aliases: ['stop_words'],
+    multiple: true,
+    placeholder: 'TEXT',
+    help: 'the answer ends before this text; may be repeated',
+  },
   stream: { kind: 'flag', help: 'print the answer as it comes' },
   device: { kind: 'value', aliases: ['device_map'], placeholder: 'auto|cpu|cuda|cuda:N', help: 'default auto' },
-  torch_dtype: { kind: 'value', aliases: ['dtype'], placeholder: 'auto|float32|bfloat16|float16', help: 'default auto: as stored' },
+  torch_dtype: {
+    kind: 'value',
+    aliases: ['dtype'],
+    placeholder: 'auto|float32|bfloat16|float16',
+    help: 'default auto: as stored',
+  },
   vllm: { kind: 'flag' },
 };
 
@@ -128,16 +166,20 @@ function oneQuestion(options: Options): Question | undefined {
   const text = options.string('text');
   const images = options.strings('image');
   if (json !== undefined) {
-    if (text !== undefined || images.length > 0) throw usageError('--multi_modal_inputs and --image/--text exclude each other.');
+    if (text !== undefined || images.length > 0)
+      throw usageError('--multi_modal_inputs and --image/--text exclude each other.');
     let item: unknown;
     try {
       item = JSON.parse(json);
     } catch (cause) {
-      throw usageError(`--multi_modal_inputs is not JSON: ${(cause as Error).message}`, { option: 'multi_modal_inputs' });
+      throw usageError(`--multi_modal_inputs is not JSON: ${(cause as Error).message}`, {
+        option: 'multi_modal_inputs',
+      });
     }
     return toQuestion(item, '--multi_modal_inputs');
   }
-  if (text === undefined && images.length > 0) throw usageError('--image needs --text: what should be answered about it?');
+  if (text === undefined && images.length > 0)
+    throw usageError('--image needs --text: what should be answered about it?');
   return text === undefined ? undefined : { messages: [userMessage(text, images.length)], images };
 }
 
@@ -159,7 +201,13 @@ function outcome({ text, tokenIds, finishReason, usage }: GenerateResult) {
 
 type Settings = ReturnType<typeof generationSettings>;
 
-async function answer(model: Model, question: Question, settings: Settings, options: Options, io: CliIo): Promise<number> {
+async function answer(
+  model: Model,
+  question: Question,
+  settings: Settings,
+  options: Options,
+  io: CliIo,
+): Promise<number> {
   if (options.flag('stream')) {
     for await (const { text } of model.stream({ ...settings, ...question })) io.stdout.write(text);
     io.stdout.write('\n');
@@ -202,7 +250,12 @@ function parseLine(content: string, file: string, line: number): unknown {
   try {
     return JSON.parse(content);
   } catch (cause) {
-    throw new MartletError('ERR_MARTLET_DATASET', `${file} line ${line} is not JSON: ${(cause as Error).message}`, { file, line }, { cause });
+    throw new MartletError(
+      'ERR_MARTLET_DATASET',
+      `${file} line ${line} is not JSON: ${(cause as Error).message}`,
+      { file, line },
+      { cause },
+    );
   }
 }
 

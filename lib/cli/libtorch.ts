@@ -28,14 +28,20 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
       printJson(io, status);
     } else if (status.found) {
       const { version, cuda, root, source } = status.found;
-      io.stdout.write(`libtorch ${version ?? '(version unknown)'}, ${cuda ? 'CUDA' : 'CPU'} build, in ${root} (found by: ${source})\n`);
+      io.stdout.write(
+        `libtorch ${version ?? '(version unknown)'}, ${cuda ? 'CUDA' : 'CPU'} build, in ${root} (found by: ${source})\n`,
+      );
     } else {
       io.stdout.write(`no libtorch found; run: martlet libtorch install\nlooked in:\n  ${status.trace.join('\n  ')}\n`);
     }
     return status.found ? 0 : 1;
   }
   if (action !== 'install') {
-    throw usageError(action === undefined ? 'say libtorch install or libtorch status.' : `unknown action ${action}: install or status.`);
+    throw usageError(
+      action === undefined
+        ? 'say libtorch install or libtorch status.'
+        : `unknown action ${action}: install or status.`,
+    );
   }
   if (options.flag('cuda') && options.flag('cpu')) throw usageError('--cuda and --cpu exclude each other.');
   const version = options.string('version');

@@ -4,7 +4,7 @@ import { readFile } from 'node:fs/promises';
 import { MartletError } from '../errors.js';
 import { nearest } from '../suggest.js';
 import { describeOptions, Options, parseCommandLine, usageError } from './args.js';
-import { type CliIo, type Command, COMMON_OPTIONS, exitCode } from './command.js';
+import { type CliIo, COMMON_OPTIONS, type Command, exitCode } from './command.js';
 
 interface Verb {
   aliases: string[];
@@ -69,10 +69,13 @@ function findVerb(name: string): Verb {
     spelled,
     Object.entries(VERBS).flatMap(([key, { aliases }]) => [key, ...aliases]),
   );
-  throw usageError(`unknown verb ${name}.${near === undefined ? '' : ` Did you mean ${near}?`} martlet --help lists them.`, {
-    verb: name,
-    ...(near !== undefined && { didYouMean: near }),
-  });
+  throw usageError(
+    `unknown verb ${name}.${near === undefined ? '' : ` Did you mean ${near}?`} martlet --help lists them.`,
+    {
+      verb: name,
+      ...(near !== undefined && { didYouMean: near }),
+    },
+  );
 }
 
 /** Runs one command line; resolves to the exit code. */
@@ -88,7 +91,8 @@ async function main(argv: string[], io: CliIo): Promise<number> {
     io.stdout.write(`${(JSON.parse(manifest) as { version: string }).version}\n`);
     return 0;
   }
-  if (first.startsWith('-')) throw usageError(`unknown option ${first}. martlet --help lists what there is.`, { option: first });
+  if (first.startsWith('-'))
+    throw usageError(`unknown option ${first}. martlet --help lists what there is.`, { option: first });
   const command = await findVerb(first).load();
   if (rest.includes('--help') || rest.includes('-h')) {
     io.stdout.write(await help(command));
@@ -125,6 +129,9 @@ main(argv, process).then(
     process.exitCode = code;
   },
   (error) => {
-    process.exitCode = report(error, argv.some((arg) => /^--json(=true)?$/.test(arg)));
+    process.exitCode = report(
+      error,
+      argv.some((arg) => /^--json(=true)?$/.test(arg)),
+    );
   },
 );

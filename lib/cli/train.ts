@@ -10,13 +10,21 @@ import { interruptible } from './jobs.js';
 
 const OWN_OPTIONS: OptionSpecs = {
   config: { kind: 'value', placeholder: 'FILE', help: 'the YAML or JSON config (may also be the first argument)' },
-  set: { kind: 'value', multiple: true, placeholder: 'KEY=VALUE', help: 'override one key of the config; may be repeated' },
+  set: {
+    kind: 'value',
+    multiple: true,
+    placeholder: 'KEY=VALUE',
+    help: 'override one key of the config; may be repeated',
+  },
   dry_run: { kind: 'flag', help: 'check everything, print the resolved config and the plan, train nothing' },
 };
 /** Every spelling of a key that a config file may use; the config's own check judges keys and values. */
 const CONFIG_OPTIONS: OptionSpecs = Object.fromEntries([
   ...['fp16', 'bf16', ...[ALIASES, UNSUPPORTED, IGNORED].flatMap(Object.keys)].map((key) => [key, { kind: 'config' }]),
-  ...Object.entries(trainConfigSchema.shape).map(([key, { description }]) => [key, { kind: 'config', help: description }]),
+  ...Object.entries(trainConfigSchema.shape).map(([key, { description }]) => [
+    key,
+    { kind: 'config', help: description },
+  ]),
 ]);
 
 export const command: Command = {
@@ -51,7 +59,12 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
   return 0;
 }
 
-async function train(config: string | TrainConfigInput, overrides: string[], json: boolean, io: CliIo): Promise<number> {
+async function train(
+  config: string | TrainConfigInput,
+  overrides: string[],
+  json: boolean,
+  io: CliIo,
+): Promise<number> {
   const abort = new AbortController();
   const run = trainLoRA(config, { overrides, signal: abort.signal });
   const progress = createProgressRenderer(io.stderr);

@@ -19,13 +19,27 @@ export interface FlatConfig {
 
 /** Sections of the tutorial's YAML whose keys are flat keys. */
 const SECTIONS = new Set(['model_args', 'lora_args', 'train_args']);
-const KNOWN_KEYS = [...TRAIN_CONFIG_KEYS, ...Object.keys(ALIASES), ...Object.keys(UNSUPPORTED), ...Object.keys(IGNORED), ...SECTIONS];
+const KNOWN_KEYS = [
+  ...TRAIN_CONFIG_KEYS,
+  ...Object.keys(ALIASES),
+  ...Object.keys(UNSUPPORTED),
+  ...Object.keys(IGNORED),
+  ...SECTIONS,
+];
 
 const MODEL_ALIASES: Record<string, string> = { 'qwen/Qwen-VL-Chat-7B': 'Qwen/Qwen-VL-Chat' };
-const DTYPES: Record<string, string> = { fp16: 'float16', half: 'float16', bf16: 'bfloat16', fp32: 'float32', float: 'float32' };
+const DTYPES: Record<string, string> = {
+  fp16: 'float16',
+  half: 'float16',
+  bf16: 'bfloat16',
+  fp32: 'float32',
+  float: 'float32',
+};
 
-const snakeCase = (key: string) => key.replaceAll(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`).replaceAll('-', '_');
-const isObject = (value: unknown): value is Record<string, unknown> => typeof value === 'object' && value !== null && !Array.isArray(value);
+const snakeCase = (key: string) =>
+  key.replaceAll(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`).replaceAll('-', '_');
+const isObject = (value: unknown): value is Record<string, unknown> =>
+  typeof value === 'object' && value !== null && !Array.isArray(value);
 const sameValue = (a: unknown, b: unknown) => JSON.stringify(a) === JSON.stringify(b);
 
 export function flatten(raw: Record<string, unknown>): FlatConfig {
@@ -34,7 +48,10 @@ export function flatten(raw: Record<string, unknown>): FlatConfig {
 
   const set = (key: string, value: unknown, path: string) => {
     if (flat.origin.has(key) && !sameValue(flat.values[key], value)) {
-      flat.problems.push({ path, message: `${path} contradicts ${flat.origin.get(key)}, which sets the same option: keep one of them` });
+      flat.problems.push({
+        path,
+        message: `${path} contradicts ${flat.origin.get(key)}, which sets the same option: keep one of them`,
+      });
       return;
     }
     flat.values[key] = value;
@@ -45,12 +62,14 @@ export function flatten(raw: Record<string, unknown>): FlatConfig {
     const key = snakeCase(written);
     if (SECTIONS.has(key)) {
       if (value === null) return;
-      if (!isObject(value)) flat.problems.push({ path, message: `${path} must be a section with keys, not ${describe(value)}` });
+      if (!isObject(value))
+        flat.problems.push({ path, message: `${path} must be a section with keys, not ${describe(value)}` });
       else for (const [name, inner] of Object.entries(value)) take(name, inner, `${path}.${name}`);
       return;
     }
     if (key === 'fp16' || key === 'bf16') {
-      if (typeof value !== 'boolean') flat.problems.push({ path, message: `${path} must be true or false, not ${describe(value)}` });
+      if (typeof value !== 'boolean')
+        flat.problems.push({ path, message: `${path} must be true or false, not ${describe(value)}` });
       else if (value) precision.push({ path, dtype: key === 'fp16' ? 'float16' : 'bfloat16' });
       return;
     }
@@ -60,13 +79,19 @@ export function flatten(raw: Record<string, unknown>): FlatConfig {
       set(target, convert(target, value, path, flat), path);
     } else if (Object.hasOwn(UNSUPPORTED, key)) {
       if (!UNSUPPORTED[key]?.some((fallback) => sameValue(fallback, value))) {
-        flat.problems.push({ path, message: `${path}: ${JSON.stringify(value)} is not supported yet. Leave the key out` });
+        flat.problems.push({
+          path,
+          message: `${path}: ${JSON.stringify(value)} is not supported yet. Leave the key out`,
+        });
       }
     } else if (Object.hasOwn(IGNORED, key)) {
       if (value !== null) flat.warnings.push(`${path} has no effect: ${IGNORED[key]}.`);
     } else {
       const meant = nearest(key, KNOWN_KEYS);
-      flat.problems.push({ path, message: `${path} is not a known key${meant ? `: did you mean ${meant}?` : '. docs/configuration.md lists the keys'}` });
+      flat.problems.push({
+        path,
+        message: `${path} is not a known key${meant ? `: did you mean ${meant}?` : '. docs/configuration.md lists the keys'}`,
+      });
     }
   };
 
@@ -74,7 +99,10 @@ export function flatten(raw: Record<string, unknown>): FlatConfig {
   for (const { path, dtype } of precision) {
     const now = flat.values.torch_dtype;
     if (now !== undefined && now !== 'auto' && now !== dtype) {
-      flat.problems.push({ path, message: `${path}: true means torch_dtype ${dtype}, but ${flat.origin.get('torch_dtype')} says ${now}: keep one of them` });
+      flat.problems.push({
+        path,
+        message: `${path}: true means torch_dtype ${dtype}, but ${flat.origin.get('torch_dtype')} says ${now}: keep one of them`,
+      });
     } else {
       flat.values.torch_dtype = dtype;
       if (!flat.origin.has('torch_dtype')) flat.origin.set('torch_dtype', path);
@@ -91,7 +119,10 @@ function convert(key: string, value: unknown, path: string, flat: FlatConfig): u
     case 'torch_dtype': {
       if (value === null) return 'auto';
       if (value === 'int8' || value === 'int4' || value === 'nf4') {
-        flat.problems.push({ path, message: `${path}: ${value} means quantised weights (qlora), which are not supported yet. Use bfloat16` });
+        flat.problems.push({
+          path,
+          message: `${path}: ${value} means quantised weights (qlora), which are not supported yet. Use bfloat16`,
+        });
         return 'auto';
       }
       const name = typeof value === 'string' ? value.replace(/^torch\./, '') : value;
@@ -107,7 +138,13 @@ function convert(key: string, value: unknown, path: string, flat: FlatConfig): u
       return value === null ? 'auto' : value === 'gpu' ? 'cuda' : value;
     case 'template':
       // Names registered in ms-swift mean its templates.
-      return typeof value === 'string' && !['default', 'ms-swift', 'auto'].includes(value) && /^[a-z][\w.-]*$/.test(value) ? 'ms-swift' : value === 'auto' || value === null ? 'default' : value;
+      return typeof value === 'string' &&
+        !['default', 'ms-swift', 'auto'].includes(value) &&
+        /^[a-z][\w.-]*$/.test(value)
+        ? 'ms-swift'
+        : value === 'auto' || value === null
+          ? 'default'
+          : value;
     case 'eval_strategy':
     case 'save_strategy':
       return value === false ? 'no' : value;
@@ -124,7 +161,10 @@ function convert(key: string, value: unknown, path: string, flat: FlatConfig): u
             flat.origin.set('val_dataset', `${path}.eval`);
           } else if (name !== 'train' && name !== 'eval') {
             const meant = nearest(name, ['train', 'eval']);
-            flat.problems.push({ path: `${path}.${name}`, message: `${path}.${name} is not a known key${meant ? `: did you mean ${meant}?` : ''}` });
+            flat.problems.push({
+              path: `${path}.${name}`,
+              message: `${path}.${name} is not a known key${meant ? `: did you mean ${meant}?` : ''}`,
+            });
           }
         }
         return datasets(value.train, `${path}.train`, flat);
@@ -153,7 +193,10 @@ function datasets(value: unknown, path: string, flat: FlatConfig): unknown {
       const key = snakeCase(written);
       if (!DATASET_KEYS.includes(key)) {
         const meant = nearest(key, DATASET_KEYS);
-        flat.problems.push({ path: `${at}.${written}`, message: `${at}.${written} is not a known key${meant ? `: did you mean ${meant}?` : ''}` });
+        flat.problems.push({
+          path: `${at}.${written}`,
+          message: `${at}.${written} is not a known key${meant ? `: did you mean ${meant}?` : ''}`,
+        });
       } else if (inner !== null && key !== 'type' && key !== 'name' && key !== 'file_name') {
         out[key] = inner;
       }

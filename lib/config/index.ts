@@ -5,7 +5,7 @@ import { z } from 'zod';
 import { MartletError } from '../errors.js';
 import { describe, flatten, type Problem } from './dialects.js';
 import { type TrainConfig, type TrainConfigInput, trainConfigSchema } from './schema.js';
-import { parseYaml, type Position, YamlSyntaxError } from './yaml.js';
+import { type Position, parseYaml, YamlSyntaxError } from './yaml.js';
 
 export { type DatasetSpec, TRAIN_CONFIG_KEYS, type TrainConfig, type TrainConfigInput } from './schema.js';
 
@@ -34,7 +34,10 @@ interface Where {
  *
  * @throws ERR_MARTLET_CONFIG
  */
-export async function loadTrainConfig(source: string | TrainConfigInput, options: LoadConfigOptions = {}): Promise<LoadedConfig> {
+export async function loadTrainConfig(
+  source: string | TrainConfigInput,
+  options: LoadConfigOptions = {},
+): Promise<LoadedConfig> {
   const where: Where = {};
   let raw: unknown = source;
   if (typeof source === 'string') {
@@ -48,14 +51,21 @@ export async function loadTrainConfig(source: string | TrainConfigInput, options
 
 async function readConfig(file: string): Promise<string> {
   if (!/\.(ya?ml|json)$/i.test(file)) {
-    throw new MartletError('ERR_MARTLET_CONFIG', `A config file ends in .yaml, .yml or .json; ${file} does not.`, { file });
+    throw new MartletError('ERR_MARTLET_CONFIG', `A config file ends in .yaml, .yml or .json; ${file} does not.`, {
+      file,
+    });
   }
   try {
     const { size } = await stat(file);
     if (size > MAX_BYTES) throw new Error(`it has ${size} bytes; a config has less than ${MAX_BYTES}`);
     return await readFile(file, 'utf8');
   } catch (cause) {
-    throw new MartletError('ERR_MARTLET_CONFIG', `The config ${file} cannot be read: ${(cause as Error).message}.`, { file }, { cause });
+    throw new MartletError(
+      'ERR_MARTLET_CONFIG',
+      `The config ${file} cannot be read: ${(cause as Error).message}.`,
+      { file },
+      { cause },
+    );
   }
 }
 
@@ -79,9 +89,13 @@ function parseFile(file: string, text: string) {
 export function resolveTrainConfig(raw: unknown, where: Where = {}, options: LoadConfigOptions = {}): LoadedConfig {
   if (typeof raw !== 'object' || raw === null || Array.isArray(raw)) {
     const what = raw === undefined || raw === null ? 'is empty' : `holds ${describe(raw)} at the top`;
-    throw new MartletError('ERR_MARTLET_CONFIG', `${where.file ?? 'The config'} ${what}; it must hold keys such as model, dataset and output_dir.`, {
-      file: where.file,
-    });
+    throw new MartletError(
+      'ERR_MARTLET_CONFIG',
+      `${where.file ?? 'The config'} ${what}; it must hold keys such as model, dataset and output_dir.`,
+      {
+        file: where.file,
+      },
+    );
   }
   const flat = flatten(raw as Record<string, unknown>);
   const set = overrides(options.overrides);
@@ -99,11 +113,18 @@ export function resolveTrainConfig(raw: unknown, where: Where = {}, options: Loa
     }
   }
   if (flat.problems.length > 0 || !parsed.success) throw problemsError(flat.problems, where);
-  return { config: complete(parsed.data), warnings: [...flat.warnings, ...set.warnings], ...(where.file !== undefined && { file: where.file }) };
+  return {
+    config: complete(parsed.data),
+    warnings: [...flat.warnings, ...set.warnings],
+    ...(where.file !== undefined && { file: where.file }),
+  };
 }
 
 function issueMessage(issue: z.core.$ZodIssue, path: string, values: Record<string, unknown>): string {
-  const given = issue.path.reduce<unknown>((value, key) => (value as Record<PropertyKey, unknown> | undefined)?.[key], values);
+  const given = issue.path.reduce<unknown>(
+    (value, key) => (value as Record<PropertyKey, unknown> | undefined)?.[key],
+    values,
+  );
   if (given === undefined) return `${path} is missing`;
   if (issue.code === 'invalid_union') return `${path} is ${describe(given)}, which is not of a form that it takes`;
   return `${path} is ${describe(given)}: ${issue.message.replace(/^Invalid (input|option|string): /, '')}`;
@@ -125,7 +146,10 @@ function overrides(given: LoadConfigOptions['overrides']) {
       try {
         value = parseYaml(item.slice(at + 1)).value ?? null;
       } catch (error) {
-        problems.push({ path: `--set ${item}`, message: `--set ${item}: the value is not valid YAML: ${(error as Error).message}` });
+        problems.push({
+          path: `--set ${item}`,
+          message: `--set ${item}: the value is not valid YAML: ${(error as Error).message}`,
+        });
         continue;
       }
       let target = raw;
@@ -139,14 +163,24 @@ function overrides(given: LoadConfigOptions['overrides']) {
     Object.assign(raw, given);
   }
   const flat = flatten(raw);
-  for (const problem of flat.problems) problems.push({ path: `--set ${problem.path}`, message: `--set ${problem.message}` });
-  return { values: flat.values, origin: new Map([...flat.origin].map(([key, path]) => [key, `--set ${path}`])), problems, warnings: flat.warnings };
+  for (const problem of flat.problems)
+    problems.push({ path: `--set ${problem.path}`, message: `--set ${problem.message}` });
+  return {
+    values: flat.values,
+    origin: new Map([...flat.origin].map(([key, path]) => [key, `--set ${path}`])),
+    problems,
+    warnings: flat.warnings,
+  };
 }
 
 function problemsError(problems: Problem[], { file, positions }: Where): MartletError {
   const placed = problems.map((problem) => {
     const position = positionOf(problem.path, positions);
-    return { ...problem, ...position, text: `${[file, position?.line, position?.column].filter((part) => part !== undefined).join(':')}${file ? ': ' : ''}${problem.message}.` };
+    return {
+      ...problem,
+      ...position,
+      text: `${[file, position?.line, position?.column].filter((part) => part !== undefined).join(':')}${file ? ': ' : ''}${problem.message}.`,
+    };
   });
   const lines = placed.slice(0, SHOWN_PROBLEMS).map(({ text }) => text);
   if (placed.length > SHOWN_PROBLEMS) lines.push(`… and ${placed.length - SHOWN_PROBLEMS} more (details.problems)`);
@@ -174,7 +208,8 @@ function complete(config: z.infer<typeof trainConfigSchema>): TrainConfig {
   const evaluates = config.val_dataset.length > 0 || config.split_dataset_ratio > 0;
   return {
     ...config,
-    gradient_accumulation_steps: config.gradient_accumulation_steps ?? Math.ceil(16 / config.per_device_train_batch_size),
+    gradient_accumulation_steps:
+      config.gradient_accumulation_steps ?? Math.ceil(16 / config.per_device_train_batch_size),
     learning_rate: config.learning_rate ?? (config.sft_type === 'full' ? 1e-5 : 1e-4),
     eval_strategy: evaluates ? (config.eval_strategy ?? config.save_strategy) : 'no',
     eval_steps: config.eval_steps ?? config.save_steps,
@@ -190,4 +225,3 @@ export function configToYaml(config: TrainConfig): string {
 export function trainConfigJsonSchema(): object {
   return { title: 'martlet training config', ...z.toJSONSchema(trainConfigSchema, { io: 'input' }) };
 }
-

@@ -17,36 +17,58 @@ export type DatasetSpec = z.infer<typeof datasetSpecSchema>;
 export const trainConfigSchema = z.strictObject({
   // ---- model
   model: z.string().min(1).describe('Folder of the base model, or its hub id.'),
-  model_type: z.string().nullable().default(null).describe("The model's family. Defaults to what config.json says; a contradiction is an error."),
+  model_type: z
+    .string()
+    .nullable()
+    .default(null)
+    .describe("The model's family. Defaults to what config.json says; a contradiction is an error."),
   sft_type: z.enum(['lora', 'full']).default('lora').describe('What is trained: `lora` adapters, or `full` weights.'),
   torch_dtype: z
     .enum(['auto', 'float32', 'bfloat16', 'float16'])
     .default('auto')
-    .describe('Precision of the arithmetic; `auto` = as the checkpoint is stored. Adapters and optimiser state are float32 always.'),
+    .describe(
+      'Precision of the arithmetic; `auto` = as the checkpoint is stored. Adapters and optimiser state are float32 always.',
+    ),
   device: z
     .string()
     .regex(/^(auto|cpu|cuda(:\d+)?)$/, 'expected auto, cpu, cuda or cuda:N')
     .default('auto')
     .describe('`auto` = the first CUDA device, else the CPU.'),
-  template: z.enum(['default', 'ms-swift']).default('default').describe("`default` = the checkpoint's own chat template; `ms-swift` = ms-swift's registered one."),
+  template: z
+    .enum(['default', 'ms-swift'])
+    .default('default')
+    .describe("`default` = the checkpoint's own chat template; `ms-swift` = ms-swift's registered one."),
   system: z.string().nullable().default(null).describe('System prompt of rows that have none.'),
   adapters: z.array(z.string()).max(1).default([]).describe('PEFT adapter folder to start from.'),
 
   // ---- data
-  dataset: z.array(datasetSpecSchema).min(1).describe('Training files: a path, a list of paths (`path#N` takes N rows), or objects.'),
+  dataset: z
+    .array(datasetSpecSchema)
+    .min(1)
+    .describe('Training files: a path, a list of paths (`path#N` takes N rows), or objects.'),
   val_dataset: z.array(datasetSpecSchema).default([]).describe('Evaluation files.'),
-  split_dataset_ratio: ratio().default(0).describe('Share of the training rows that is set aside for evaluation when there is no val_dataset.'),
+  split_dataset_ratio: ratio()
+    .default(0)
+    .describe('Share of the training rows that is set aside for evaluation when there is no val_dataset.'),
   dataset_shuffle: z.boolean().default(true).describe('Shuffle the rows once, by data_seed.'),
   train_dataloader_shuffle: z.boolean().default(true).describe('Shuffle the order again in every epoch, by seed.'),
   data_seed: z.number().int().min(0).default(42).describe('Seed of dataset_shuffle and the split.'),
-  max_length: positive().nullable().default(null).describe("Longest row in tokens, image tokens counted. null = the model's positions."),
+  max_length: positive()
+    .nullable()
+    .default(null)
+    .describe("Longest row in tokens, image tokens counted. null = the model's positions."),
   truncation_strategy: z
     .enum(['delete', 'raise'])
     .default('delete')
     .describe('What happens to a longer row: `delete` leaves it out and reports it, `raise` stops before training.'),
-  on_bad_row: z.enum(['error', 'skip']).default('error').describe('A row that cannot be used: `error` stops before training and names all of them, `skip` reports them.'),
+  on_bad_row: z
+    .enum(['error', 'skip'])
+    .default('error')
+    .describe('A row that cannot be used: `error` stops before training and names all of them, `skip` reports them.'),
   exif_orientation: z.boolean().default(true).describe('Turn pictures as their EXIF orientation says.'),
-  max_image_pixels: positive().default(268_402_689).describe('Larger pictures are refused (guards against decompression bombs).'),
+  max_image_pixels: positive()
+    .default(268_402_689)
+    .describe('Larger pictures are refused (guards against decompression bombs).'),
 
   // ---- LoRA
   lora_rank: positive().max(4096).default(8).describe('Rank r of the adapters.'),
@@ -55,7 +77,9 @@ export const trainConfigSchema = z.strictObject({
   target_modules: z
     .union([z.array(z.string().min(1)).min(1), z.string().min(1)])
     .default('all-linear')
-    .describe('`all-linear` (every linear of the language model but the head, and of parts that are not frozen), a list of names or endings, or one regular expression.'),
+    .describe(
+      '`all-linear` (every linear of the language model but the head, and of parts that are not frozen), a list of names or endings, or one regular expression.',
+    ),
   use_rslora: z.boolean().default(false).describe('Rank-stabilised scaling alpha / √r.'),
   freeze_vit: z.boolean().default(true).describe('Keep the vision tower as it is. Wins over target_modules.'),
   freeze_aligner: z.boolean().default(true).describe('Keep the projector as it is. Wins over target_modules.'),
@@ -66,22 +90,50 @@ export const trainConfigSchema = z.strictObject({
   max_steps: z.number().int().min(-1).default(-1).describe('Optimiser steps; wins over num_train_epochs unless −1.'),
   per_device_train_batch_size: positive().default(1).describe('Rows of a micro-batch.'),
   per_device_eval_batch_size: positive().default(1).describe('Rows of an evaluation batch.'),
-  gradient_accumulation_steps: positive().nullable().default(null).describe('Micro-batches of a step. null = enough for 16 rows a step.'),
-  learning_rate: z.number().min(0).nullable().default(null).describe('Highest learning rate. null = 1e-4 for lora, 1e-5 for full.'),
+  gradient_accumulation_steps: positive()
+    .nullable()
+    .default(null)
+    .describe('Micro-batches of a step. null = enough for 16 rows a step.'),
+  learning_rate: z
+    .number()
+    .min(0)
+    .nullable()
+    .default(null)
+    .describe('Highest learning rate. null = 1e-4 for lora, 1e-5 for full.'),
   weight_decay: z.number().min(0).default(0.1).describe("AdamW's decay; not on biases and norms."),
   adam_beta1: ratio().default(0.9).describe("AdamW's β₁."),
   adam_beta2: ratio().default(0.95).describe("AdamW's β₂."),
   adam_epsilon: z.number().positive().default(1e-8).describe("AdamW's ε."),
   max_grad_norm: z.number().min(0).default(1).describe('Gradients are scaled down to this norm; 0 = never.'),
-  lr_scheduler_type: z.enum(['linear', 'cosine', 'constant', 'constant_with_warmup']).default('cosine').describe('Schedule of the learning rate, as in transformers.'),
+  lr_scheduler_type: z
+    .enum(['linear', 'cosine', 'constant', 'constant_with_warmup'])
+    .default('cosine')
+    .describe('Schedule of the learning rate, as in transformers.'),
   warmup_ratio: ratio().default(0).describe('Share of the steps in which the learning rate rises from 0.'),
-  warmup_steps: z.number().int().min(0).default(0).describe('Steps in which the learning rate rises; wins over warmup_ratio unless 0.'),
-  gradient_checkpointing: z.boolean().default(true).describe('Compute each layer again in the backward pass: less memory, about a third slower.'),
-  seed: z.number().int().min(0).default(42).describe('Fixes initial adapters, dropout and order: two runs give the same bits on the CPU.'),
+  warmup_steps: z
+    .number()
+    .int()
+    .min(0)
+    .default(0)
+    .describe('Steps in which the learning rate rises; wins over warmup_ratio unless 0.'),
+  gradient_checkpointing: z
+    .boolean()
+    .default(true)
+    .describe('Compute each layer again in the backward pass: less memory, about a third slower.'),
+  seed: z
+    .number()
+    .int()
+    .min(0)
+    .default(42)
+    .describe('Fixes initial adapters, dropout and order: two runs give the same bits on the CPU.'),
   deterministic: z.boolean().default(false).describe('Same bits on CUDA too, slower.'),
 
   // ---- output
-  output_dir: z.string().min(1).default('output').describe('Folder of the run: final adapter, checkpoint-N, logs, runs, args.yaml.'),
+  output_dir: z
+    .string()
+    .min(1)
+    .default('output')
+    .describe('Folder of the run: final adapter, checkpoint-N, logs, runs, args.yaml.'),
   overwrite_output_dir: z.boolean().default(false).describe('Replace a run that output_dir holds.'),
   resume_from_checkpoint: z
     .union([z.boolean(), z.string().min(1)])
@@ -93,16 +145,35 @@ export const trainConfigSchema = z.strictObject({
   save_strategy: z.enum(['steps', 'epoch', 'no']).default('steps').describe('When checkpoints are written.'),
   save_steps: positive().default(500).describe('Steps between checkpoints.'),
   save_total_limit: positive().nullable().default(null).describe('Checkpoints that are kept; null = all.'),
-  save_only_model: z.boolean().default(false).describe('Leave the optimiser out of checkpoints; they cannot be resumed then.'),
-  eval_strategy: z.enum(['steps', 'epoch', 'no']).nullable().default(null).describe('When loss and token accuracy on the evaluation rows are computed. null = as save_strategy if there are such rows.'),
+  save_only_model: z
+    .boolean()
+    .default(false)
+    .describe('Leave the optimiser out of checkpoints; they cannot be resumed then.'),
+  eval_strategy: z
+    .enum(['steps', 'epoch', 'no'])
+    .nullable()
+    .default(null)
+    .describe(
+      'When loss and token accuracy on the evaluation rows are computed. null = as save_strategy if there are such rows.',
+    ),
   eval_steps: positive().nullable().default(null).describe('Steps between evaluations. null = save_steps.'),
-  report_to: z.array(z.enum(['tensorboard', 'none'])).default(['tensorboard']).describe('`tensorboard` writes event files to runs/; `none` does not.'),
-  max_shard_size: z.string().regex(/^\d+(\.\d+)?\s*([KMGT]i?B|B)?$/i, 'expected a size such as 5GB').default('5GB').describe('Largest weight file of a full model.'),
+  report_to: z
+    .array(z.enum(['tensorboard', 'none']))
+    .default(['tensorboard'])
+    .describe('`tensorboard` writes event files to runs/; `none` does not.'),
+  max_shard_size: z
+    .string()
+    .regex(/^\d+(\.\d+)?\s*([KMGT]i?B|B)?$/i, 'expected a size such as 5GB')
+    .default('5GB')
+    .describe('Largest weight file of a full model.'),
   experiment_name: z.string().nullable().default(null).describe('A name for the logs.'),
 });
 
 /** A resolved config: every key present. */
-export type TrainConfig = Omit<z.infer<typeof trainConfigSchema>, 'gradient_accumulation_steps' | 'learning_rate' | 'eval_strategy' | 'eval_steps'> & {
+export type TrainConfig = Omit<
+  z.infer<typeof trainConfigSchema>,
+  'gradient_accumulation_steps' | 'learning_rate' | 'eval_strategy' | 'eval_steps'
+> & {
   gradient_accumulation_steps: number;
   learning_rate: number;
   eval_strategy: 'steps' | 'epoch' | 'no';

@@ -1,5 +1,15 @@
 /** YAML (and so JSON) with the place of every key, for messages. */
-import { getScalarValue, load, parseEvents, YAMLException, EVENT_ALIAS, EVENT_MAPPING, EVENT_POP, EVENT_SCALAR, EVENT_SEQUENCE } from 'js-yaml';
+import {
+  EVENT_ALIAS,
+  EVENT_MAPPING,
+  EVENT_POP,
+  EVENT_SCALAR,
+  EVENT_SEQUENCE,
+  getScalarValue,
+  load,
+  parseEvents,
+  YAMLException,
+} from 'js-yaml';
 
 export interface Position {
   /** From 1. */

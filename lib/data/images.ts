@@ -2,8 +2,8 @@
 import { access } from 'node:fs/promises';
 import { dirname, isAbsolute, join, relative, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import type { DatasetSpec } from './types.js';
 import { RowError } from './rows.js';
+import type { DatasetSpec } from './types.js';
 
 const isRemote = (source: string) => /^(https?|data):/i.test(source);
 
@@ -28,9 +28,14 @@ export class ImageResolver {
     if (/^file:/i.test(source)) return fileURLToPath(source);
     if (source.length > 256 && /^[A-Za-z0-9+/]+={0,2}$/.test(source)) return `data:image/unknown;base64,${source}`;
     if (isAbsolute(source)) return source;
-    const inside = this.#roots.map((root) => join(root, source)).filter((path, i) => !relative(this.#roots[i] as string, path).startsWith('..'));
+    const inside = this.#roots
+      .map((root) => join(root, source))
+      .filter((path, i) => !relative(this.#roots[i] as string, path).startsWith('..'));
     if (inside.length === 0) {
-      throw new RowError(`the picture ${source} lies outside every folder it may be in (${this.#roots.join(', ')}): use a path below one, or an absolute path`, 'image');
+      throw new RowError(
+        `the picture ${source} lies outside every folder it may be in (${this.#roots.join(', ')}): use a path below one, or an absolute path`,
+        'image',
+      );
     }
     for (const path of inside) {
       try {

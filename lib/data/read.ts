@@ -21,7 +21,8 @@ export class Yielder {
   async turn(signal?: AbortSignal): Promise<void> {
     if (performance.now() - this.#last < SLICE_MS) return;
     await nextTurn();
-    if (signal?.aborted) throw new MartletError('ERR_MARTLET_ABORTED', 'The operation was aborted.', {}, { cause: signal.reason });
+    if (signal?.aborted)
+      throw new MartletError('ERR_MARTLET_ABORTED', 'The operation was aborted.', {}, { cause: signal.reason });
     this.#last = performance.now();
   }
 }
@@ -36,7 +37,9 @@ export async function* readRows(file: string, signal?: AbortSignal): AsyncGenera
     const missing = (cause as NodeJS.ErrnoException).code === 'ENOENT';
     throw new MartletError(
       'ERR_MARTLET_DATASET',
-      missing ? `The data file ${file} does not exist. Check dataset (paths start from the working directory) and dataset_root.` : `The data file ${file} cannot be read: ${(cause as Error).message}.`,
+      missing
+        ? `The data file ${file} does not exist. Check dataset (paths start from the working directory) and dataset_root.`
+        : `The data file ${file} cannot be read: ${(cause as Error).message}.`,
       { file },
       { cause },
     );
@@ -51,7 +54,12 @@ export async function* readRows(file: string, signal?: AbortSignal): AsyncGenera
     if (head.trimStart() !== '') break;
   }
   const text = restart(head.replace(/^\uFEFF/, ''), source);
-  yield* head.replace(/^\uFEFF/, '').trimStart().startsWith('[') ? arrayRows(file, text, signal) : lineRows(text, signal);
+  yield* head
+    .replace(/^\uFEFF/, '')
+    .trimStart()
+    .startsWith('[')
+    ? arrayRows(file, text, signal)
+    : lineRows(text, signal);
 }
 
 async function* restart(head: string, rest: AsyncIterator<string>): AsyncGenerator<string> {
@@ -119,7 +127,8 @@ async function* arrayRows(file: string, text: AsyncIterable<string>, signal?: Ab
           item = '';
           closed = true;
           const after = chunk.slice(i + 1).trim();
-          if (after !== '') throw new MartletError('ERR_MARTLET_DATASET', `${file} holds more text after its JSON array.`, { file });
+          if (after !== '')
+            throw new MartletError('ERR_MARTLET_DATASET', `${file} holds more text after its JSON array.`, { file });
           start = chunk.length;
           break;
         }

@@ -48,7 +48,9 @@ async function isComplete(dir: string): Promise<boolean> {
   const index = names.find((name) => /\.(safetensors|bin)\.index\.json$/.test(name));
   if (index === undefined) return names.some((name) => /\.(safetensors|bin)$/.test(name));
   try {
-    const { weight_map } = JSON.parse(await readFile(join(dir, index), 'utf8')) as { weight_map: Record<string, string> };
+    const { weight_map } = JSON.parse(await readFile(join(dir, index), 'utf8')) as {
+      weight_map: Record<string, string>;
+    };
     const shards = new Set(Object.values(weight_map));
     const present = await Promise.all([...shards].map((shard) => exists(join(dir, shard))));
     return present.every(Boolean);

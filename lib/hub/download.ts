@@ -82,14 +82,23 @@ async function listFiles(id: string, options: DownloadOptions): Promise<{ revisi
   } catch (cause) {
     throw hubError(id, `${url} did not answer with JSON`, { url }, cause);
   }
-  if (typeof info.sha !== 'string' || !/^[\w.-]+$/.test(info.sha) || info.sha.startsWith('.') || !Array.isArray(info.siblings)) {
+  if (
+    typeof info.sha !== 'string' ||
+    !/^[\w.-]+$/.test(info.sha) ||
+    info.sha.startsWith('.') ||
+    !Array.isArray(info.siblings)
+  ) {
     throw hubError(id, `${url} gave an answer without "sha" and "siblings"`, { url });
   }
   const all = info.siblings.map((entry) => remoteFile(id, entry));
   const safetensors = all.some(({ path }) => path.endsWith('.safetensors'));
   const wanted = all.filter(({ path }) => isNeeded(path, safetensors));
   if (!wanted.some(({ path }) => path === 'config.json')) {
-    throw new MartletError('ERR_MARTLET_MODEL_NOT_FOUND', `${id} on ${options.endpoint} has no config.json: it is not a model that martlet can load.`, { model: id });
+    throw new MartletError(
+      'ERR_MARTLET_MODEL_NOT_FOUND',
+      `${id} on ${options.endpoint} has no config.json: it is not a model that martlet can load.`,
+      { model: id },
+    );
   }
   return { revision: info.sha, files: wanted };
 }
@@ -103,7 +112,11 @@ function remoteFile(id: string, entry: unknown): RemoteFile {
   };
   // names come from outside: none may lead out of the cache
   const parts = typeof rfilename === 'string' ? rfilename.split('/') : [];
-  if (parts.length === 0 || parts.some((part) => part === '' || part === '.' || part === '..') || /[\\\0]/.test(String(rfilename))) {
+  if (
+    parts.length === 0 ||
+    parts.some((part) => part === '' || part === '.' || part === '..') ||
+    /[\\\0]/.test(String(rfilename))
+  ) {
     throw hubError(id, `the hub names a file ${JSON.stringify(rfilename)}, which is no safe path`, { file: rfilename });
   }
   const hex = (value: unknown) => (typeof value === 'string' && /^[0-9a-f]{40,64}$/.test(value) ? value : undefined);
@@ -120,7 +133,8 @@ function remoteFile(id: string, entry: unknown): RemoteFile {
 /** Weights in one format only, and no other framework's. */
 function isNeeded(path: string, safetensors: boolean): boolean {
   if (path.split('/').some((part) => part.startsWith('.'))) return false;
-  if (/\.(pth|pt|onnx|onnx_data|gguf|ggml|h5|msgpack|ot|tflite|mlmodel|zip|tar|gz|png|jpe?g|gif|webp|mp4)$/i.test(path)) return false;
+  if (/\.(pth|pt|onnx|onnx_data|gguf|ggml|h5|msgpack|ot|tflite|mlmodel|zip|tar|gz|png|jpe?g|gif|webp|mp4)$/i.test(path))
+    return false;
   return !(safetensors && /\.bin(\.index\.json)?$/.test(path));
 }
 
@@ -151,7 +165,12 @@ async function retrying<T>(id: string, url: string, options: DownloadOptions, wo
       if (options.signal?.aborted || final) throw error;
       if (attempt === ATTEMPTS) {
         const reason = (error as Error).message;
-        throw hubError(id, `${url} failed ${ATTEMPTS} times, the last time: ${reason}. Check the network (HF_ENDPOINT sets another hub)`, { url }, error);
+        throw hubError(
+          id,
+          `${url} failed ${ATTEMPTS} times, the last time: ${reason}. Check the network (HF_ENDPOINT sets another hub)`,
+          { url },
+          error,
+        );
       }
       await sleep(FIRST_PAUSE * 2 ** (attempt - 1), undefined, { signal: options.signal });
     }
@@ -187,7 +206,8 @@ async function appendRest(
 /** A damaged file is removed, so that the next attempt starts afresh. */
 async function verify(id: string, file: RemoteFile, path: string): Promise<void> {
   const { size } = await stat(path);
-  if (file.size !== undefined && size < file.size) throw new Error(`${file.path} ended after ${size} of ${file.size} bytes`);
+  if (file.size !== undefined && size < file.size)
+    throw new Error(`${file.path} ended after ${size} of ${file.size} bytes`);
   const problem =
     file.size !== undefined && size !== file.size
       ? `has ${size} bytes, not ${file.size}`
@@ -219,17 +239,30 @@ async function request(
   await response.body?.cancel();
   const details = { url, status: response.status };
   if (response.status === 401 || response.status === 403) {
-    throw hubError(id, `the hub refuses access (${response.status}). If the model is gated, accept its terms there and set HF_TOKEN; else check the name`, details);
+    throw hubError(
+      id,
+      `the hub refuses access (${response.status}). If the model is gated, accept its terms there and set HF_TOKEN; else check the name`,
+      details,
+    );
   }
   if (response.status === 404) {
-    throw new MartletError('ERR_MARTLET_MODEL_NOT_FOUND', `${id} is neither a folder here nor on ${options.endpoint}. Check the name.`, {
-      model: id,
-      ...details,
-    });
+    throw new MartletError(
+      'ERR_MARTLET_MODEL_NOT_FOUND',
+      `${id} is neither a folder here nor on ${options.endpoint}. Check the name.`,
+      {
+        model: id,
+        ...details,
+      },
+    );
   }
   throw new Error(`${url} answered ${response.status}`);
 }
 
 function hubError(id: string, problem: string, details: Record<string, unknown>, cause?: unknown): MartletError {
-  return new MartletError('ERR_MARTLET_HUB', `cannot download ${id}: ${problem}.`, { model: id, ...details }, { cause });
+  return new MartletError(
+    'ERR_MARTLET_HUB',
+    `cannot download ${id}: ${problem}.`,
+    { model: id, ...details },
+    { cause },
+  );
 }

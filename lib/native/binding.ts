@@ -116,7 +116,11 @@ export interface TrainBeginArgs {
   adapterDir?: string;
   freeze: { vision: boolean; projector: boolean; language: boolean };
   optimizer: { name: 'adamw'; beta1: number; beta2: number; epsilon: number; weightDecay: number };
-  schedule: { type: 'linear' | 'cosine' | 'constant' | 'constant_with_warmup'; warmupSteps: number; totalSteps: number };
+  schedule: {
+    type: 'linear' | 'cosine' | 'constant' | 'constant_with_warmup';
+    warmupSteps: number;
+    totalSteps: number;
+  };
   learningRate: number;
   /** 0 = no clipping */
   maxGradNorm: number;
@@ -226,10 +230,7 @@ export interface Methods {
   'train.step': [TrainStepArgs, TrainStepResult];
   'train.evaluate': [TrainStepArgs, EvalResult];
   /** Gradients of one batch without an update, for tests: buffers in the order of `names`. */
-  'train.gradients': [
-    TrainStepArgs,
-    { loss: number; gradients: { name: string; shape: number[]; buffer: number }[] },
-  ];
+  'train.gradients': [TrainStepArgs, { loss: number; gradients: { name: string; shape: number[]; buffer: number }[] }];
   /** LoRA: adapter_config.json + adapter_model.safetensors. Full: model shards + index. Each file is written under a temporary name, fsynced, renamed. */
   'train.save': [{ dir: string; baseModel: string; maxShardSize: number }, { files: string[] }];
   /** Optimiser moments, master weights, step, schedule and random state in `optimizer.safetensors`. */

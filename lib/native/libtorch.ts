@@ -130,7 +130,10 @@ export interface InstallLibtorchOptions {
 export async function installLibtorch(options: InstallLibtorchOptions = {}): Promise<LibtorchLocation> {
   const { cuda = false, version = DEFAULT_TORCH_VERSION, force = false, signal, onLine = () => {} } = options;
   if (!/^\d+\.\d+\.\d+$/.test(version)) {
-    throw new MartletError('ERR_MARTLET_USAGE', `--version takes a version such as ${DEFAULT_TORCH_VERSION}, not "${version}".`);
+    throw new MartletError(
+      'ERR_MARTLET_USAGE',
+      `--version takes a version such as ${DEFAULT_TORCH_VERSION}, not "${version}".`,
+    );
   }
   const dir = join(cacheDir(), 'libtorch', `${version}-${cuda ? 'cuda' : 'cpu'}`);
   if (!force && existsSync(join(dir, 'torch', 'lib', 'libtorch_cpu.so'))) {
@@ -160,7 +163,11 @@ export async function installLibtorch(options: InstallLibtorchOptions = {}): Pro
 
 function located(dir: string): LibtorchLocation {
   const found = inspect([join(dir, 'torch')], 'cache', []);
-  if (!found) throw new MartletError('ERR_MARTLET_LIBTORCH_NOT_FOUND', `The libtorch in ${dir} is incomplete: install it again with --force.`);
+  if (!found)
+    throw new MartletError(
+      'ERR_MARTLET_LIBTORCH_NOT_FOUND',
+      `The libtorch in ${dir} is incomplete: install it again with --force.`,
+    );
   return found;
 }
 
@@ -170,7 +177,9 @@ async function cudaRequirements(dir: string, cuda: boolean): Promise<string[]> {
   const info = readdirSync(dir).find((name) => /^torch-.*\.dist-info$/.test(name));
   if (!info) return [];
   const metadata = await readFile(join(dir, info, 'METADATA'), 'utf8');
-  const needed = [...metadata.matchAll(/^Requires-Dist: ((?:nvidia|cuda)-[^;\n]+)/gm)].map((match) => (match[1] ?? '').replaceAll(/[()\s]/g, ''));
+  const needed = [...metadata.matchAll(/^Requires-Dist: ((?:nvidia|cuda)-[^;\n]+)/gm)].map((match) =>
+    (match[1] ?? '').replaceAll(/[()\s]/g, ''),
+  );
   return cuda ? needed : needed.filter((name) => /cuda-runtime|cuda-cupti|cuda-toolkit/.test(name));
 }
 
@@ -201,7 +210,11 @@ async function pip(args: string[], onLine: (line: string) => void, signal?: Abor
   }
   const code = await new Promise<number | null>((done, failed) => child.on('error', failed).on('close', done));
   if (code !== 0) {
-    throw new MartletError('ERR_MARTLET_LIBTORCH_NOT_FOUND', `pip ${args.join(' ')} failed:\n${tail.slice(-8).join('\n')}`, { exitCode: code });
+    throw new MartletError(
+      'ERR_MARTLET_LIBTORCH_NOT_FOUND',
+      `pip ${args.join(' ')} failed:\n${tail.slice(-8).join('\n')}`,
+      { exitCode: code },
+    );
   }
 }
 

@@ -98,7 +98,8 @@ function physicalCores(): number {
     const cores = new Set<string>();
     for (const block of readFileSync('/proc/cpuinfo', 'utf8').split('\n\n')) {
       const field = (name: string) => new RegExp(`^${name}\\s*: (.*)$`, 'm').exec(block)?.[1];
-      if (field('processor') !== undefined) cores.add(`${field('physical id') ?? 0}:${field('core id') ?? field('processor')}`);
+      if (field('processor') !== undefined)
+        cores.add(`${field('physical id') ?? 0}:${field('core id') ?? field('processor')}`);
     }
     return cores.size || availableParallelism();
   } catch {

@@ -6,7 +6,16 @@ import { DEFAULT_MAX_IMAGE_PIXELS, decodeImage } from './image.js';
 import { readJsonFile } from './json.js';
 import { contentParts, countImages, encodeSegments, type SegmentRenderer, withSystem } from './template.js';
 import type { Tokenizer } from './tokenizer.js';
-import type { ChatMessage, EncodedSample, GenerationDefaults, ImageSource, Processor, ProcessorInput, ProcessorOptions, RgbImage } from './types.js';
+import type {
+  ChatMessage,
+  EncodedSample,
+  GenerationDefaults,
+  ImageSource,
+  Processor,
+  ProcessorInput,
+  ProcessorOptions,
+  RgbImage,
+} from './types.js';
 
 /** The part that differs by family. */
 export interface FamilyProcessing {
@@ -20,9 +29,18 @@ export interface FamilyProcessing {
   imageTokens(width: number, height: number): number;
 }
 
-export async function createProcessor(modelDir: string, family: FamilyProcessing, options: ProcessorOptions): Promise<Processor> {
+export async function createProcessor(
+  modelDir: string,
+  family: FamilyProcessing,
+  options: ProcessorOptions,
+): Promise<Processor> {
   const { tokenizer, imageTokenId } = family;
-  const generation = await readJsonFile(join(modelDir, 'generation_config.json'), 'ERR_MARTLET_MODEL_NOT_FOUND', 'Download it again.', { optional: true });
+  const generation = await readJsonFile(
+    join(modelDir, 'generation_config.json'),
+    'ERR_MARTLET_MODEL_NOT_FOUND',
+    'Download it again.',
+    { optional: true },
+  );
   const decode = {
     exifOrientation: options.exifOrientation ?? true,
     maxPixels: options.maxImagePixels ?? DEFAULT_MAX_IMAGE_PIXELS,
@@ -39,14 +57,22 @@ export async function createProcessor(modelDir: string, family: FamilyProcessing
     async encode(input, { for: purpose, signal }): Promise<EncodedSample> {
       const sources = imageSources(input);
       const decoded = await Promise.all(sources.map((source) => decodeImage(source, { ...decode, signal })));
-      const images: RgbImage[] = decoded.map((image) => ({ ...image, plan: family.planImage(image.width, image.height) }));
+      const images: RgbImage[] = decoded.map((image) => ({
+        ...image,
+        plan: family.planImage(image.width, image.height),
+      }));
       const { inputIds, labels } = encodeSegments(
         segmentsOf(input.messages, purpose === 'generate'),
         tokenizer,
         imageTokenId,
         images.map(({ width, height }) => family.imageTokens(width, height)),
       );
-      return { inputIds, ...(purpose === 'train' && { labels }), images, ...(input.id !== undefined && { id: input.id }) };
+      return {
+        inputIds,
+        ...(purpose === 'train' && { labels }),
+        images,
+        ...(input.id !== undefined && { id: input.id }),
+      };
     },
 
     countTokens({ messages, imageSizes }) {
@@ -67,7 +93,12 @@ function imageSources({ messages, images, id }: ProcessorInput): ImageSource[] {
   for (const { content } of messages) {
     for (const part of contentParts(content)) {
       if (part.type === 'text') continue;
-      const own = part.type === 'image_url' ? (typeof part.image_url === 'string' ? part.image_url : part.image_url.url) : part.image;
+      const own =
+        part.type === 'image_url'
+          ? typeof part.image_url === 'string'
+            ? part.image_url
+            : part.image_url.url
+          : part.image;
       const source = own ?? listed.shift();
       if (source === undefined) {
         throw new MartletError(
@@ -99,7 +130,8 @@ function stopTokens(generation: Record<string, unknown>, tokenizer: Tokenizer): 
 }
 
 function generationDefaults(generation: Record<string, unknown>): GenerationDefaults {
-  const number = (key: string, fallback: number) => (typeof generation[key] === 'number' ? (generation[key] as number) : fallback);
+  const number = (key: string, fallback: number) =>
+    typeof generation[key] === 'number' ? (generation[key] as number) : fallback;
   // transformers: without do_sample the sampling fields mean nothing; top_k is 50 when sampling.
   const samples = generation.do_sample === true;
   const maxNewTokens = generation.max_new_tokens;

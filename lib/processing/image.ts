@@ -33,20 +33,36 @@ export function imageLabel(source: ImageSource): string {
 /** @throws ERR_MARTLET_IMAGE (path, what is wrong, remedy), ERR_MARTLET_ABORTED */
 export async function decodeImage(source: ImageSource, options: DecodeOptions): Promise<DecodedImage> {
   const label = imageLabel(source);
-  let pipeline = isSharp(source) ? source.clone() : sharp(await imageBytes(source, options.signal), sharpOptions(options.maxPixels));
+  let pipeline = isSharp(source)
+    ? source.clone()
+    : sharp(await imageBytes(source, options.signal), sharpOptions(options.maxPixels));
   if (options.exifOrientation) pipeline = pipeline.autoOrient();
   try {
-    const { data, info } = await pipeline.toColourspace('srgb').removeAlpha().raw({ depth: 'uchar' }).toBuffer({ resolveWithObject: true });
-    return { data: info.channels === 3 ? data : grey(data, info.width * info.height), width: info.width, height: info.height };
+    const { data, info } = await pipeline
+      .toColourspace('srgb')
+      .removeAlpha()
+      .raw({ depth: 'uchar' })
+      .toBuffer({ resolveWithObject: true });
+    return {
+      data: info.channels === 3 ? data : grey(data, info.width * info.height),
+      width: info.width,
+      height: info.height,
+    };
   } catch (cause) {
     throw imageError(label, cause, options.maxPixels);
   }
 }
 
 /** Size after EXIF turning, from the header alone. */
-export async function imageSize(source: ImageSource, options: DecodeOptions): Promise<{ width: number; height: number }> {
+export async function imageSize(
+  source: ImageSource,
+  options: DecodeOptions,
+): Promise<{ width: number; height: number }> {
   const label = imageLabel(source);
-  const input = typeof source === 'string' && isPath(source) ? await checkedPath(source) : await imageBytesOrSharp(source, options.signal);
+  const input =
+    typeof source === 'string' && isPath(source)
+      ? await checkedPath(source)
+      : await imageBytesOrSharp(source, options.signal);
   try {
     const metadata = await (isSharp(input) ? input.clone() : sharp(input, sharpOptions(options.maxPixels))).metadata();
     const turned = options.exifOrientation && (metadata.orientation ?? 1) >= 5;
@@ -64,7 +80,12 @@ function sharpOptions(maxPixels: number): SharpOptions {
 }
 
 function isSharp(value: unknown): value is Sharp {
-  return typeof value === 'object' && value !== null && typeof (value as Sharp).toBuffer === 'function' && typeof (value as Sharp).clone === 'function';
+  return (
+    typeof value === 'object' &&
+    value !== null &&
+    typeof (value as Sharp).toBuffer === 'function' &&
+    typeof (value as Sharp).clone === 'function'
+  );
 }
 
 function isPath(source: string): boolean {
@@ -84,7 +105,12 @@ function imageError(label: string, cause: unknown, maxPixels: number): MartletEr
   const remedy = /exceeds pixel limit/i.test(message)
     ? `It has more than ${maxPixels} pixels: make it smaller, or raise max_image_pixels.`
     : 'Open it in a viewer, save it again as PNG or JPEG, or leave the row out.';
-  return new MartletError('ERR_MARTLET_IMAGE', `The picture ${label} cannot be decoded: ${message}. ${remedy}`, { path: label }, { cause });
+  return new MartletError(
+    'ERR_MARTLET_IMAGE',
+    `The picture ${label} cannot be decoded: ${message}. ${remedy}`,
+    { path: label },
+    { cause },
+  );
 }
 
 async function checkedPath(path: string): Promise<string> {
@@ -98,7 +124,9 @@ async function checkedPath(path: string): Promise<string> {
     const missing = (cause as NodeJS.ErrnoException).code === 'ENOENT';
     throw new MartletError(
       'ERR_MARTLET_IMAGE',
-      missing ? `The picture ${path} does not exist. Check the path and image_folder.` : `The picture ${path} cannot be read: ${(cause as Error).message}.`,
+      missing
+        ? `The picture ${path} does not exist. Check the path and image_folder.`
+        : `The picture ${path} cannot be read: ${(cause as Error).message}.`,
       { path },
       { cause },
     );
@@ -122,8 +150,13 @@ async function imageBytes(source: string | URL | Uint8Array, signal?: AbortSigna
 
 function dataUri(uri: string): Uint8Array {
   const match = /^data:([^,]*?)(;base64)?,(.*)$/is.exec(uri);
-  const bytes = match && (match[2] ? Buffer.from(match[3] as string, 'base64') : Buffer.from(decodeURIComponent(match[3] as string), 'latin1'));
-  if (!bytes || bytes.length === 0) throw new MartletError('ERR_MARTLET_IMAGE', 'A data: URI holds no picture. Write it as data:image/png;base64,…');
+  const bytes =
+    match &&
+    (match[2]
+      ? Buffer.from(match[3] as string, 'base64')
+      : Buffer.from(decodeURIComponent(match[3] as string), 'latin1'));
+  if (!bytes || bytes.length === 0)
+    throw new MartletError('ERR_MARTLET_IMAGE', 'A data: URI holds no picture. Write it as data:image/png;base64,…');
   return bytes;
 }
 
@@ -143,15 +176,24 @@ async function download(url: string, signal?: AbortSignal): Promise<Uint8Array> 
       let size = 0;
       for await (const chunk of response.body) {
         size += chunk.byteLength;
-        if (size > MAX_FILE_BYTES) throw new MartletError('ERR_MARTLET_IMAGE', `The picture ${url} is larger than ${MAX_FILE_BYTES} bytes.`, { path: url });
+        if (size > MAX_FILE_BYTES)
+          throw new MartletError('ERR_MARTLET_IMAGE', `The picture ${url} is larger than ${MAX_FILE_BYTES} bytes.`, {
+            path: url,
+          });
         chunks.push(chunk);
       }
       return Buffer.concat(chunks);
     } catch (error) {
       if (error instanceof MartletError) throw error;
-      if (signal?.aborted) throw new MartletError('ERR_MARTLET_ABORTED', 'The operation was aborted.', {}, { cause: signal.reason });
+      if (signal?.aborted)
+        throw new MartletError('ERR_MARTLET_ABORTED', 'The operation was aborted.', {}, { cause: signal.reason });
       last = error;
     }
   }
-  throw new MartletError('ERR_MARTLET_IMAGE', `The picture ${url} could not be fetched: ${(last as Error).message}.`, { path: url }, { cause: last });
+  throw new MartletError(
+    'ERR_MARTLET_IMAGE',
+    `The picture ${url} could not be fetched: ${(last as Error).message}.`,
+    { path: url },
+    { cause: last },
+  );
 }

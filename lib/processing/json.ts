@@ -19,13 +19,23 @@ export async function readJsonFile(
   } catch (cause) {
     const missing = (cause as NodeJS.ErrnoException).code === 'ENOENT';
     if (missing && options.optional) return {};
-    throw new MartletError(code, `${path} ${missing ? 'is missing' : `cannot be read: ${(cause as Error).message}`}. ${remedy}`, { path }, { cause });
+    throw new MartletError(
+      code,
+      `${path} ${missing ? 'is missing' : `cannot be read: ${(cause as Error).message}`}. ${remedy}`,
+      { path },
+      { cause },
+    );
   }
   let value: unknown;
   try {
     value = JSON.parse(text);
   } catch (cause) {
-    throw new MartletError(code, `${path} is not valid JSON: ${(cause as Error).message}. ${remedy}`, { path }, { cause });
+    throw new MartletError(
+      code,
+      `${path} is not valid JSON: ${(cause as Error).message}. ${remedy}`,
+      { path },
+      { cause },
+    );
   }
   if (typeof value !== 'object' || value === null || Array.isArray(value)) {
     throw new MartletError(code, `${path} does not hold a JSON object. ${remedy}`, { path });

@@ -14,7 +14,11 @@ type Triple = [number, number, number];
 const CLIP_MEAN: Triple = [0.48145466, 0.4578275, 0.40821073];
 const CLIP_STD: Triple = [0.26862954, 0.26130258, 0.27577711];
 
-export async function createLlavaProcessor(modelDir: string, config: Json, options: ProcessorOptions): Promise<Processor> {
+export async function createLlavaProcessor(
+  modelDir: string,
+  config: Json,
+  options: ProcessorOptions,
+): Promise<Processor> {
   const tokenizer = await Tokenizer.load(modelDir);
   const imageTokenId = Number(config.image_token_index ?? config.image_token_id ?? 32000);
   if (tokenizer.tokenId(IMAGE_MARK) !== imageTokenId) {
@@ -91,8 +95,18 @@ interface ImageSettings {
 async function imageSettings(modelDir: string, config: Json): Promise<ImageSettings> {
   const optional = { optional: true };
   const remedy = 'Download it again.';
-  const processor = await readJsonFile(join(modelDir, 'processor_config.json'), 'ERR_MARTLET_MODEL_NOT_FOUND', remedy, optional);
-  const own = await readJsonFile(join(modelDir, 'preprocessor_config.json'), 'ERR_MARTLET_MODEL_NOT_FOUND', remedy, optional);
+  const processor = await readJsonFile(
+    join(modelDir, 'processor_config.json'),
+    'ERR_MARTLET_MODEL_NOT_FOUND',
+    remedy,
+    optional,
+  );
+  const own = await readJsonFile(
+    join(modelDir, 'preprocessor_config.json'),
+    'ERR_MARTLET_MODEL_NOT_FOUND',
+    remedy,
+    optional,
+  );
   const preprocessor = Object.keys(own).length > 0 ? own : ((processor.image_processor as Json | undefined) ?? {});
   const vision = (config.vision_config ?? {}) as Json;
   const size = (preprocessor.size ?? 224) as number | { shortest_edge?: number; height?: number; width?: number };
@@ -100,7 +114,11 @@ async function imageSettings(modelDir: string, config: Json): Promise<ImageSetti
   const resizes = preprocessor.do_resize !== false;
   const crops = preprocessor.do_center_crop !== false;
   const exact =
-    resizes && typeof size === 'object' && size.shortest_edge === undefined && size.height !== undefined && size.width !== undefined
+    resizes &&
+    typeof size === 'object' &&
+    size.shortest_edge === undefined &&
+    size.height !== undefined &&
+    size.width !== undefined
       ? { height: size.height, width: size.width }
       : undefined;
   const shortestEdge = typeof size === 'number' ? size : size.shortest_edge;
@@ -108,7 +126,8 @@ async function imageSettings(modelDir: string, config: Json): Promise<ImageSetti
   const cropSize = typeof crop === 'number' ? { height: crop, width: crop } : crop;
   const target = crops ? cropSize : (exact ?? { height: shortestEdge ?? 224, width: shortestEdge ?? 224 });
   const extra = Number(processor.num_additional_image_tokens ?? 1);
-  const dropsClassToken = (processor.vision_feature_select_strategy ?? config.vision_feature_select_strategy ?? 'default') === 'default';
+  const dropsClassToken =
+    (processor.vision_feature_select_strategy ?? config.vision_feature_select_strategy ?? 'default') === 'default';
   const grid = Math.floor(target.height / patch) * Math.floor(target.width / patch);
   return {
     shortestEdge: resizes && !exact ? shortestEdge : undefined,

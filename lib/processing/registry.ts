@@ -6,7 +6,11 @@ import { createLlavaProcessor } from './llava.js';
 import type { Processor, ProcessorOptions } from './types.js';
 
 /** What a family's file exports: a processor for the checkpoint in `modelDir`, whose config.json is `config`. */
-export type ProcessorFactory = (modelDir: string, config: Record<string, unknown>, options: ProcessorOptions) => Promise<Processor>;
+export type ProcessorFactory = (
+  modelDir: string,
+  config: Record<string, unknown>,
+  options: ProcessorOptions,
+) => Promise<Processor>;
 
 const FAMILIES: Record<string, ProcessorFactory> = {
   llava: createLlavaProcessor,
@@ -19,7 +23,11 @@ const FAMILIES: Record<string, ProcessorFactory> = {
  */
 export async function loadProcessor(modelDir: string, options: ProcessorOptions = {}): Promise<Processor> {
   const path = join(modelDir, 'config.json');
-  const config = await readJsonFile(path, 'ERR_MARTLET_MODEL_NOT_FOUND', 'A model folder holds config.json, the tokenizer and the weights.');
+  const config = await readJsonFile(
+    path,
+    'ERR_MARTLET_MODEL_NOT_FOUND',
+    'A model folder holds config.json, the tokenizer and the weights.',
+  );
   const type = typeof config.model_type === 'string' ? config.model_type : '';
   const factory = Object.hasOwn(FAMILIES, type) ? FAMILIES[type] : undefined;
   if (!factory) {

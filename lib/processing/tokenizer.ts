@@ -37,12 +37,25 @@ export class Tokenizer {
   /** @throws ERR_MARTLET_TOKENIZER */
   static async load(modelDir: string): Promise<Tokenizer> {
     const path = join(modelDir, 'tokenizer.json');
-    const definition = await readJsonFile(path, 'ERR_MARTLET_TOKENIZER', 'Download it, or save it with transformers (AutoTokenizer … save_pretrained).');
-    const config = await readJsonFile(join(modelDir, 'tokenizer_config.json'), 'ERR_MARTLET_TOKENIZER', 'Download it with the checkpoint.');
+    const definition = await readJsonFile(
+      path,
+      'ERR_MARTLET_TOKENIZER',
+      'Download it, or save it with transformers (AutoTokenizer … save_pretrained).',
+    );
+    const config = await readJsonFile(
+      join(modelDir, 'tokenizer_config.json'),
+      'ERR_MARTLET_TOKENIZER',
+      'Download it with the checkpoint.',
+    );
     try {
       return new Tokenizer(new HubTokenizer(definition, config), config, definition);
     } catch (cause) {
-      throw new MartletError('ERR_MARTLET_TOKENIZER', `${path} cannot be used: ${(cause as Error).message}. Download it again.`, { path }, { cause });
+      throw new MartletError(
+        'ERR_MARTLET_TOKENIZER',
+        `${path} cannot be used: ${(cause as Error).message}. Download it again.`,
+        { path },
+        { cause },
+      );
     }
   }
 
@@ -56,7 +69,12 @@ export class Tokenizer {
   }
 
   decode(ids: ArrayLike<number>, skipSpecialTokens: boolean): string {
-    return ids.length === 0 ? '' : this.#hub.decode(Array.from(ids), { skip_special_tokens: skipSpecialTokens, clean_up_tokenization_spaces: false });
+    return ids.length === 0
+      ? ''
+      : this.#hub.decode(Array.from(ids), {
+          skip_special_tokens: skipSpecialTokens,
+          clean_up_tokenization_spaces: false,
+        });
   }
 
   /**
@@ -94,7 +112,9 @@ export async function loadChatTemplate(modelDir: string, tokenizer: Tokenizer): 
     if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error;
   }
   for (const name of ['chat_template.json', 'processor_config.json']) {
-    const file = await readJsonFile(join(modelDir, name), 'ERR_MARTLET_TEMPLATE', 'Download it again.', { optional: true });
+    const file = await readJsonFile(join(modelDir, name), 'ERR_MARTLET_TEMPLATE', 'Download it again.', {
+      optional: true,
+    });
     if (typeof file.chat_template === 'string') return file.chat_template;
   }
   return tokenizer.chatTemplate;

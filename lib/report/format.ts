@@ -35,7 +35,10 @@ export function significant(value: number): string {
   if (!Number.isFinite(value) || value === 0) return String(value);
   const magnitude = Math.abs(value);
   if (magnitude >= 1e-3 && magnitude < 1e6) return String(Number(value.toPrecision(4)));
-  return value.toExponential(3).replace(/\.?0*e([+-])(\d)$/, 'e$10$2').replace(/\.?0*e/, 'e');
+  return value
+    .toExponential(3)
+    .replace(/\.?0*e([+-])(\d)$/, 'e$10$2')
+    .replace(/\.?0*e/, 'e');
 }
 
 /** Rounds to `digits` significant digits: short JSON without false precision. */

@@ -30,12 +30,7 @@ export class RunLog {
   readonly #text: LineFile;
   readonly #board: TensorBoardWriter | undefined;
 
-  private constructor(
-    options: RunLogOptions,
-    jsonl: LineFile,
-    text: LineFile,
-    board: TensorBoardWriter | undefined,
-  ) {
+  private constructor(options: RunLogOptions, jsonl: LineFile, text: LineFile, board: TensorBoardWriter | undefined) {
     this.#totalSteps = options.totalSteps;
     this.#resumedStep = options.resumedStep;
     this.#jsonl = jsonl;
@@ -78,7 +73,14 @@ export class RunLog {
     const { step, loss, gradNorm, learningRate, tokenAccuracy } = event;
     const epoch = rounded(event.epoch, 6);
     const secondsPerStep = event.elapsed / Math.max(1, step - this.#resumedStep);
-    this.history.push({ step, epoch, loss, grad_norm: gradNorm, learning_rate: learningRate, token_acc: tokenAccuracy });
+    this.history.push({
+      step,
+      epoch,
+      loss,
+      grad_norm: gradNorm,
+      learning_rate: learningRate,
+      token_acc: tokenAccuracy,
+    });
     await this.record({
       loss: rounded(loss, 8),
       grad_norm: rounded(gradNorm, 8),

@@ -16,7 +16,8 @@
 namespace martlet {
 namespace {
 
-// A job on its way through the engine. The parts that touch JavaScript (promise, references) are used on the JavaScript thread only.
+// A job on its way through the engine. The parts that touch JavaScript (promise, references) are used on the JavaScript
+// thread only.
 struct Job {
   Job(Napi::Env env, std::string method_name, std::string args_json)
       : method(std::move(method_name)),
@@ -157,8 +158,8 @@ class EngineState {
       const std::unique_ptr<JobPtr> holder(data);
       settle(env, **holder);
     });
-    // A job that cannot be delivered because the environment is going down is leaked on purpose: its references to JavaScript objects may be
-    // touched neither off the JavaScript thread nor after the environment.
+    // A job that cannot be delivered because the environment is going down is leaked on purpose: its references to
+    // JavaScript objects may be touched neither off the JavaScript thread nor after the environment.
     (void)status;
     to_js.Release();
   }
@@ -173,10 +174,12 @@ class EngineState {
 };
 
 Napi::Function Engine::define(Napi::Env env) {
-  return DefineClass(env, "Engine", {InstanceMethod("submit", &Engine::submit), InstanceMethod("close", &Engine::close)});
+  return DefineClass(env, "Engine",
+                     {InstanceMethod("submit", &Engine::submit), InstanceMethod("close", &Engine::close)});
 }
 
-Engine::Engine(const Napi::CallbackInfo& info) : Napi::ObjectWrap<Engine>(info), state_(std::make_shared<EngineState>()) {
+Engine::Engine(const Napi::CallbackInfo& info)
+    : Napi::ObjectWrap<Engine>(info), state_(std::make_shared<EngineState>()) {
   auto* data = info.Env().GetInstanceData<EnvironmentData>();
   std::erase_if(data->engines, [](const std::weak_ptr<EngineState>& engine) { return engine.expired(); });
   data->engines.push_back(state_);
@@ -200,7 +203,8 @@ Napi::Value Engine::submit(const Napi::CallbackInfo& info) {
   }
   if (info.Length() > 3 && info[3].IsFunction()) job->on_event = Napi::Persistent(info[3].As<Napi::Function>());
   // Holds the event loop until the job is settled; an engine without jobs holds nothing.
-  job->to_js = Napi::ThreadSafeFunction::New(env, Napi::Function::New(env, [](const Napi::CallbackInfo&) {}), "martlet job", 0, 1);
+  job->to_js = Napi::ThreadSafeFunction::New(env, Napi::Function::New(env, [](const Napi::CallbackInfo&) {}),
+                                             "martlet job", 0, 1);
 
   Napi::Object out = Napi::Object::New(env);
   out.Set("promise", job->deferred.Promise());
@@ -218,7 +222,8 @@ Napi::Value Engine::submit(const Napi::CallbackInfo& info) {
 
 namespace {
 
-// Joins the engine's thread on a libuv worker: the only place that may wait for a running operation to notice the cancellation.
+// Joins the engine's thread on a libuv worker: the only place that may wait for a running operation to notice the
+// cancellation.
 class CloseWorker : public Napi::AsyncWorker {
  public:
   CloseWorker(Napi::Env env, std::shared_ptr<EngineState> state)

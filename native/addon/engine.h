@@ -21,8 +21,8 @@ class Engine : public Napi::ObjectWrap<Engine> {
   std::shared_ptr<EngineState> state_;
 };
 
-// Kept in the environment's instance data. One cleanup hook for all engines of the environment: a hook per object would outlive objects that were
-// collected, and abort at exit.
+// Kept in the environment's instance data. One cleanup hook for all engines of the environment: a hook per object would
+// outlive objects that were collected, and abort at exit.
 struct EnvironmentData {
   Napi::FunctionReference engine_class;
   std::vector<std::weak_ptr<EngineState>> engines;

@@ -123,15 +123,17 @@ TrainOptions parse_train_options(const json& args) {
     if (targets.is_string() && targets != "all-linear") {
       options.target_regex = targets.get<std::string>();
     } else {
-      options.target_names = targets.is_string() ? std::vector<std::string>{"all-linear"} : targets.get<std::vector<std::string>>();
+      options.target_names =
+          targets.is_string() ? std::vector<std::string>{"all-linear"} : targets.get<std::vector<std::string>>();
     }
     options.adapter_dir = args.value("adapterDir", "");
   }
   const json& freeze = args.at("freeze");
-  options.freeze = {freeze.at("vision").get<bool>(), freeze.at("projector").get<bool>(), freeze.at("language").get<bool>()};
+  options.freeze = {freeze.at("vision").get<bool>(), freeze.at("projector").get<bool>(),
+                    freeze.at("language").get<bool>()};
   const json& optimizer = args.at("optimizer");
-  options.optimizer = {optimizer.at("beta1").get<double>(), optimizer.at("beta2").get<double>(), optimizer.at("epsilon").get<double>(),
-                       optimizer.at("weightDecay").get<double>()};
+  options.optimizer = {optimizer.at("beta1").get<double>(), optimizer.at("beta2").get<double>(),
+                       optimizer.at("epsilon").get<double>(), optimizer.at("weightDecay").get<double>()};
   const json& schedule = args.at("schedule");
   options.schedule.type = LrSchedule::parse(schedule.at("type").get<std::string>());
   options.schedule.warmup_steps = schedule.at("warmupSteps").get<int64_t>();
@@ -188,7 +190,8 @@ json Session::Impl::load(const json& args, JobContext& job) {
   model_dir = args.at("modelDir").get<std::string>();
   const std::filesystem::path config_path = std::filesystem::path(model_dir) / "config.json";
   if (!std::filesystem::exists(config_path)) {
-    fail(code::kModelNotFound, "There is no config.json in " + model_dir + ": it is not a model folder.", {{"path", model_dir}});
+    fail(code::kModelNotFound, "There is no config.json in " + model_dir + ": it is not a model folder.",
+         {{"path", model_dir}});
   }
   config = read_json_file(config_path);
   family = &family_for(config, model_dir);
@@ -199,7 +202,9 @@ json Session::Impl::load(const json& args, JobContext& job) {
   for (const std::string& name : checkpoint.names()) {
     const std::string canonical = family->canonical_key(name);
     if (!stored.emplace(canonical, name).second) {
-      fail(code::kWeights, "The checkpoint holds " + canonical + " twice, under two spellings (" + stored[canonical] + " and " + name + ").",
+      fail(code::kWeights,
+           "The checkpoint holds " + canonical + " twice, under two spellings (" + stored[canonical] + " and " + name +
+               ").",
            {{"keys", {stored[canonical], name}}});
     }
   }
@@ -208,7 +213,10 @@ json Session::Impl::load(const json& args, JobContext& job) {
   const std::string wanted = args.at("dtype").get<std::string>();
   std::set<std::string> used;
   int64_t parameters = 0, total = 0;
-  fresh->visit_parameters([&](const std::string& name, Parameter&) { ++total; (void)name; });
+  fresh->visit_parameters([&](const std::string& name, Parameter&) {
+    ++total;
+    (void)name;
+  });
   if (wanted != "auto") {
     dtype = parse_dtype(wanted);
   } else {
@@ -248,28 +256,34 @@ json Session::Impl::load(const json& args, JobContext& job) {
     std::string list;
     for (size_t i = 0; i < unexpected.size() && i < 5; ++i) list += (i ? ", " : "") + unexpected[i];
     fail(code::kWeights,
-         "The checkpoint holds " + std::to_string(unexpected.size()) + " tensor(s) that this model does not have: " + list +
-             (unexpected.size() > 5 ? ", …" : "") + ". Check that config.json belongs to these weights.",
+         "The checkpoint holds " + std::to_string(unexpected.size()) + " tensor(s) that this model does not have: " +
+             list + (unexpected.size() > 5 ? ", …" : "") + ". Check that config.json belongs to these weights.",
          {{"unexpected", unexpected}});
   }
   fresh->visit_parameters([&](const std::string&, Parameter& p) { parameters += p.value.numel(); });
   synchronize(device);
   model = std::move(fresh);
   const ModelInfo& info = model->info();
-  return {{"modelType", info.model_type},     {"family", info.family},
-          {"device", device.str()},           {"dtype", dtype_name(dtype)},
-          {"parameters", parameters},         {"vocabSize", info.vocab_size},
-          {"maxPositions", info.max_positions}, {"imageTokenId", info.image_token_id},
+  return {{"modelType", info.model_type},
+          {"family", info.family},
+          {"device", device.str()},
+          {"dtype", dtype_name(dtype)},
+          {"parameters", parameters},
+          {"vocabSize", info.vocab_size},
+          {"maxPositions", info.max_positions},
+          {"imageTokenId", info.image_token_id},
           {"seconds", clock.seconds()}};
 }
 
 json Session::Impl::load_adapter(const json& args) {
   const std::string name = args.at("name").get<std::string>(), dir = args.at("dir").get<std::string>();
   if (trainer) fail(code::kConfig, "The model is being trained; load adapters before or after.");
-  if (adapters.count(name)) fail(code::kAdapter, "An adapter named \"" + name + "\" is loaded already.", {{"adapter", name}});
+  if (adapters.count(name))
+    fail(code::kAdapter, "An adapter named \"" + name + "\" is loaded already.", {{"adapter", name}});
   const at::NoGradGuard no_grad;
-  Adapter adapter = attach_adapter(loaded(), read_adapter(dir, family->canonical_key),
-                                   [&](const std::string& key) { return family->is_unused_key(config, key); }, dtype, device, dir);
+  Adapter adapter = attach_adapter(
+      loaded(), read_adapter(dir, family->canonical_key),
+      [&](const std::string& key) { return family->is_unused_key(config, key); }, dtype, device, dir);
   int64_t parameters = 0;
   for (const auto& [path, layer] : adapter.layers) parameters += layer.a.numel() + layer.b.numel();
   const json result = {{"r", adapter.config.r},
@@ -330,7 +344,8 @@ json Session::Impl::begin_training(const json& args) {
   const PartCounts parts = trainer->trainable();
   const bool full = args.at("method") == "full";
   json unmatched = json::array(), targets = json::array();
-  for (const auto& [name, nearest] : trainer->targets().unmatched) unmatched.push_back({{"name", name}, {"nearest", nearest}});
+  for (const auto& [name, nearest] : trainer->targets().unmatched)
+    unmatched.push_back({{"name", name}, {"nearest", nearest}});
   for (const auto& [path, linear] : trainer->targets().linears) targets.push_back(path);
   return {{"trainableParams", parts.total()},
           {"totalParams", full ? base : base + parts.total()},
@@ -348,7 +363,8 @@ Session::~Session() {
   empty_cache(impl_->device);
 }
 
-Reply Session::handle(const std::string& method, const std::string& args_json, const std::vector<BufferView>& buffers, JobContext& job) {
+Reply Session::handle(const std::string& method, const std::string& args_json, const std::vector<BufferView>& buffers,
+                      JobContext& job) {
   const Args args{json::parse(args_json), buffers};
   const json& v = args.values;
   Reply reply;
@@ -360,7 +376,8 @@ Reply Session::handle(const std::string& method, const std::string& args_json, c
     result = s.load_adapter(v);
   } else if (method == "adapter.unload") {
     activate(s.loaded(), nullptr);
-    if (s.adapters.erase(v.at("name").get<std::string>()) == 0) fail(code::kAdapter, "No adapter named " + v["name"].dump() + " is loaded.");
+    if (s.adapters.erase(v.at("name").get<std::string>()) == 0)
+      fail(code::kAdapter, "No adapter named " + v["name"].dump() + " is loaded.");
   } else if (method == "preprocess") {
     json pixels = json::array();
     for (const at::Tensor& image : [&] {
@@ -368,7 +385,8 @@ Reply Session::handle(const std::string& method, const std::string& args_json, c
            for (const json& entry : v.at("images")) images.push_back(parse_image(entry, args));
            return images;
          }()) {
-      pixels.push_back({{"name", "pixel_values"}, {"shape", image.sizes().vec()}, {"buffer", add_buffer(reply, image)}});
+      pixels.push_back(
+          {{"name", "pixel_values"}, {"shape", image.sizes().vec()}, {"buffer", add_buffer(reply, image)}});
     }
     result["pixels"] = std::move(pixels);
   } else if (method == "generate") {

@@ -27,7 +27,8 @@ class Session {
  public:
   Session();
   ~Session();
-  // Runs one method. Throws Error (any other exception is turned into one by the caller through current_exception_as_error).
+  // Runs one method. Throws Error (any other exception is turned into one by the caller through
+  // current_exception_as_error).
   Reply handle(const std::string& method, const std::string& args_json, const std::vector<BufferView>& buffers,
                JobContext& job);
 
@@ -36,8 +37,8 @@ class Session {
   std::unique_ptr<Impl> impl_;
 };
 
-// Process-wide: loads the CUDA libraries found in `libtorch_lib` when `cuda` is asked for (before anything asks whether CUDA is there),
-// and sets intra-op threads for threads started later. Idempotent.
+// Process-wide: loads the CUDA libraries found in `libtorch_lib` when `cuda` is asked for (before anything asks whether
+// CUDA is there), and sets intra-op threads for threads started later. Idempotent.
 void initialize_runtime(const std::string& libtorch_lib, bool cuda, int threads);
 // JSON of SystemInfo in lib/native/binding.ts.
 std::string system_info_json();

@@ -25,12 +25,33 @@ async function project(changes: Record<string, unknown> = {}): Promise<{ dir: st
 
 test('train --json prints one event a line, the last one the result', async () => {
   const { file, out } = await project();
-  const { code, stdout, stderr } = await cli(['train', '--config', file, '--json', '--set', 'lora_rank=2', '--max-steps', '3', '--target_modules', 'q_proj', 'v_proj']);
+  const { code, stdout, stderr } = await cli([
+    'train',
+    '--config',
+    file,
+    '--json',
+    '--set',
+    'lora_rank=2',
+    '--max-steps',
+    '3',
+    '--target_modules',
+    'q_proj',
+    'v_proj',
+  ]);
   assert.equal(code, 0, stderr);
   assert.equal(stderr, '');
-  const events = jsonLines(stdout) as unknown as { type: string; config: Record<string, unknown>; targets: number; steps: number; outputDir: string }[];
+  const events = jsonLines(stdout) as unknown as {
+    type: string;
+    config: Record<string, unknown>;
+    targets: number;
+    steps: number;
+    outputDir: string;
+  }[];
   const types = events.map(({ type }) => type);
-  assert.deepEqual(types.filter((type) => type !== 'warning'), ['start', 'step', 'step', 'step', 'checkpoint', 'done']);
+  assert.deepEqual(
+    types.filter((type) => type !== 'warning'),
+    ['start', 'step', 'step', 'step', 'checkpoint', 'done'],
+  );
   assert.deepEqual([events[0]?.config.lora_rank, events[0]?.targets], [2, 6]);
   assert.deepEqual([events.at(-1)?.type, events.at(-1)?.steps, events.at(-1)?.outputDir], ['done', 3, out]);
 });
@@ -40,7 +61,8 @@ test('train shows its progress on standard error; sft and a config file without 
   const { code, stdout, stderr } = await cli(['sft', file, '--max_steps', '2']);
   assert.equal(code, 0, stderr);
   assert.equal(stdout, '');
-  for (const part of ['9 rows', 'step 2/2', 'loss ', 'lr ', 'mem ', 'tok/s', 'left 0s', 'done after 2 steps']) assert.ok(stderr.includes(part), part);
+  for (const part of ['9 rows', 'step 2/2', 'loss ', 'lr ', 'mem ', 'tok/s', 'left 0s', 'done after 2 steps'])
+    assert.ok(stderr.includes(part), part);
 });
 
 test('--dry-run prints the resolved config and the plan, and writes nothing', async () => {
@@ -91,7 +113,16 @@ for (const signal of ['SIGINT', 'SIGTERM'] as const) {
     const checkpoint = readdirSync(out).find((name) => name.startsWith('checkpoint-')) as string;
     assert.ok(existsSync(join(out, 'adapter_model.safetensors')));
     const { global_step: step } = JSON.parse(readFileSync(join(out, checkpoint, 'trainer_state.json'), 'utf8'));
-    const again = await cli(['train', '--config', file, '--resume_from_checkpoint', 'true', '--max_steps', String(step + 1), '--json']);
+    const again = await cli([
+      'train',
+      '--config',
+      file,
+      '--resume_from_checkpoint',
+      'true',
+      '--max_steps',
+      String(step + 1),
+      '--json',
+    ]);
     assert.equal(again.code, 0, again.stderr);
     assert.equal(jsonLines(again.stdout).at(-1)?.steps, step + 1);
   });
@@ -109,7 +140,10 @@ test('a second Ctrl-C ends the run at once, without a half-written file', async 
     },
   });
   assert.ok(code === 130 || code === 0, `${code}: 0 when the run had stopped by itself before`);
-  assert.deepEqual(readdirSync(out).filter((name) => name.startsWith('.')), []);
+  assert.deepEqual(
+    readdirSync(out).filter((name) => name.startsWith('.')),
+    [],
+  );
 });
 
 test('a run that is killed leaves its finished checkpoints, and its folder free', async () => {
@@ -123,7 +157,19 @@ test('a run that is killed leaves its finished checkpoints, and its folder free'
   });
   assert.ok(existsSync(join(out, '.martlet.lock')), 'nobody could tidy up');
   const newest = Math.max(...readdirSync(out).flatMap((name) => Number(/^checkpoint-(\d+)$/.exec(name)?.[1] ?? [])));
-  const again = await cli(['train', '--config', file, '--resume_from_checkpoint', 'true', '--max_steps', String(newest + 1), '--json']);
+  const again = await cli([
+    'train',
+    '--config',
+    file,
+    '--resume_from_checkpoint',
+    'true',
+    '--max_steps',
+    String(newest + 1),
+    '--json',
+  ]);
   assert.equal(again.code, 0, again.stderr);
-  assert.deepEqual(readdirSync(out).filter((name) => name.startsWith('.')), []);
+  assert.deepEqual(
+    readdirSync(out).filter((name) => name.startsWith('.')),
+    [],
+  );
 });

@@ -113,7 +113,10 @@ test('infer --input: one line an item, a failing item does not stop the others, 
   await writeFile(file, lines.join('\n'));
   const { code, stdout } = await cli(['infer', '--model', MODEL, ...GREEDY, '--input', file]);
   assert.equal(code, 1);
-  const items = jsonLines(stdout) as unknown as { tokenIds?: number[]; error?: { code: string; details: { line: number } } }[];
+  const items = jsonLines(stdout) as unknown as {
+    tokenIds?: number[];
+    error?: { code: string; details: { line: number } };
+  }[];
   assert.equal(items.length, 5);
   assert.deepEqual(items[0]?.tokenIds, expectedJson.greedy.single);
   assert.deepEqual([items[1]?.error?.code, items[1]?.error?.details.line], ['ERR_MARTLET_IMAGE', 2]);
@@ -128,7 +131,9 @@ test('infer --input: one line an item, a failing item does not stop the others, 
 test('infer without a question is a conversation; a bad picture ends the turn, not the talk', async () => {
   const args = ['infer', '--model', MODEL, ...GREEDY];
   const single = await cli([...args, '--image', IMAGE, '--text', TEXT]);
-  const talk = await cli(args, { stdin: `<image>\n/no/such.png\n<image> ${TEXT}\n${IMAGE}\nclear\n\nhello\nexit\nnever` });
+  const talk = await cli(args, {
+    stdin: `<image>\n/no/such.png\n<image> ${TEXT}\n${IMAGE}\nclear\n\nhello\nexit\nnever`,
+  });
   assert.equal(talk.code, 0, talk.stderr);
   assert.match(talk.stderr, /no\/such\.png/);
   assert.equal(talk.stdout.trimEnd().split('\n').length >= 2, true);
@@ -147,6 +152,16 @@ test('export merges and reports; the default folder stands beside the adapter', 
   const again = await cli(['merge-lora', '--adapter-name-or-path', `${adapter}/`, '--model', MODEL, '--json']);
   assert.equal(again.code, 1);
   assert.equal(JSON.parse(again.stderr).error.code, 'ERR_MARTLET_IO');
-  const merged = await cli(['infer', '--model', report.outputDir, ...GREEDY, '--image', IMAGE, '--text', TEXT, '--json']);
+  const merged = await cli([
+    'infer',
+    '--model',
+    report.outputDir,
+    ...GREEDY,
+    '--image',
+    IMAGE,
+    '--text',
+    TEXT,
+    '--json',
+  ]);
   assert.deepEqual(JSON.parse(merged.stdout).tokenIds, expectedJson.adapterGreedy.single);
 });

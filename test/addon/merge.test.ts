@@ -37,7 +37,10 @@ test('a merged model answers as base and adapter do, and keeps every other file 
   assert.equal(progress.at(-1)?.done, progress.at(-1)?.total);
   const names = (await readdir(outputDir)).sort();
   const kept = (await readdir(MODEL)).filter((name) => !/safetensors/.test(name));
-  assert.deepEqual(names, [...kept, 'assets', ...report.shards, ...(report.shards.length > 1 ? ['model.safetensors.index.json'] : [])].sort());
+  assert.deepEqual(
+    names,
+    [...kept, 'assets', ...report.shards, ...(report.shards.length > 1 ? ['model.safetensors.index.json'] : [])].sort(),
+  );
   for (const name of kept) {
     assert.ok((await readFile(join(outputDir, name))).equals(await readFile(join(MODEL, name))), name);
   }
@@ -61,7 +64,13 @@ test('a merged model answers as base and adapter do, and keeps every other file 
 
 test('small shards and another dtype', async () => {
   const outputDir = join(root, 'small');
-  const report = await mergeAdapter({ model: MODEL, adapter: ADAPTER, outputDir, dtype: 'bfloat16', maxShardSize: '200KB' });
+  const report = await mergeAdapter({
+    model: MODEL,
+    adapter: ADAPTER,
+    outputDir,
+    dtype: 'bfloat16',
+    maxShardSize: '200KB',
+  });
   assert.ok(report.shards.length > 1);
   const { weight_map } = JSON.parse(await readFile(join(outputDir, 'model.safetensors.index.json'), 'utf8'));
   assert.deepEqual([...new Set(Object.values(weight_map))].sort(), [...report.shards].sort());
@@ -74,7 +83,10 @@ test('refusals: no adapter, no base model, a folder in use, sizes that are none;
   const outputDir = join(root, 'refused');
   const good = { model: MODEL, adapter: ADAPTER, outputDir };
   await assert.rejects(mergeAdapter({ ...good, adapter: MODEL }), { code: 'ERR_MARTLET_ADAPTER' });
-  await assert.rejects(mergeAdapter({ ...good, model: undefined }), { code: 'ERR_MARTLET_ADAPTER', message: /base model/ });
+  await assert.rejects(mergeAdapter({ ...good, model: undefined }), {
+    code: 'ERR_MARTLET_ADAPTER',
+    message: /base model/,
+  });
   await assert.rejects(mergeAdapter({ ...good, model: '/no/such' }), { code: 'ERR_MARTLET_MODEL_NOT_FOUND' });
   await assert.rejects(mergeAdapter({ ...good, outputDir: MODEL, overwrite: true }), { code: 'ERR_MARTLET_IO' });
   await assert.rejects(mergeAdapter({ ...good, outputDir: llava, overwrite: true }), { code: 'ERR_MARTLET_IO' });
@@ -96,7 +108,10 @@ test('a folder with files is refused; with overwrite the new files take their pl
   await mkdir(outputDir);
   await writeFile(join(outputDir, 'notes.txt'), 'mine');
   await writeFile(join(outputDir, 'model-00001-of-00009.safetensors'), 'of another model');
-  await assert.rejects(mergeAdapter({ model: MODEL, adapter: ADAPTER, outputDir }), { code: 'ERR_MARTLET_IO', message: /overwrite/ });
+  await assert.rejects(mergeAdapter({ model: MODEL, adapter: ADAPTER, outputDir }), {
+    code: 'ERR_MARTLET_IO',
+    message: /overwrite/,
+  });
   await mergeAdapter({ model: MODEL, adapter: ADAPTER, outputDir, overwrite: true });
   assert.equal(await readFile(join(outputDir, 'notes.txt'), 'utf8'), 'mine');
   await assert.rejects(readFile(join(outputDir, 'model-00001-of-00009.safetensors')), { code: 'ENOENT' });

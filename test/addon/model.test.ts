@@ -46,8 +46,9 @@ test('greedy answers are those of transformers, token for token', async () => {
 });
 
 test('a single adapter answers by default, null means the base model, adapters come and go by name', async () => {
-  const ask = async (adapter?: string | null) =>
-    [...(await model.generate({ ...question('single'), temperature: 0, maxNewTokens: 24, adapter })).tokenIds];
+  const ask = async (adapter?: string | null) => [
+    ...(await model.generate({ ...question('single'), temperature: 0, maxNewTokens: 24, adapter })).tokenIds,
+  ];
   const { greedy: base, adapterGreedy } = expectedJson;
   assert.deepEqual(await ask(), adapterGreedy.single);
   assert.deepEqual(await ask('tuned'), adapterGreedy.single);
@@ -113,7 +114,8 @@ test('leaving a stream cancels its job: the model is free at once', async () => 
 
 test('a seed makes sampling repeatable', async () => {
   const sample = async (seed: number) =>
-    (await model.generate({ ...question('single'), temperature: 1, topP: 0.95, topK: 50, maxNewTokens: 16, seed })).text;
+    (await model.generate({ ...question('single'), temperature: 1, topP: 0.95, topK: 50, maxNewTokens: 16, seed }))
+      .text;
   assert.equal(await sample(7), await sample(7));
   assert.notEqual(await sample(7), await sample(8));
 });
@@ -169,12 +171,18 @@ test('a missing image and a wrong number of images are named, and the model goes
   await assert.rejects(model.generate({ messages, images: [] }), (error: Error & { code: string }) =>
     error.code.startsWith('ERR_MARTLET_'),
   );
-  assert.deepEqual([...(await model.generate({ ...question('single'), ...greedy })).tokenIds], expectedJson.greedy.single);
+  assert.deepEqual(
+    [...(await model.generate({ ...question('single'), ...greedy })).tokenIds],
+    expectedJson.greedy.single,
+  );
 });
 
 test('a prompt that fills the model is refused; a long answer ends where the positions end', async () => {
   const content = 'a story '.repeat(400);
-  await assert.rejects(model.generate({ messages: [{ role: 'user', content }] }), { code: 'ERR_MARTLET_USAGE', message: /512/ });
+  await assert.rejects(model.generate({ messages: [{ role: 'user', content }] }), {
+    code: 'ERR_MARTLET_USAGE',
+    message: /512/,
+  });
   const out = await model.generate({ ...question('text-only'), ...greedy, maxNewTokens: 100_000 });
   assert.ok(out.usage.totalTokens <= 512);
 });
@@ -187,14 +195,25 @@ test('an aborted signal rejects with its reason as the cause, before and during 
   });
   for (const stop of [undefined, '\u0001never']) {
     const abort = new AbortController();
-    const running = model.generate({ ...question('text-only'), ...greedy, maxNewTokens: 450, stop, signal: abort.signal });
+    const running = model.generate({
+      ...question('text-only'),
+      ...greedy,
+      maxNewTokens: 450,
+      stop,
+      signal: abort.signal,
+    });
     setTimeout(() => abort.abort(reason), 20);
     await assert.rejects(running, { code: 'ERR_MARTLET_ABORTED', cause: reason });
   }
   const abort = new AbortController();
   await assert.rejects(
     async () => {
-      for await (const _ of model.stream({ ...question('text-only'), ...greedy, maxNewTokens: 450, signal: abort.signal })) {
+      for await (const _ of model.stream({
+        ...question('text-only'),
+        ...greedy,
+        maxNewTokens: 450,
+        signal: abort.signal,
+      })) {
         abort.abort(reason);
       }
     },

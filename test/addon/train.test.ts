@@ -35,12 +35,22 @@ test('a run learns, tells its steps, and leaves an adapter, checkpoints, logs an
   if (start?.type !== 'start') return;
   assert.deepEqual([start.steps, start.rows, start.epochs, start.targets], [12, cases.size, 4, 21]);
   assert.deepEqual([start.parts.vision, start.parts.projector, start.parts.language], [0, 0, start.trainableParams]);
-  assert.equal(start.sample, '<s> USER: <image × 16>\nWhat is in the picture? ASSISTANT:[[A red circle and two blue squares.</s>]]');
+  assert.equal(
+    start.sample,
+    '<s> USER: <image × 16>\nWhat is in the picture? ASSISTANT:[[A red circle and two blue squares.</s>]]',
+  );
   assert.equal(start.config.lora_alpha, 32);
 
   const logged = steps(events);
-  assert.deepEqual(logged.map(({ step }) => step), Array.from({ length: 12 }, (_, i) => i + 1));
-  assert.deepEqual(logged.map(({ epoch }) => epoch).slice(0, 4), [2 / 5, 4 / 5, 1, 1 + 2 / 5], '9 rows: the third step is a short one');
+  assert.deepEqual(
+    logged.map(({ step }) => step),
+    Array.from({ length: 12 }, (_, i) => i + 1),
+  );
+  assert.deepEqual(
+    logged.map(({ epoch }) => epoch).slice(0, 4),
+    [2 / 5, 4 / 5, 1, 1 + 2 / 5],
+    '9 rows: the third step is a short one',
+  );
   assert.ok((logged[11] as { loss: number }).loss < (logged[0] as { loss: number }).loss - 1, String(losses(events)));
   assert.deepEqual([logged[0]?.learningRate, logged[1]?.learningRate, logged[2]?.learningRate], [0, 2.5e-3, 5e-3]);
   for (const [i, step] of logged.entries()) {
@@ -59,12 +69,30 @@ test('a run learns, tells its steps, and leaves an adapter, checkpoints, logs an
   assert.equal(result.bestCheckpoint, undefined);
   assert.ok(result.trainableParams / result.totalParams < 0.2);
 
-  assert.deepEqual(readdirSync(out).sort(), ['adapter_config.json', 'adapter_model.safetensors', 'args.yaml', 'checkpoint-10', 'checkpoint-5', 'logging.jsonl', 'logs', 'runs']);
-  assert.deepEqual(readdirSync(join(out, 'checkpoint-5')).sort(), ['adapter_config.json', 'adapter_model.safetensors', 'args.yaml', 'optimizer.safetensors', 'trainer_state.json']);
+  assert.deepEqual(readdirSync(out).sort(), [
+    'adapter_config.json',
+    'adapter_model.safetensors',
+    'args.yaml',
+    'checkpoint-10',
+    'checkpoint-5',
+    'logging.jsonl',
+    'logs',
+    'runs',
+  ]);
+  assert.deepEqual(readdirSync(join(out, 'checkpoint-5')).sort(), [
+    'adapter_config.json',
+    'adapter_model.safetensors',
+    'args.yaml',
+    'optimizer.safetensors',
+    'trainer_state.json',
+  ]);
   assert.equal(JSON.parse(readFileSync(join(out, 'adapter_config.json'), 'utf8')).base_model_name_or_path, MODEL);
   const state = JSON.parse(readFileSync(join(out, 'checkpoint-10', 'trainer_state.json'), 'utf8'));
   assert.deepEqual([state.global_step, state.max_steps, state.log_history.length], [10, 12, 10]);
-  const lines = readFileSync(join(out, 'logging.jsonl'), 'utf8').trimEnd().split('\n').map((line) => JSON.parse(line));
+  const lines = readFileSync(join(out, 'logging.jsonl'), 'utf8')
+    .trimEnd()
+    .split('\n')
+    .map((line) => JSON.parse(line));
   assert.equal(lines[0]['global_step/max_steps'], '1/12');
   assert.equal(lines[12].last_model_checkpoint, join(out, 'checkpoint-10'));
   assert.match(readFileSync(join(out, 'logs', 'train.log'), 'utf8'), /12 steps in .*waited .* for rows/);
@@ -77,7 +105,11 @@ test('a run learns, tells its steps, and leaves an adapter, checkpoints, logs an
   const base = await infer({ model: MODEL, image, text, ...greedy });
   assert.notEqual(answer.text, base.text);
   const merged = await mergeAdapter({ adapter: out, outputDir: join(dir, 'merged') });
-  assert.match(readFileSync(join(merged.outputDir, 'args.yaml'), 'utf8'), /^template: default$/m, 'the merged model is asked in the same way');
+  assert.match(
+    readFileSync(join(merged.outputDir, 'args.yaml'), 'utf8'),
+    /^template: default$/m,
+    'the merged model is asked in the same way',
+  );
   assert.equal(merged.mergedTensors, 21);
   assert.equal((await infer({ model: merged.outputDir, image, text, ...greedy })).text, answer.text);
 });
@@ -94,7 +126,10 @@ test('two runs with one seed give the same bits; another seed others; logging do
   assert.notEqual(runs[2]?.adapter, runs[0]?.adapter);
   // first step, then every fourth: the mean since the line before
   const all = runs[0]?.losses as number[];
-  assert.deepEqual(steps(runs[1]?.events as TrainEvent[]).map(({ step }) => step), [1, 4]);
+  assert.deepEqual(
+    steps(runs[1]?.events as TrainEvent[]).map(({ step }) => step),
+    [1, 4],
+  );
   const mean = ((all[1] as number) + (all[2] as number) + (all[3] as number)) / 3;
   assert.ok(Math.abs((runs[1]?.losses[1] as number) - mean) < 1e-12);
   assert.ok(!existsSync(join(runs[1]?.dir as string, 'out', 'checkpoint-3')));
@@ -102,8 +137,15 @@ test('two runs with one seed give the same bits; another seed others; logging do
 
 for (const sftType of ['lora', 'full']) {
   test(`${sftType}: a run that is continued from a checkpoint gives the same bits as one that was not interrupted`, async () => {
-    const changes = { sft_type: sftType, max_steps: 8, save_steps: 3, logging_steps: 2, ...(sftType === 'full' && { learning_rate: 1e-3 }) };
-    const weights = (dir: string) => digest(join(dir, 'out', sftType === 'full' ? 'model.safetensors' : 'adapter_model.safetensors'));
+    const changes = {
+      sft_type: sftType,
+      max_steps: 8,
+      save_steps: 3,
+      logging_steps: 2,
+      ...(sftType === 'full' && { learning_rate: 1e-3 }),
+    };
+    const weights = (dir: string) =>
+      digest(join(dir, 'out', sftType === 'full' ? 'model.safetensors' : 'adapter_model.safetensors'));
     const whole = await folder();
     const { events } = await train(smallConfig(whole, changes));
 
@@ -113,9 +155,14 @@ for (const sftType of ['lora', 'full']) {
     rmSync(join(cut, 'out', 'checkpoint-6'), { recursive: true });
     const again = await train(smallConfig(cut, { ...changes, resume_from_checkpoint: true }));
     assert.equal(weights(cut), weights(whole));
-    assert.deepEqual(losses(again.events), losses(events).slice(-3), 'steps 4, 6 and 8; the third counts in the mean of 4');
+    assert.deepEqual(
+      losses(again.events),
+      losses(events).slice(-3),
+      'steps 4, 6 and 8; the third counts in the mean of 4',
+    );
     assert.equal(again.result.steps, 8);
-    const history = (dir: string) => JSON.parse(readFileSync(join(dir, 'out', 'checkpoint-6', 'trainer_state.json'), 'utf8')).log_history;
+    const history = (dir: string) =>
+      JSON.parse(readFileSync(join(dir, 'out', 'checkpoint-6', 'trainer_state.json'), 'utf8')).log_history;
     assert.deepEqual(history(cut), history(whole));
     assert.deepEqual(leftovers(join(cut, 'out')), []);
   });
@@ -157,29 +204,54 @@ test('an abort rejects with its reason, ends at once, leaves nothing half-writte
   assert.ok(!existsSync(join(dir, 'out', 'adapter_model.safetensors')));
   assert.ok(existsSync(join(dir, 'out', 'checkpoint-4', 'trainer_state.json')));
   assert.deepEqual(leftovers(join(dir, 'out')), []);
-  await assert.rejects(async () => void (await trainLoRA(smallConfig(await folder()), { signal: AbortSignal.abort(reason) })), {
-    code: 'ERR_MARTLET_ABORTED',
-    cause: reason,
-  });
+  await assert.rejects(
+    async () => void (await trainLoRA(smallConfig(await folder()), { signal: AbortSignal.abort(reason) })),
+    {
+      code: 'ERR_MARTLET_ABORTED',
+      cause: reason,
+    },
+  );
 });
 
 test('evaluation: rows set aside or of their own, best checkpoint, as many checkpoints as asked for', async () => {
   const dir = await folder();
-  const config = smallConfig(dir, { split_dataset_ratio: 0.3, max_steps: 8, save_steps: 2, eval_steps: 2, save_total_limit: 2 });
+  const config = smallConfig(dir, {
+    split_dataset_ratio: 0.3,
+    max_steps: 8,
+    save_steps: 2,
+    eval_steps: 2,
+    save_total_limit: 2,
+  });
   const { events, result } = await train(config);
   const evals = events.filter((event) => event.type === 'eval');
-  assert.deepEqual(evals.map(({ step }) => step), [2, 4, 6, 8]);
+  assert.deepEqual(
+    evals.map(({ step }) => step),
+    [2, 4, 6, 8],
+  );
   const best = evals.reduce((a, b) => (b.loss < a.loss ? b : a));
   assert.equal(result.bestCheckpoint, join(dir, 'out', `checkpoint-${best.step}`));
   const kept = readdirSync(join(dir, 'out')).filter((name) => name.startsWith('checkpoint-'));
-  assert.deepEqual(kept.sort(), [...new Set([`checkpoint-${best.step}`, best.step === 8 ? 'checkpoint-6' : 'checkpoint-8'])].sort());
+  assert.deepEqual(
+    kept.sort(),
+    [...new Set([`checkpoint-${best.step}`, best.step === 8 ? 'checkpoint-6' : 'checkpoint-8'])].sort(),
+  );
   assert.equal(events[0]?.type === 'start' && events[0].rows, 6);
 
   // the loss that eval reports is the loss that score gives
   const own = await folder();
-  const rows = [getCase('single'), getCase('text-only')].map(({ messages, images }) => ({ messages, images: images.map((image) => join(llava, 'images', image)) }));
+  const rows = [getCase('single'), getCase('text-only')].map(({ messages, images }) => ({
+    messages,
+    images: images.map((image) => join(llava, 'images', image)),
+  }));
   writeFileSync(join(own, 'val.json'), JSON.stringify(rows));
-  const trained = await train(smallConfig(own, { val_dataset: join(own, 'val.json'), eval_strategy: 'epoch', max_steps: 3, per_device_eval_batch_size: 2 }));
+  const trained = await train(
+    smallConfig(own, {
+      val_dataset: join(own, 'val.json'),
+      eval_strategy: 'epoch',
+      max_steps: 3,
+      per_device_eval_batch_size: 2,
+    }),
+  );
   const [event] = trained.events.filter((e) => e.type === 'eval');
   const model = await loadModel(MODEL, { device: 'cpu', adapters: { a: join(own, 'out') } });
   let sum = 0;
@@ -195,7 +267,15 @@ test('evaluation: rows set aside or of their own, best checkpoint, as many check
 
 test('full training gives a model folder: other files byte for byte, weights that answer otherwise', async () => {
   const dir = await folder();
-  const { result, events } = await train(smallConfig(dir, { sft_type: 'full', learning_rate: 1e-3, freeze_vit: false, freeze_aligner: false, max_shard_size: '100KB' }));
+  const { result, events } = await train(
+    smallConfig(dir, {
+      sft_type: 'full',
+      learning_rate: 1e-3,
+      freeze_vit: false,
+      freeze_aligner: false,
+      max_shard_size: '100KB',
+    }),
+  );
   const start = events[0] as Extract<TrainEvent, { type: 'start' }>;
   assert.equal(start.targets, 0);
   assert.ok(start.parts.vision > 0 && start.parts.projector > 0 && start.parts.language > 0);
@@ -205,12 +285,14 @@ test('full training gives a model folder: other files byte for byte, weights tha
   assert.ok(existsSync(join(result.outputDir, 'model.safetensors.index.json')));
   const { messages, images } = getCase('single');
   const row = { messages, images: images.map((image) => join(llava, 'images', image)) };
-  const [before, trained] = await Promise.all([MODEL, result.outputDir].map(async (model) => {
-    const loaded = await loadModel(model, { device: 'cpu' });
-    const { loss } = await loaded.score(row);
-    await loaded.dispose();
-    return loss;
-  }));
+  const [before, trained] = await Promise.all(
+    [MODEL, result.outputDir].map(async (model) => {
+      const loaded = await loadModel(model, { device: 'cpu' });
+      const { loss } = await loaded.score(row);
+      await loaded.dispose();
+      return loss;
+    }),
+  );
   assert.ok((trained as number) < (before as number) - 1);
 });
 
@@ -223,9 +305,15 @@ test('an output folder in use is refused; overwrite_output_dir replaces the run 
   assert.deepEqual([a.status, b.status].sort(), ['fulfilled', 'rejected']);
   const refused = (a.status === 'rejected' ? a.reason : (b as PromiseRejectedResult).reason) as { code: string };
   assert.equal(refused.code, 'ERR_MARTLET_IO');
-  await assert.rejects(train(config), { code: 'ERR_MARTLET_IO', message: /resume_from_checkpoint.*overwrite_output_dir/ });
+  await assert.rejects(train(config), {
+    code: 'ERR_MARTLET_IO',
+    message: /resume_from_checkpoint.*overwrite_output_dir/,
+  });
   await train({ ...config, max_steps: 1, overwrite_output_dir: true });
-  assert.deepEqual(readdirSync(join(dir, 'out')).filter((name) => name.startsWith('checkpoint')), ['checkpoint-1']);
+  assert.deepEqual(
+    readdirSync(join(dir, 'out')).filter((name) => name.startsWith('checkpoint')),
+    ['checkpoint-1'],
+  );
   // a config that cannot start must not cost the run that is there
   await assert.rejects(train({ ...config, overwrite_output_dir: true, target_modules: ['no_such_module'] }));
   assert.ok(existsSync(join(dir, 'out', 'adapter_model.safetensors')));
@@ -235,13 +323,22 @@ test('an output folder in use is refused; overwrite_output_dir replaces the run 
 test('resuming is refused without a checkpoint, with other rows, with other batches', async () => {
   const dir = await folder();
   const config = smallConfig(dir, { max_steps: 2, save_steps: 1 });
-  await assert.rejects(train({ ...config, resume_from_checkpoint: true }), { code: 'ERR_MARTLET_IO', message: /no checkpoint/ });
+  await assert.rejects(train({ ...config, resume_from_checkpoint: true }), {
+    code: 'ERR_MARTLET_IO',
+    message: /no checkpoint/,
+  });
   await train(config);
   const resume = { ...config, resume_from_checkpoint: true, max_steps: 4 };
-  await assert.rejects(train({ ...resume, gradient_accumulation_steps: 1 }), { code: 'ERR_MARTLET_CONFIG', message: /accumulation was 2 and is 1/ });
+  await assert.rejects(train({ ...resume, gradient_accumulation_steps: 1 }), {
+    code: 'ERR_MARTLET_CONFIG',
+    message: /accumulation was 2 and is 1/,
+  });
   const data = JSON.parse(readFileSync(config.dataset as string, 'utf8'));
   writeFileSync(join(dir, 'other.json'), JSON.stringify([...data.slice(1), data[0]]));
-  await assert.rejects(train({ ...resume, dataset: join(dir, 'other.json') }), { code: 'ERR_MARTLET_CONFIG', message: /rows have changed/ });
+  await assert.rejects(train({ ...resume, dataset: join(dir, 'other.json') }), {
+    code: 'ERR_MARTLET_CONFIG',
+    message: /rows have changed/,
+  });
   await cp(join(dir, 'out', 'checkpoint-1'), join(dir, 'moved'), { recursive: true });
   const { result } = await train({ ...resume, resume_from_checkpoint: join(dir, 'moved') });
   assert.equal(result.steps, 4, 'a run may go on for longer than it was meant to');
@@ -250,7 +347,14 @@ test('resuming is refused without a checkpoint, with other rows, with other batc
 test('a run may start from an adapter', async () => {
   const dir = await folder();
   const adapter = join(llava, 'adapter-peft');
-  const config = smallConfig(dir, { adapters: adapter, lora_rank: 4, lora_alpha: 8, max_steps: 1, learning_rate: 0, save_strategy: 'no' });
+  const config = smallConfig(dir, {
+    adapters: adapter,
+    lora_rank: 4,
+    lora_alpha: 8,
+    max_steps: 1,
+    learning_rate: 0,
+    save_strategy: 'no',
+  });
   const { result } = await train(config);
   const { messages, images } = getCase('single');
   const row = { messages, images: images.map((image) => join(llava, 'images', image)) };
@@ -284,12 +388,20 @@ test('bad rows stop a run before it starts, or are left out and listed', async (
   data.push({ id: 'mute', messages: [{ role: 'user', content: 'hello' }] });
   const dataset = join(dir, 'bad.json');
   writeFileSync(dataset, JSON.stringify(data));
-  await assert.rejects(train(smallConfig(dir, { dataset })), (error: Error & { code: string; details: { problems: { row: number }[] } }) => {
-    assert.equal(error.code, 'ERR_MARTLET_DATASET');
-    assert.deepEqual(error.details.problems.map(({ row }) => row), [1, 9]);
-    return true;
-  });
-  const { result, events } = await train(smallConfig(dir, { dataset, on_bad_row: 'skip', max_length: 60, max_steps: 1 }));
+  await assert.rejects(
+    train(smallConfig(dir, { dataset })),
+    (error: Error & { code: string; details: { problems: { row: number }[] } }) => {
+      assert.equal(error.code, 'ERR_MARTLET_DATASET');
+      assert.deepEqual(
+        error.details.problems.map(({ row }) => row),
+        [1, 9],
+      );
+      return true;
+    },
+  );
+  const { result, events } = await train(
+    smallConfig(dir, { dataset, on_bad_row: 'skip', max_length: 60, max_steps: 1 }),
+  );
   assert.deepEqual(result.skipped.map(({ row }) => row).sort(), [1, 6, 9], 'row 6 has 72 tokens');
   assert.ok(events.some((event) => event.type === 'warning' && /3 row\(s\) are left out/.test(event.message)));
 });
@@ -300,16 +412,20 @@ test('a picture that goes away during the run ends it by name, or is left out', 
     const image = join(dir, 'gone.png');
     await cp(join(llava, 'images', 'exact.png'), image);
     const { messages } = getCase('single');
-    const rows = Array.from({ length: 40 }, (_, i) => (i === 39 ? { id: 'last', messages, images: [image] } : { messages: getCase('text-only').messages, images: [] }));
+    const rows = Array.from({ length: 40 }, (_, i) =>
+      i === 39 ? { id: 'last', messages, images: [image] } : { messages: getCase('text-only').messages, images: [] },
+    );
     writeFileSync(join(dir, 'rows.json'), JSON.stringify(rows));
-    const run = trainLoRA(smallConfig(dir, {
-      dataset: join(dir, 'rows.json'),
-      dataset_shuffle: false,
-      train_dataloader_shuffle: false,
-      max_steps: 10,
-      save_strategy: 'no',
-      on_bad_row: policy,
-    }));
+    const run = trainLoRA(
+      smallConfig(dir, {
+        dataset: join(dir, 'rows.json'),
+        dataset_shuffle: false,
+        train_dataloader_shuffle: false,
+        max_steps: 10,
+        save_strategy: 'no',
+        on_bad_row: policy,
+      }),
+    );
     const seen = (async () => {
       for await (const event of run) if (event.type === 'start') rmSync(image);
     })();
@@ -317,7 +433,10 @@ test('a picture that goes away during the run ends it by name, or is left out', 
       await assert.rejects(seen, { code: 'ERR_MARTLET_IMAGE', message: /rows\.json row 39 \(id last\)/ });
     } else {
       await seen;
-      assert.deepEqual((await run).skipped.map(({ row }) => row), [39]);
+      assert.deepEqual(
+        (await run).skipped.map(({ row }) => row),
+        [39],
+      );
     }
   }
 });
@@ -326,7 +445,9 @@ test('a config file, overrides, the alias', async () => {
   const dir = await folder();
   const file = join(dir, 'config.yaml');
   writeData(dir);
-  writeFileSync(file, `model_id: ${MODEL}
+  writeFileSync(
+    file,
+    `model_id: ${MODEL}
 sft_type: lora
 dataset:
   train:
@@ -337,13 +458,20 @@ dataset:
 lora_args: { r: 8, target_modules: [q_proj, v_proj] }
 train_args: { learning_rate: 1e-4, output_dir: ${join(dir, 'out')}, logging_steps: 1, per_device_train_batch_size: 9 }
 evaluation_strategy: no
-`);
+`,
+  );
   const { events, result } = await collect(trainAlias(file, { overrides: ['max_steps=1', 'lora_args.r=2'] }));
   const start = events[0] as Extract<TrainEvent, { type: 'start' }>;
   assert.deepEqual([start.config.lora_rank, start.config.max_steps, start.targets], [2, 1, 6]);
   assert.equal(result.steps, 1);
   const named = { max_steps: 1, overwrite_output_dir: true, output_dir: join(dir, 'out') };
   await train(smallConfig(dir, { ...named, model_type: 'llava1_5_hf' }));
-  await assert.rejects(train(smallConfig(dir, { ...named, model_type: 'qwen-vl-chat' })), { code: 'ERR_MARTLET_CONFIG', message: /is a llava/ });
-  await assert.rejects(train({ model: MODEL, dataste: 'x' }), { code: 'ERR_MARTLET_CONFIG', message: /did you mean dataset/ });
+  await assert.rejects(train(smallConfig(dir, { ...named, model_type: 'qwen-vl-chat' })), {
+    code: 'ERR_MARTLET_CONFIG',
+    message: /is a llava/,
+  });
+  await assert.rejects(train({ model: MODEL, dataste: 'x' }), {
+    code: 'ERR_MARTLET_CONFIG',
+    message: /did you mean dataset/,
+  });
 });

@@ -83,7 +83,16 @@ describe('forward', () => {
   after(() => engine.close());
 
   test('pixels equal the torchvision backend float for float', async () => {
-    for (const name of ['landscape.png', 'portrait.png', 'exact.png', 'strip.png', 'small.png', 'grey.png', 'palette.png', 'picture.webp']) {
+    for (const name of [
+      'landscape.png',
+      'portrait.png',
+      'exact.png',
+      'strip.png',
+      'small.png',
+      'grey.png',
+      'palette.png',
+      'picture.webp',
+    ]) {
       const samples = new NativeSamples();
       const image = await samples.image(name);
       const { result, buffers } = await engine.call('preprocess', { images: [image] }, { buffers: samples.buffers });
@@ -142,7 +151,11 @@ const lora: TrainBeginArgs = {
   adapterDir: join(llava, 'adapter-peft'),
   freeze: { vision: true, projector: true, language: false },
   optimizer: { name: 'adamw', beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weightDecay: 0.1 },
-  schedule: { type: 'cosine', warmupSteps: expectedJson.loraCurve.warmupSteps, totalSteps: expectedJson.loraCurve.totalSteps },
+  schedule: {
+    type: 'cosine',
+    warmupSteps: expectedJson.loraCurve.warmupSteps,
+    totalSteps: expectedJson.loraCurve.totalSteps,
+  },
   learningRate: expectedJson.loraCurve.learningRate,
   maxGradNorm: 1,
   gradientCheckpointing: false,
@@ -154,7 +167,11 @@ const gradientsOf = async (engine: Engine, rows: string[]) => {
   const samples = new NativeSamples();
   const micro = [];
   for (const name of rows) micro.push(await samples.sample(name));
-  const { result, buffers } = await engine.call('train.gradients', { microBatches: [micro] }, { buffers: samples.buffers });
+  const { result, buffers } = await engine.call(
+    'train.gradients',
+    { microBatches: [micro] },
+    { buffers: samples.buffers },
+  );
   const gradients = new Map(
     result.gradients.map((g) => [g.name, new Float32Array(buffers[g.buffer] as ArrayBuffer)] as const),
   );
@@ -196,7 +213,10 @@ describe('LoRA training', () => {
         assert(Math.abs(result.learningRate - step.learningRate) <= 1e-12 + 1e-7 * step.learningRate);
         const tolerance = step.rows.includes('two-images') ? 2e-3 : 1e-3;
         assert(Math.abs(result.loss / step.loss - 1) < tolerance, `step ${result.step}: ${result.loss} ${step.loss}`);
-        assert(Math.abs(result.gradNorm / step.gradNorm - 1) < 10 * tolerance, `step ${result.step}: norm ${result.gradNorm} ${step.gradNorm}`);
+        assert(
+          Math.abs(result.gradNorm / step.gradNorm - 1) < 10 * tolerance,
+          `step ${result.step}: norm ${result.gradNorm} ${step.gradNorm}`,
+        );
       }
     } finally {
       await engine.close();
@@ -224,7 +244,10 @@ describe('full training', () => {
       assert.deepEqual([...gradients.keys()].sort(), Object.keys(norms).sort());
       for (const [name, gradient] of gradients) {
         const norm = Math.sqrt(gradient.reduce((sum, g) => sum + g * g, 0));
-        assert(Math.abs(norm - (norms[name] as number)) <= 1e-4 * (norms[name] as number) + 1e-6, `${name}: ${norm} ${norms[name]}`);
+        assert(
+          Math.abs(norm - (norms[name] as number)) <= 1e-4 * (norms[name] as number) + 1e-6,
+          `${name}: ${norm} ${norms[name]}`,
+        );
       }
       for (const step of expectedJson.fullCurve.steps) {
         const samples = new NativeSamples();

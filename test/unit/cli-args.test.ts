@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
-import { Options, type OptionSpecs, parseCommandLine } from '../../lib/cli/args.js';
+import { type OptionSpecs, Options, parseCommandLine } from '../../lib/cli/args.js';
 
 const SPECS: OptionSpecs = {
   model: { kind: 'value', aliases: ['model_id'] },
@@ -57,7 +57,9 @@ test('mistakes are named, with what was meant', () => {
 });
 
 test('typed access', () => {
-  const options = new Options(parseCommandLine(['--image', 'a', '--image', 'b', '--max_new_tokens', '1e2', '--json'], SPECS));
+  const options = new Options(
+    parseCommandLine(['--image', 'a', '--image', 'b', '--max_new_tokens', '1e2', '--json'], SPECS),
+  );
   assert.deepEqual(options.strings('image'), ['a', 'b']);
   assert.equal(options.number('max_new_tokens'), 100);
   assert.equal(options.flag('json'), true);

@@ -48,7 +48,8 @@ before(async () => {
       failures--;
       return void response.writeHead(503).end();
     }
-    if (url.startsWith('/api/models/org/model')) return void response.end(JSON.stringify({ sha: SHA, siblings: siblings() }));
+    if (url.startsWith('/api/models/org/model'))
+      return void response.end(JSON.stringify({ sha: SHA, siblings: siblings() }));
     const name = url.slice(`/org/model/resolve/${SHA}/`.length);
     const data = damage && name === 'model.safetensors' ? Buffer.alloc(300_000, 8) : FILES[name];
     if (!data) return void response.writeHead(404).end();
@@ -107,7 +108,10 @@ test('a download has the layout of the hub cache, only the files needed, and ser
   }
   assert.ok((await stat(join(repository, 'blobs', sha256(FILES['model.safetensors'] as Buffer)))).isFile());
   assert.ok(seen.every(({ auth }) => auth === 'Bearer secret'));
-  assert.deepEqual(progress, [...progress].sort((a, b) => a - b));
+  assert.deepEqual(
+    progress,
+    [...progress].sort((a, b) => a - b),
+  );
   seen = [];
   process.env.HF_HUB_OFFLINE = '1';
   assert.equal(await resolveModel('org/model'), dir);
@@ -139,12 +143,16 @@ test('refusals name the remedy', async () => {
   status = 404;
   await assert.rejects(resolveModel('org/model'), { code: 'ERR_MARTLET_MODEL_NOT_FOUND', message: /Check the name/ });
   process.env.HF_HUB_OFFLINE = '1';
-  await assert.rejects(resolveModel('org/model'), (error: Error & { code: string; details: { searched: string[] } }) => {
-    assert.equal(error.code, 'ERR_MARTLET_MODEL_NOT_FOUND');
-    assert.match(error.message, /HF_HUB_OFFLINE/);
-    for (const place of [join(root, 'hf', 'hub'), join(root, 'ms')]) assert.ok(error.details.searched.includes(place));
-    return true;
-  });
+  await assert.rejects(
+    resolveModel('org/model'),
+    (error: Error & { code: string; details: { searched: string[] } }) => {
+      assert.equal(error.code, 'ERR_MARTLET_MODEL_NOT_FOUND');
+      assert.match(error.message, /HF_HUB_OFFLINE/);
+      for (const place of [join(root, 'hf', 'hub'), join(root, 'ms')])
+        assert.ok(error.details.searched.includes(place));
+      return true;
+    },
+  );
 });
 
 test('a file name that leads out of the cache is refused', async () => {
@@ -159,7 +167,10 @@ test("ModelScope's cache is searched; a cache cut off in a download is not taken
   const dir = join(root, 'ms', 'models', 'org', 'model-1___5');
   await mkdir(dir, { recursive: true });
   await writeFile(join(dir, 'config.json'), '{}');
-  await writeFile(join(dir, 'model.safetensors.index.json'), '{"weight_map":{"a":"1.safetensors","b":"2.safetensors"}}');
+  await writeFile(
+    join(dir, 'model.safetensors.index.json'),
+    '{"weight_map":{"a":"1.safetensors","b":"2.safetensors"}}',
+  );
   await writeFile(join(dir, '1.safetensors'), '');
   await assert.rejects(resolveModel('org/model-1.5'), { code: 'ERR_MARTLET_MODEL_NOT_FOUND' });
   await writeFile(join(dir, '2.safetensors'), '');

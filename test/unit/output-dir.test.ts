@@ -28,11 +28,15 @@ const none = { resume: false, overwrite: false, inputs: [], create: true };
 
 test('a folder with another run is refused with all three ways out; with other files it is not', async () => {
   for (const file of ['adapter_config.json', 'checkpoint-5/x', 'args.yaml', 'model-00001-of-00002.safetensors']) {
-    await assert.rejects(checkOutputDir(await folder([file]), none), (error: Error & { code: string; details: { path: string } }) => {
-      assert.equal(error.code, 'ERR_MARTLET_IO');
-      for (const word of ['output_dir', 'resume_from_checkpoint', 'overwrite_output_dir']) assert.ok(error.message.includes(word));
-      return true;
-    });
+    await assert.rejects(
+      checkOutputDir(await folder([file]), none),
+      (error: Error & { code: string; details: { path: string } }) => {
+        assert.equal(error.code, 'ERR_MARTLET_IO');
+        for (const word of ['output_dir', 'resume_from_checkpoint', 'overwrite_output_dir'])
+          assert.ok(error.message.includes(word));
+        return true;
+      },
+    );
   }
   await checkOutputDir(await folder(['notes.txt', 'data.json']), none);
   await checkOutputDir(await folder(['args.yaml']), { ...none, resume: true });
@@ -53,15 +57,28 @@ test('a folder that is not writable, or a file in its place, is refused', async 
 
 test('a run may not overwrite what it reads', async () => {
   const model = await folder(['config.json', 'model.safetensors']);
-  await assert.rejects(checkOutputDir(model, { ...none, overwrite: true, inputs: [model] }), { code: 'ERR_MARTLET_IO' });
+  await assert.rejects(checkOutputDir(model, { ...none, overwrite: true, inputs: [model] }), {
+    code: 'ERR_MARTLET_IO',
+  });
   const run = await folder(['checkpoint-5/adapter_config.json']);
   const checkpoint = join(run, 'checkpoint-5');
-  await assert.rejects(checkOutputDir(run, { ...none, overwrite: true, inputs: [checkpoint] }), { code: 'ERR_MARTLET_IO' });
+  await assert.rejects(checkOutputDir(run, { ...none, overwrite: true, inputs: [checkpoint] }), {
+    code: 'ERR_MARTLET_IO',
+  });
   await checkOutputDir(run, { ...none, resume: true, inputs: [checkpoint] });
 });
 
 test('overwriting removes the files of a run and nothing else', async () => {
-  const dir = await folder(['args.yaml', 'checkpoint-5/x', 'logs/train.log', 'runs/e', 'logging.jsonl', 'data.json', 'checkpoint-x', 'my/adapter_config.json']);
+  const dir = await folder([
+    'args.yaml',
+    'checkpoint-5/x',
+    'logs/train.log',
+    'runs/e',
+    'logging.jsonl',
+    'data.json',
+    'checkpoint-x',
+    'my/adapter_config.json',
+  ]);
   await removeRun(dir);
   assert.deepEqual((await readdir(dir)).sort(), ['checkpoint-x', 'data.json', 'my']);
 });
@@ -104,7 +121,11 @@ test('checkpoints are found and thinned out: the newest and the best stay', asyn
 });
 
 test('a checkpoint without its state is refused with the way to use its weights', async () => {
-  for (const files of [['adapter_model.safetensors'], ['trainer_state.json'], ['trainer_state.json', 'optimizer.safetensors']]) {
+  for (const files of [
+    ['adapter_model.safetensors'],
+    ['trainer_state.json'],
+    ['trainer_state.json', 'optimizer.safetensors'],
+  ]) {
     await assert.rejects(readTrainerState(await folder(files)), { code: 'ERR_MARTLET_IO' });
   }
 });
@@ -134,7 +155,13 @@ test('a failed write leaves neither the file nor a temporary one; a folder appea
 });
 
 test('what a killed process left unfinished is swept away', async () => {
-  const dir = await folder(['.checkpoint-5.123-0a1b2c3d.tmp/x', '.adapter.1-00000000.tmp', 'adapter_model.safetensors.tmp-7', 'a.tmp', 'checkpoint-5/x']);
+  const dir = await folder([
+    '.checkpoint-5.123-0a1b2c3d.tmp/x',
+    '.adapter.1-00000000.tmp',
+    'adapter_model.safetensors.tmp-7',
+    'a.tmp',
+    'checkpoint-5/x',
+  ]);
   await removeUnfinished(dir);
   assert.deepEqual((await readdir(dir)).sort(), ['a.tmp', 'checkpoint-5']);
 });

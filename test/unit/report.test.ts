@@ -48,9 +48,22 @@ class Screen {
 }
 
 test('durations, sizes and numbers read as ms-swift prints them', () => {
-  assert.deepEqual([0, 59.6, 1074, 7503, 90_000, Number.NaN].map(duration), ['0s', '1m 0s', '17m 54s', '2h 5m 3s', '1d 1h 0m', '?']);
+  assert.deepEqual([0, 59.6, 1074, 7503, 90_000, Number.NaN].map(duration), [
+    '0s',
+    '1m 0s',
+    '17m 54s',
+    '2h 5m 3s',
+    '1d 1h 0m',
+    '?',
+  ]);
   assert.deepEqual([5e8, 3.25 * 2 ** 30].map(bytes), ['477 MiB', '3.25 GiB']);
-  assert.deepEqual([1.04912, 9.0351e-5, 1e-4, 0, 123456].map(significant), ['1.049', '9.035e-05', '1e-04', '0', '123500']);
+  assert.deepEqual([1.04912, 9.0351e-5, 1e-4, 0, 123456].map(significant), [
+    '1.049',
+    '9.035e-05',
+    '1e-04',
+    '0',
+    '123500',
+  ]);
 });
 
 test('on a terminal the bar is redrawn in place and keeps within the width', () => {
@@ -99,7 +112,10 @@ test("logging.jsonl has ms-swift's keys, train.log the time, runs/ an event file
     const again = await RunLog.open({ outputDir: dir, totalSteps: 189, resumedStep: 40, tensorboard: false });
     await again.event({ ...step, step: 47 } as TrainEvent);
     await again.close();
-    const lines = (await readFile(join(dir, 'logging.jsonl'), 'utf8')).trimEnd().split('\n').map((line) => JSON.parse(line));
+    const lines = (await readFile(join(dir, 'logging.jsonl'), 'utf8'))
+      .trimEnd()
+      .split('\n')
+      .map((line) => JSON.parse(line));
     assert.deepEqual(lines[0], {
       loss: 1.049,
       grad_norm: 0.6095,
@@ -122,7 +138,10 @@ test("logging.jsonl has ms-swift's keys, train.log the time, runs/ an event file
     const text = (await readFile(join(dir, 'logs', 'train.log'), 'utf8')).trimEnd().split('\n');
     assert.equal(text.length, 6);
     for (const line of text) assert.match(line, /^\d{4}-\d\d-\d\dT[\d:.]+Z {2}\S/);
-    assert.deepEqual((await readdir(join(dir, 'runs'))).map((name) => /^events\.out\.tfevents\.\d+\./.test(name)), [true]);
+    assert.deepEqual(
+      (await readdir(join(dir, 'runs'))).map((name) => /^events\.out\.tfevents\.\d+\./.test(name)),
+      [true],
+    );
   } finally {
     await rm(dir, { recursive: true });
   }

@@ -9,7 +9,12 @@ function decoderOf(pieces: string[], rest = '') {
 
 function feed(pieces: string[], stop: string[], rest = '') {
   const text = new TokenText(decoderOf(pieces, rest), stop);
-  const steps = pieces.map((_, id) => text.push(id).map((chunk) => chunk.text).join(''));
+  const steps = pieces.map((_, id) =>
+    text
+      .push(id)
+      .map((chunk) => chunk.text)
+      .join(''),
+  );
   const end = text.flush();
   return { steps, end: end.map((chunk) => chunk.text).join(''), stopped: text.stopped };
 }

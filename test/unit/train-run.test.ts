@@ -42,7 +42,10 @@ test('awaiting gives the result, iterating the events, the last of which is the 
   const run = startRun(ticking(3).body);
   const events: TrainEvent[] = [];
   for await (const event of run) events.push(event);
-  assert.deepEqual(events.map((event) => event.type), ['warning', 'warning', 'warning', 'done']);
+  assert.deepEqual(
+    events.map((event) => event.type),
+    ['warning', 'warning', 'warning', 'done'],
+  );
   assert.deepEqual(events.at(-1), { type: 'done', ...(await run) });
   assert.equal((await run.result).steps, 3);
 });

@@ -63,7 +63,10 @@ test('every epoch is another permutation; the seeds decide it; any step can be a
       Array.from({ length: 50 }, (_, i) => i),
     );
   }
-  assert.deepEqual(all(new Schedule(shuffled)).map((step) => step.microBatches[0]?.[0]), order);
+  assert.deepEqual(
+    all(new Schedule(shuffled)).map((step) => step.microBatches[0]?.[0]),
+    order,
+  );
   assert.equal(new Schedule(shuffled).step(77).microBatches[0]?.[0], order[76]);
   for (const change of [{ seed: 43 }, { dataSeed: 43 }, { shuffleDataset: false }]) {
     const other = all(new Schedule({ ...shuffled, ...change })).map((step) => step.microBatches[0]?.[0]);
@@ -71,7 +74,10 @@ test('every epoch is another permutation; the seeds decide it; any step can be a
   }
   const once = all(new Schedule({ ...shuffled, shuffleEpochs: false })).map((step) => step.microBatches[0]?.[0]);
   assert.deepEqual(once.slice(0, 50), once.slice(50), 'without train_dataloader_shuffle every epoch has one order');
-  assert.notDeepEqual(once.slice(0, 50), Array.from({ length: 50 }, (_, i) => i));
+  assert.notDeepEqual(
+    once.slice(0, 50),
+    Array.from({ length: 50 }, (_, i) => i),
+  );
 });
 
 test('warm-up steps win over the ratio, which is rounded up', () => {

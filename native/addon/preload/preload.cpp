@@ -1,5 +1,5 @@
-// dlopen for JavaScript: `load(path)` opens a shared library for the whole process and returns the error text, or an empty string.
-// process.dlopen cannot do this: Node closes a library again that is no addon.
+// dlopen for JavaScript: `load(path)` opens a shared library for the whole process and returns the error text, or an
+// empty string. process.dlopen cannot do this: Node closes a library again that is no addon.
 #include <dlfcn.h>
 #include <node_api.h>
 

@@ -8,7 +8,9 @@
 
 namespace martlet {
 
-void fail(const char* code, std::string message, const nlohmann::json& details) { throw Error(code, std::move(message), details.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace)); }
+void fail(const char* code, std::string message, const nlohmann::json& details) {
+  throw Error(code, std::move(message), details.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
+}
 void fail(const char* code, std::string message) { throw Error(code, std::move(message)); }
 
 namespace {
@@ -16,7 +18,8 @@ namespace {
 constexpr const char* kMemoryRemedy =
     " Use a smaller batch or shorter rows, gradient_checkpointing: true, dtype bfloat16, or the CPU.";
 
-// c10's message begins «CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of … of which 1.2 GiB is free.»
+// c10's message begins «CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of … of which 1.2
+// GiB is free.»
 std::string first_sentences(const std::string& message) {
   const size_t end = message.find(" Including non-PyTorch");
   return message.substr(0, std::min(end, message.find('\n')));
@@ -35,7 +38,8 @@ Error current_exception_as_error() {
   } catch (const c10::Error& e) {
     const std::string message = e.what_without_backtrace();
     // The CPU allocator raises a plain c10::Error.
-    if (message.find("can't allocate memory") != std::string::npos || message.find("not enough memory") != std::string::npos) {
+    if (message.find("can't allocate memory") != std::string::npos ||
+        message.find("not enough memory") != std::string::npos) {
       return Error(code::kOutOfMemory, message + kMemoryRemedy, nlohmann::json{{"message", message}}.dump());
     }
     return Error(code::kInternal, "libtorch: " + message);
@@ -44,7 +48,8 @@ Error current_exception_as_error() {
   } catch (const nlohmann::json::exception& e) {
     return Error(code::kInternal, std::string("A job's arguments could not be read: ") + e.what());
   } catch (const std::filesystem::filesystem_error& e) {
-    return Error(code::kIo, e.code().message() + ": " + e.path1().string() + ".", nlohmann::json{{"path", e.path1().string()}}.dump());
+    return Error(code::kIo, e.code().message() + ": " + e.path1().string() + ".",
+                 nlohmann::json{{"path", e.path1().string()}}.dump());
   } catch (const std::exception& e) {
     return Error(code::kInternal, e.what());
   } catch (...) {

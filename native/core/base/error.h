@@ -2,10 +2,9 @@
 #pragma once
 
 #include <exception>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <utility>
-
-#include <nlohmann/json_fwd.hpp>
 
 namespace martlet {
 
@@ -46,7 +45,8 @@ class Error : public std::exception {
 [[noreturn]] void fail(const char* code, std::string message, const nlohmann::json& details);
 [[noreturn]] void fail(const char* code, std::string message);
 
-// Turns whatever is being handled (c10::OutOfMemoryError, c10::Error, std::bad_alloc, …) into an Error. Call inside a catch block.
+// Turns whatever is being handled (c10::OutOfMemoryError, c10::Error, std::bad_alloc, …) into an Error. Call inside a
+// catch block.
 Error current_exception_as_error();
 
 }  // namespace martlet

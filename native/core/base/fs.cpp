@@ -27,7 +27,8 @@ AtomicFile::~AtomicFile() {
 
 void AtomicFile::fail_with_errno(const char* what) const {
   const int error = errno;
-  const std::string remedy = error == ENOSPC || error == EDQUOT ? " The disk is full: free space or choose another output folder."
+  const std::string remedy = error == ENOSPC || error == EDQUOT
+                                 ? " The disk is full: free space or choose another output folder."
                              : error == EACCES || error == EROFS ? " Choose a folder that you may write to."
                                                                  : "";
   fail(code::kIo, std::string("Cannot ") + what + " " + path_.string() + ": " + std::strerror(error) + "." + remedy,

@@ -30,7 +30,8 @@ int64_t proc_kilobytes(const char* file, const char* name) {
 
 MemoryStats memory_stats(c10::Device device) {
   if (device.is_cpu()) {
-    const int64_t now = proc_kilobytes("/proc/self/status", "VmRSS:"), peak = proc_kilobytes("/proc/self/status", "VmHWM:");
+    const int64_t now = proc_kilobytes("/proc/self/status", "VmRSS:"),
+                  peak = proc_kilobytes("/proc/self/status", "VmHWM:");
     return {now, peak, now, peak};
   }
   const auto stats = c10::getDeviceAllocator(device.type())->getDeviceStats(device.index());

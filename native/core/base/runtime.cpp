@@ -27,7 +27,9 @@ std::string cuda_error;  // why CUDA cannot be used; empty when it can
 int cuda_devices() {
   if (!cuda_error.empty()) return 0;
   try {
-    return at::globalContext().hasCUDA() ? static_cast<int>(c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).deviceCount()) : 0;
+    return at::globalContext().hasCUDA()
+               ? static_cast<int>(c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).deviceCount())
+               : 0;
   } catch (const std::exception&) {
     return 0;
   }
@@ -63,7 +65,8 @@ c10::Device parse_device(const std::string& name) {
     const int index = std::stoi(name.substr(5));
     if (index < count) return c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(index));
     if (count > 0) {
-      fail(code::kCudaUnavailable, "The device " + name + " was asked for, but there are " + std::to_string(count) + " CUDA device(s).",
+      fail(code::kCudaUnavailable,
+           "The device " + name + " was asked for, but there are " + std::to_string(count) + " CUDA device(s).",
            {{"device", name}, {"count", count}});
     }
   } else {
@@ -78,19 +81,18 @@ c10::Device parse_device(const std::string& name) {
 std::string system_info_json() {
   using nlohmann::json;
   const MemoryInfo host = memory_info(c10::Device(c10::DeviceType::CPU));
-  json devices = json::array({{{"name", "cpu"}, {"description", "CPU"}, {"totalMemory", host.total}, {"freeMemory", host.free}}});
+  json devices =
+      json::array({{{"name", "cpu"}, {"description", "CPU"}, {"totalMemory", host.total}, {"freeMemory", host.free}}});
   const int count = cuda_devices();
   for (int i = 0; i < count; ++i) {
     const c10::Device device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(i));
     const MemoryInfo info = memory_info(device);
-    devices.push_back({{"name", device.str()}, {"description", "CUDA"}, {"totalMemory", info.total}, {"freeMemory", info.free}});
+    devices.push_back(
+        {{"name", device.str()}, {"description", "CUDA"}, {"totalMemory", info.total}, {"freeMemory", info.free}});
   }
-  json out = {{"torchVersion", TORCH_VERSION},
-              {"compiledTorchVersion", TORCH_VERSION},
-              {"cudaAvailable", count > 0},
-              {"devices", devices},
-              {"threads", at::get_num_threads()},
-              {"cpuCapability", at::get_cpu_capability()}};
+  json out = {{"torchVersion", TORCH_VERSION},    {"compiledTorchVersion", TORCH_VERSION},
+              {"cudaAvailable", count > 0},       {"devices", devices},
+              {"threads", at::get_num_threads()}, {"cpuCapability", at::get_cpu_capability()}};
   if (!cuda_error.empty()) out["cudaError"] = cuda_error;
   return out.dump();
 }

@@ -7,8 +7,8 @@
 
 namespace martlet {
 
-// auto | cpu | cuda | cuda:N. `auto` is the first CUDA device, else the CPU. A CUDA device that is absent is ERR_MARTLET_CUDA_UNAVAILABLE, saying
-// whether the libraries, the driver or the device is missing.
+// auto | cpu | cuda | cuda:N. `auto` is the first CUDA device, else the CPU. A CUDA device that is absent is
+// ERR_MARTLET_CUDA_UNAVAILABLE, saying whether the libraries, the driver or the device is missing.
 c10::Device parse_device(const std::string& name);
 
 }  // namespace martlet

@@ -31,8 +31,8 @@ class Stopwatch {
 
 }  // namespace
 
-Generation generate(const VisionLanguageModel& model, const Sample& prompt, const GenerateOptions& options, at::Device device,
-                    JobContext& job, const std::function<void(int64_t)>& on_token) {
+Generation generate(const VisionLanguageModel& model, const Sample& prompt, const GenerateOptions& options,
+                    at::Device device, JobContext& job, const std::function<void(int64_t)>& on_token) {
   const c10::InferenceMode inference;
   const Decoder& decoder = model.decoder();
   const PackedBatch batch = pack({&prompt}, model, device);

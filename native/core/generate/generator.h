@@ -26,7 +26,7 @@ struct Generation {
 };
 
 // `on_token` is called for each token of the answer as it comes.
-Generation generate(const VisionLanguageModel& model, const Sample& prompt, const GenerateOptions& options, at::Device device,
-                    JobContext& job, const std::function<void(int64_t)>& on_token);
+Generation generate(const VisionLanguageModel& model, const Sample& prompt, const GenerateOptions& options,
+                    at::Device device, JobContext& job, const std::function<void(int64_t)>& on_token);
 
 }  // namespace martlet

@@ -1,4 +1,5 @@
-// Picks the next token from a row of logits, in the order of transformers' logits processors: repetition penalty, temperature, top-k, top-p.
+// Picks the next token from a row of logits, in the order of transformers' logits processors: repetition penalty,
+// temperature, top-k, top-p.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,5 +1,5 @@
-// safetensors files: 8 bytes of header length, a JSON header, then the tensors' bytes. Read through a memory map, every number in the header checked
-// against the file before it is used.
+// safetensors files: 8 bytes of header length, a JSON header, then the tensors' bytes. Read through a memory map, every
+// number in the header checked against the file before it is used.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -63,13 +63,15 @@ class Checkpoint {
   std::unordered_map<std::string, SafetensorsFile*> where_;
 };
 
-void write_safetensors(const std::filesystem::path& path, const std::vector<std::pair<std::string, at::Tensor>>& tensors,
+void write_safetensors(const std::filesystem::path& path,
+                       const std::vector<std::pair<std::string, at::Tensor>>& tensors,
                        const std::map<std::string, std::string>& metadata);
 
 // Names, dtypes and shapes of what will be written, in order. Byte ranges are not read.
 using ShardPlan = std::vector<TensorInfo>;
 
-// Writes a model's shards one tensor at a time: model.safetensors, or model-00001-of-0000N.safetensors with model.safetensors.index.json.
+// Writes a model's shards one tensor at a time: model.safetensors, or model-00001-of-0000N.safetensors with
+// model.safetensors.index.json.
 class ShardWriter {
  public:
   ShardWriter(std::filesystem::path dir, const ShardPlan& plan, int64_t max_shard_size);

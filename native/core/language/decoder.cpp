@@ -44,7 +44,8 @@ DecoderAttention::DecoderAttention(const DecoderConfig& c)
 at::Tensor DecoderAttention::forward(const at::Tensor& x, const DecoderPass& pass, int64_t layer) const {
   const int64_t tokens = x.size(0);
   const at::Tensor q = apply_rotary(q_proj.forward(x, pass.dropout).view({tokens, num_heads_, head_dim_}), pass.rotary);
-  const at::Tensor k = apply_rotary(k_proj.forward(x, pass.dropout).view({tokens, num_kv_heads_, head_dim_}), pass.rotary);
+  const at::Tensor k =
+      apply_rotary(k_proj.forward(x, pass.dropout).view({tokens, num_kv_heads_, head_dim_}), pass.rotary);
   const at::Tensor v = v_proj.forward(x, pass.dropout).view({tokens, num_kv_heads_, head_dim_});
   at::Tensor mixed;
   if (pass.cache != nullptr && pass.cache->length() > 0) {
@@ -71,7 +72,10 @@ at::Tensor GatedMlp::forward(const at::Tensor& x, DropoutSource* dropout) const 
 }
 
 DecoderLayer::DecoderLayer(const DecoderConfig& c)
-    : self_attn(c), mlp(c), input_layernorm(c.hidden_size, c.norm_eps), post_attention_layernorm(c.hidden_size, c.norm_eps) {
+    : self_attn(c),
+      mlp(c),
+      input_layernorm(c.hidden_size, c.norm_eps),
+      post_attention_layernorm(c.hidden_size, c.norm_eps) {
   register_module(self_attn, "self_attn");
   register_module(mlp, "mlp");
   register_module(input_layernorm, "input_layernorm");
@@ -101,7 +105,8 @@ at::Tensor Decoder::forward(at::Tensor hidden, const DecoderPass& pass) const {
   for (int64_t i = 0; i < config_.num_layers; ++i) {
     const DecoderLayer& layer = *layers[i];
     if (pass.recompute && hidden.requires_grad()) {
-      hidden = recompute_in_backward([&layer, &pass, i](const at::Tensor& x) { return layer.forward(x, pass, i); }, hidden);
+      hidden =
+          recompute_in_backward([&layer, &pass, i](const at::Tensor& x) { return layer.forward(x, pass, i); }, hidden);
     } else {
       hidden = layer.forward(hidden, pass, i);
     }

@@ -1,4 +1,5 @@
-// Decoder(cfg): the pre-norm transformer of the Llama line, over packed rows. Names are those of transformers' LlamaModel.
+// Decoder(cfg): the pre-norm transformer of the Llama line, over packed rows. Names are those of transformers'
+// LlamaModel.
 #pragma once
 
 #include <memory>

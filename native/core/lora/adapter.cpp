@@ -59,7 +59,8 @@ std::string joined(const std::vector<std::string>& names) {
   return out;
 }
 
-// Fills peft_names or peft_regex. A bare `q_proj` would make PEFT put pairs into a vision tower that has modules of that name too.
+// Fills peft_names or peft_regex. A bare `q_proj` would make PEFT put pairs into a vision tower that has modules of
+// that name too.
 void describe_for_peft(TargetSelection& selection, const std::vector<std::pair<std::string, Linear*>>& all) {
   std::set<std::string> chosen, names;
   for (const auto& [path, linear] : selection.linears) {
@@ -67,15 +68,17 @@ void describe_for_peft(TargetSelection& selection, const std::vector<std::pair<s
     names.insert(path.substr(path.rfind('.') + 1));
   }
   const auto same_set = [&](const std::function<bool(const std::string&)>& matches) {
-    return std::all_of(all.begin(), all.end(), [&](const auto& entry) { return matches(entry.first) == (chosen.count(entry.first) > 0); });
+    return std::all_of(all.begin(), all.end(),
+                       [&](const auto& entry) { return matches(entry.first) == (chosen.count(entry.first) > 0); });
   };
   const std::vector<std::string> list(names.begin(), names.end());
   if (same_set([&](const std::string& path) { return names.count(path.substr(path.rfind('.') + 1)) > 0; })) {
     selection.peft_names = list;
     return;
   }
-  // The path that all chosen modules share, up to the numbered layers: `model.language_model.layers.0…` → `language_model`. Its last name holds in
-  // the module paths of every transformers version; what stands before it does not.
+  // The path that all chosen modules share, up to the numbered layers: `model.language_model.layers.0…` →
+  // `language_model`. Its last name holds in the module paths of every transformers version; what stands before it does
+  // not.
   std::string prefix = *chosen.begin();
   for (const std::string& path : chosen) {
     size_t same = 0;
@@ -98,8 +101,8 @@ void describe_for_peft(TargetSelection& selection, const std::vector<std::pair<s
 
 }  // namespace
 
-TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std::string>& names, const std::string& regex,
-                               const FreezeFlags& freeze) {
+TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std::string>& names,
+                               const std::string& regex, const FreezeFlags& freeze) {
   std::vector<std::pair<std::string, Linear*>> linears;
   std::set<std::string> last_names;
   model.visit([&](const std::string& path, Module& module) {
@@ -114,7 +117,8 @@ TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std
     try {
       pattern = std::regex(regex);
     } catch (const std::regex_error&) {
-      fail(code::kConfig, "target_modules: \"" + regex + "\" is not a regular expression that can be read.", {{"path", "target_modules"}});
+      fail(code::kConfig, "target_modules: \"" + regex + "\" is not a regular expression that can be read.",
+           {{"path", "target_modules"}});
     }
   }
 
@@ -143,8 +147,9 @@ TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std
     out.linears.emplace_back(path, linear);
   }
   for (const Part part : refused) {
-    out.warnings.push_back(std::string("target_modules also match modules of the ") + part_name(part) + ", which stays frozen because " +
-                           freeze_flag(part) + " is true; set " + freeze_flag(part) + ": false to train them.");
+    out.warnings.push_back(std::string("target_modules also match modules of the ") + part_name(part) +
+                           ", which stays frozen because " + freeze_flag(part) + " is true; set " + freeze_flag(part) +
+                           ": false to train them.");
   }
   for (const std::string& name : names) {
     if (!matched_names.count(name)) out.unmatched.emplace_back(name, nearest_names(name, last_names));
@@ -153,8 +158,11 @@ TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std
     const std::string asked = regex.empty() ? joined(names) : regex;
     const std::vector<std::string> known(last_names.begin(), last_names.end());
     fail(code::kConfig,
-         "target_modules matched no module that may be trained (asked for: " + asked + "). The model's linear modules are: " + joined(known) +
-             (refused.empty() ? "." : "; the modules that did match are in a frozen part (see freeze_vit, freeze_aligner, freeze_llm)."),
+         "target_modules matched no module that may be trained (asked for: " + asked +
+             "). The model's linear modules are: " + joined(known) +
+             (refused.empty()
+                  ? "."
+                  : "; the modules that did match are in a frozen part (see freeze_vit, freeze_aligner, freeze_llm)."),
          {{"path", "target_modules"}, {"asked", asked}, {"known", known}});
   }
   describe_for_peft(out, linears);
@@ -183,15 +191,19 @@ Adapter create_adapter(const TargetSelection& targets, const AdapterConfig& conf
   return adapter;
 }
 
-Adapter attach_adapter(VisionLanguageModel& model, AdapterWeights weights, const std::function<bool(const std::string&)>& is_unused,
-                       at::ScalarType dtype, at::Device device, const std::string& dir) {
+Adapter attach_adapter(VisionLanguageModel& model, AdapterWeights weights,
+                       const std::function<bool(const std::string&)>& is_unused, at::ScalarType dtype,
+                       at::Device device, const std::string& dir) {
   std::map<std::string, Linear*> linears;
   model.visit([&](const std::string& path, Module& module) {
-    if (auto* linear = dynamic_cast<Linear*>(&module); linear != nullptr && path != "lm_head") linears.emplace(path, linear);
+    if (auto* linear = dynamic_cast<Linear*>(&module); linear != nullptr && path != "lm_head")
+      linears.emplace(path, linear);
   });
   if (!weights.saved_modules.empty()) {
-    fail(code::kAdapter, "The adapter in " + dir + " holds fully trained modules (modules_to_save: " + weights.saved_modules.begin()->first +
-                             ", …), which are not supported yet. Merge it with PEFT and load the merged model.",
+    fail(code::kAdapter,
+         "The adapter in " + dir +
+             " holds fully trained modules (modules_to_save: " + weights.saved_modules.begin()->first +
+             ", …), which are not supported yet. Merge it with PEFT and load the merged model.",
          {{"path", dir}});
   }
   Adapter adapter;
@@ -206,9 +218,9 @@ Adapter attach_adapter(VisionLanguageModel& model, AdapterWeights weights, const
     const Linear& linear = *it->second;
     if (pair.first.size(1) != linear.in_features() || pair.second.size(0) != linear.out_features()) {
       fail(code::kAdapter,
-           "The adapter in " + dir + " is for another model: " + path + " is " + std::to_string(linear.out_features()) + "×" +
-               std::to_string(linear.in_features()) + " here, the adapter's is " + std::to_string(pair.second.size(0)) + "×" +
-               std::to_string(pair.first.size(1)) + ".",
+           "The adapter in " + dir + " is for another model: " + path + " is " + std::to_string(linear.out_features()) +
+               "×" + std::to_string(linear.in_features()) + " here, the adapter's is " +
+               std::to_string(pair.second.size(0)) + "×" + std::to_string(pair.first.size(1)) + ".",
            {{"path", dir}, {"module", path}});
     }
     LoraLayer layer;

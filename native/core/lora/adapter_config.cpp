@@ -19,14 +19,16 @@ const T* find_pattern(const std::map<std::string, T>& patterns, const std::strin
     try {
       if (std::regex_match(path, std::regex("(?:.*\\.)?(?:" + pattern + ")"))) return &value;
     } catch (const std::regex_error&) {
-      fail(code::kAdapter, "adapter_config.json: the pattern \"" + pattern + "\" is not a regular expression that can be read.");
+      fail(code::kAdapter,
+           "adapter_config.json: the pattern \"" + pattern + "\" is not a regular expression that can be read.");
     }
   }
   return nullptr;
 }
 
 bool is_default(const json& value) {
-  return value.is_null() || value == false || value == json::object() || value == json::array() || value == "none" || value == "";
+  return value.is_null() || value == false || value == json::object() || value == json::array() || value == "none" ||
+         value == "";
 }
 
 }  // namespace
@@ -45,7 +47,8 @@ double AdapterConfig::scaling(const std::string& path) const {
 AdapterConfig read_adapter_config(const std::filesystem::path& dir) {
   const std::filesystem::path path = dir / "adapter_config.json";
   if (!std::filesystem::exists(path)) {
-    fail(code::kAdapter, "There is no adapter_config.json in " + dir.string() + ": it is not a PEFT adapter folder.", {{"path", dir.string()}});
+    fail(code::kAdapter, "There is no adapter_config.json in " + dir.string() + ": it is not a PEFT adapter folder.",
+         {{"path", dir.string()}});
   }
   json file;
   try {
@@ -54,15 +57,19 @@ AdapterConfig read_adapter_config(const std::filesystem::path& dir) {
     throw Error(code::kAdapter, e.what(), e.details_json());
   }
   const auto wrong = [&](const std::string& field, const std::string& what) {
-    fail(code::kAdapter, path.string() + ": \"" + field + "\" " + what + ".", {{"path", path.string()}, {"field", field}});
+    fail(code::kAdapter, path.string() + ": \"" + field + "\" " + what + ".",
+         {{"path", path.string()}, {"field", field}});
   };
   if (!file.is_object()) wrong("", "is missing: the file is not an object");
-  if (file.value("peft_type", json("LORA")) != "LORA") wrong("peft_type", "is " + file["peft_type"].dump() + "; only LORA is supported");
-  for (const char* field : {"use_dora", "bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "layer_replication",
-                            "megatron_config", "trainable_token_indices", "lora_bias", "use_qalora", "alora_invocation_tokens",
-                            "target_parameters", "arrow_config", "corda_config", "eva_config", "loftq_config"}) {
+  if (file.value("peft_type", json("LORA")) != "LORA")
+    wrong("peft_type", "is " + file["peft_type"].dump() + "; only LORA is supported");
+  for (const char* field :
+       {"use_dora", "bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "layer_replication",
+        "megatron_config", "trainable_token_indices", "lora_bias", "use_qalora", "alora_invocation_tokens",
+        "target_parameters", "arrow_config", "corda_config", "eva_config", "loftq_config"}) {
     if (file.contains(field) && !is_default(file[field])) {
-      wrong(field, "is " + file[field].dump() + ", which is not supported; merge the adapter with PEFT and load the merged model");
+      wrong(field, "is " + file[field].dump() +
+                       ", which is not supported; merge the adapter with PEFT and load the merged model");
     }
   }
   AdapterConfig config;
@@ -79,10 +86,13 @@ AdapterConfig read_adapter_config(const std::filesystem::path& dir) {
     } else if (targets.is_array()) {
       config.target_modules = targets.get<std::vector<std::string>>();
     }
-    if (file.contains("rank_pattern") && file["rank_pattern"].is_object()) config.rank_pattern = file["rank_pattern"].get<std::map<std::string, int64_t>>();
-    if (file.contains("alpha_pattern") && file["alpha_pattern"].is_object()) config.alpha_pattern = file["alpha_pattern"].get<std::map<std::string, double>>();
+    if (file.contains("rank_pattern") && file["rank_pattern"].is_object())
+      config.rank_pattern = file["rank_pattern"].get<std::map<std::string, int64_t>>();
+    if (file.contains("alpha_pattern") && file["alpha_pattern"].is_object())
+      config.alpha_pattern = file["alpha_pattern"].get<std::map<std::string, double>>();
   } catch (const json::exception& e) {
-    fail(code::kAdapter, path.string() + " cannot be read as a LoRA configuration: " + e.what() + ".", {{"path", path.string()}});
+    fail(code::kAdapter, path.string() + " cannot be read as a LoRA configuration: " + e.what() + ".",
+         {{"path", path.string()}});
   }
   if (config.r < 1 || config.r > 65536) wrong("r", "is " + std::to_string(config.r) + ", out of range");
   return config;
@@ -99,7 +109,8 @@ std::string adapter_config_json(const AdapterConfig& c) {
                      {"init_lora_weights", true},
                      {"layers_pattern", nullptr},
                      {"layers_to_transform", nullptr},
-                     {"lora_alpha", c.lora_alpha == std::floor(c.lora_alpha) ? json(static_cast<int64_t>(c.lora_alpha)) : json(c.lora_alpha)},
+                     {"lora_alpha", c.lora_alpha == std::floor(c.lora_alpha) ? json(static_cast<int64_t>(c.lora_alpha))
+                                                                             : json(c.lora_alpha)},
                      {"lora_dropout", c.lora_dropout},
                      {"modules_to_save", nullptr},
                      {"peft_type", "LORA"},

@@ -25,7 +25,8 @@ struct AdapterConfig {
   double scaling(const std::string& module_path) const;
 };
 
-// ERR_MARTLET_ADAPTER names the file and the field. A field that would change the arithmetic and is not supported (DoRA, biases, …) is an error.
+// ERR_MARTLET_ADAPTER names the file and the field. A field that would change the arithmetic and is not supported
+// (DoRA, biases, …) is an error.
 AdapterConfig read_adapter_config(const std::filesystem::path& dir);
 // The text of adapter_config.json.
 std::string adapter_config_json(const AdapterConfig& config);

@@ -17,12 +17,15 @@ const std::string kPrefix = "base_model.model.";
 
 }  // namespace
 
-AdapterWeights read_adapter(const std::filesystem::path& dir, const std::function<std::string(const std::string&)>& canonical_key) {
+AdapterWeights read_adapter(const std::filesystem::path& dir,
+                            const std::function<std::string(const std::string&)>& canonical_key) {
   AdapterWeights out;
   out.config = read_adapter_config(dir);
   const std::filesystem::path path = dir / kWeightsFile;
   if (!std::filesystem::exists(path)) {
-    fail(code::kAdapter, "There is no adapter_model.safetensors in " + dir.string() + ". (An adapter_model.bin must be saved again by PEFT.)",
+    fail(code::kAdapter,
+         "There is no adapter_model.safetensors in " + dir.string() +
+             ". (An adapter_model.bin must be saved again by PEFT.)",
          {{"path", dir.string()}});
   }
   std::shared_ptr<SafetensorsFile> file;
@@ -36,7 +39,8 @@ AdapterWeights read_adapter(const std::filesystem::path& dir, const std::functio
   };
   for (const TensorInfo& info : file->tensors()) {
     const std::string& key = info.name;
-    if (key.rfind(kPrefix, 0) != 0) wrong(key, "does not begin with base_model.model., so it is not a key of a PEFT adapter");
+    if (key.rfind(kPrefix, 0) != 0)
+      wrong(key, "does not begin with base_model.model., so it is not a key of a PEFT adapter");
     std::string rest = key.substr(kPrefix.size());
     const size_t cut = rest.rfind(".lora_");
     if (cut == std::string::npos) {
@@ -44,7 +48,8 @@ AdapterWeights read_adapter(const std::filesystem::path& dir, const std::functio
       continue;
     }
     const std::string kind = rest.substr(cut + 1);
-    if (kind != "lora_A.weight" && kind != "lora_B.weight") wrong(key, "is of a kind that is not supported (known: lora_A.weight, lora_B.weight)");
+    if (kind != "lora_A.weight" && kind != "lora_B.weight")
+      wrong(key, "is of a kind that is not supported (known: lora_A.weight, lora_B.weight)");
     if (info.shape.size() != 2) wrong(key, "is not a matrix");
     const std::string weight_key = canonical_key(rest.substr(0, cut) + ".weight");
     auto& pair = out.pairs[weight_key.substr(0, weight_key.size() - 7)];
@@ -56,7 +61,8 @@ AdapterWeights read_adapter(const std::filesystem::path& dir, const std::functio
     if (!pair.first.defined() || !pair.second.defined()) wrong(module, "has only one half of its LoRA pair");
     const int64_t rank = out.config.rank(module);
     if (pair.first.size(0) != rank || pair.second.size(1) != rank) {
-      wrong(module, "has rank " + std::to_string(pair.first.size(0)) + " where adapter_config.json says " + std::to_string(rank));
+      wrong(module, "has rank " + std::to_string(pair.first.size(0)) + " where adapter_config.json says " +
+                        std::to_string(rank));
     }
   }
   if (out.pairs.empty() && out.saved_modules.empty()) {

@@ -22,9 +22,10 @@ struct AdapterWeights {
   std::map<std::string, at::Tensor> saved_modules;
 };
 
-// `canonical_key` maps any known spelling of a weight key. Half a pair, a rank that disagrees with the config or a key of no known form is
-// ERR_MARTLET_ADAPTER.
-AdapterWeights read_adapter(const std::filesystem::path& dir, const std::function<std::string(const std::string&)>& canonical_key);
+// `canonical_key` maps any known spelling of a weight key. Half a pair, a rank that disagrees with the config or a key
+// of no known form is ERR_MARTLET_ADAPTER.
+AdapterWeights read_adapter(const std::filesystem::path& dir,
+                            const std::function<std::string(const std::string&)>& canonical_key);
 
 // Each file whole or not at all; the weights first. Gives the names written.
 std::vector<std::string> write_adapter(const std::filesystem::path& dir, const AdapterWeights& weights);

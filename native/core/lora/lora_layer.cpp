@@ -21,9 +21,9 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 struct LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                            const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& mask, double scaling,
-                            double keep) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias, const at::Tensor& a, const at::Tensor& b,
+                            const std::optional<at::Tensor>& mask, double scaling, double keep) {
     at::Tensor y = at::linear(x, weight, bias);
     const at::Tensor input = mask ? x * *mask / keep : x;
     const at::Tensor h = at::mm(input, a.t());  // [T, r]
@@ -69,7 +69,8 @@ at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::
   at::Tensor mask;
   if (dropout != nullptr && lora.dropout > 0) mask = dropout->mask(x, lora.dropout, lora.index);
   const auto optional = [](const at::Tensor& t) { return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt; };
-  return LoraLinearFunction::apply(x, weight, optional(bias), lora.a, lora.b, optional(mask), lora.scaling, 1.0 - lora.dropout);
+  return LoraLinearFunction::apply(x, weight, optional(bias), lora.a, lora.b, optional(mask), lora.scaling,
+                                   1.0 - lora.dropout);
 }
 
 }  // namespace martlet

@@ -15,8 +15,8 @@ struct LoraLayer {
   int64_t index = 0;
 };
 
-// Where dropout masks come from during a training forward; absent in evaluation and inference. The mask of a layer depends only on
-// (seed of the run, step, micro-batch, layer), so a resumed or recomputed step draws the same one.
+// Where dropout masks come from during a training forward; absent in evaluation and inference. The mask of a layer
+// depends only on (seed of the run, step, micro-batch, layer), so a resumed or recomputed step draws the same one.
 struct DropoutSource {
   at::Generator generator;
   uint64_t seed = 0;
@@ -24,7 +24,8 @@ struct DropoutSource {
   at::Tensor mask(const at::Tensor& like, double p, int64_t index);
 };
 
-// base(x) + scaling · (dropout(x) Aᵀ) Bᵀ, with a backward that keeps x once and adds in place. `weight` and `bias` may be trained as well.
+// base(x) + scaling · (dropout(x) Aᵀ) Bᵀ, with a backward that keeps x once and adds in place. `weight` and `bias` may
+// be trained as well.
 at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const LoraLayer& lora,
                        DropoutSource* dropout);
 

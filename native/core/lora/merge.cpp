@@ -23,7 +23,8 @@ using nlohmann::json;
 // Rows at a time in the float64 check: 4 M elements = 32 MB.
 int64_t rows_per_block(int64_t columns) { return std::max<int64_t>(1, (int64_t{4} << 20) / columns); }
 
-at::Tensor merged(const at::Tensor& weight, const at::Tensor& a, const at::Tensor& b, double scaling, at::ScalarType dtype, double& max_error) {
+at::Tensor merged(const at::Tensor& weight, const at::Tensor& a, const at::Tensor& b, double scaling,
+                  at::ScalarType dtype, double& max_error) {
   at::Tensor out = at::empty(weight.sizes(), dtype);
   const int64_t rows = weight.size(0), block = rows_per_block(weight.size(1));
   const at::Tensor a64 = a.to(at::kDouble), b64 = b.to(at::kDouble), a32 = a.to(at::kFloat), b32 = b.to(at::kFloat);
@@ -42,7 +43,8 @@ at::Tensor merged(const at::Tensor& weight, const at::Tensor& a, const at::Tenso
 
 json merge_adapter_json(const json& args, JobContext& job) {
   const at::NoGradGuard no_grad;
-  const std::filesystem::path model_dir = args.at("modelDir").get<std::string>(), adapter_dir = args.at("adapterDir").get<std::string>();
+  const std::filesystem::path model_dir = args.at("modelDir").get<std::string>(),
+                              adapter_dir = args.at("adapterDir").get<std::string>();
   const Family& family = family_for(read_json_file(model_dir / "config.json"), model_dir.string());
   const Checkpoint base = Checkpoint::open(model_dir);
   const AdapterWeights adapter = read_adapter(adapter_dir, family.canonical_key);
@@ -67,8 +69,10 @@ json merge_adapter_json(const json& args, JobContext& job) {
     const std::string module = key.substr(0, key.size() - 7);
     const auto it = adapter.pairs.find(module);
     if (it == adapter.pairs.end()) continue;
-    if (info.shape.size() != 2 || it->second.second.size(0) != info.shape[0] || it->second.first.size(1) != info.shape[1]) {
-      fail(code::kAdapter, "The adapter in " + adapter_dir.string() + " is for another model: the shape of " + module + " differs.",
+    if (info.shape.size() != 2 || it->second.second.size(0) != info.shape[0] ||
+        it->second.first.size(1) != info.shape[1]) {
+      fail(code::kAdapter,
+           "The adapter in " + adapter_dir.string() + " is for another model: the shape of " + module + " differs.",
            {{"path", adapter_dir.string()}, {"module", module}});
     }
     open_modules.erase(module);
@@ -76,9 +80,11 @@ json merge_adapter_json(const json& args, JobContext& job) {
   open_modules.insert(open_saved.begin(), open_saved.end());
   if (!open_modules.empty()) {
     fail(code::kAdapter,
-         "The adapter in " + adapter_dir.string() + " is for another model: " + model_dir.string() + " has no " + *open_modules.begin() +
+         "The adapter in " + adapter_dir.string() + " is for another model: " + model_dir.string() + " has no " +
+             *open_modules.begin() +
              (open_modules.size() > 1 ? " and " + std::to_string(open_modules.size() - 1) + " more" : "") + ".",
-         {{"path", adapter_dir.string()}, {"unexpected", std::vector<std::string>(open_modules.begin(), open_modules.end())}});
+         {{"path", adapter_dir.string()},
+          {"unexpected", std::vector<std::string>(open_modules.begin(), open_modules.end())}});
   }
 
   ShardWriter writer(args.at("outputDir").get<std::string>(), plan, args.at("maxShardSize").get<int64_t>());

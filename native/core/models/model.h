@@ -1,11 +1,11 @@
-// What the trainer and the generator know of a model: three parts, a key map, where image features go. No family's name below this line.
+// What the trainer and the generator know of a model: three parts, a key map, where image features go. No family's name
+// below this line.
 #pragma once
 
 #include <memory>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <vector>
-
-#include <nlohmann/json_fwd.hpp>
 
 #include "core/language/decoder.h"
 #include "core/nn/module.h"
@@ -34,7 +34,8 @@ class VisionLanguageModel : public Module {
   // Modules that `all-linear` means: the language model's linears without the head (ms-swift).
   virtual bool is_default_target(const std::string& module_path) const = 0;
 
-  // Preprocessed images ([3, H, W] float32 on the CPU) → rows for the image tokens, [image tokens, hidden], in the order of the images.
+  // Preprocessed images ([3, H, W] float32 on the CPU) → rows for the image tokens, [image tokens, hidden], in the
+  // order of the images.
   virtual at::Tensor image_features(const std::vector<at::Tensor>& images, const ForwardOptions& options) const = 0;
   virtual const Decoder& decoder() const = 0;
   // [vocab, hidden]
@@ -49,7 +50,8 @@ struct Family {
   // Keys that a checkpoint may hold and the model never reads.
   bool (*is_unused_key)(const nlohmann::json& config, const std::string& canonical);
   // `has_key` tells whether the checkpoint holds a canonical name (a tied head may be left out).
-  std::unique_ptr<VisionLanguageModel> (*create)(const nlohmann::json& config, const std::function<bool(const std::string&)>& has_key);
+  std::unique_ptr<VisionLanguageModel> (*create)(const nlohmann::json& config,
+                                                 const std::function<bool(const std::string&)>& has_key);
 };
 
 }  // namespace martlet

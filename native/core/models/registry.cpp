@@ -20,7 +20,8 @@ const Family& family_for(const nlohmann::json& config, const std::string& model_
   }
   fail(code::kUnsupportedModel,
        model_dir + "/config.json has model_type " + model_type + ", which is not supported. Supported: " + known + ".",
-       {{"path", model_dir + "/config.json"}, {"modelType", config.is_object() ? config.value("model_type", nlohmann::json()) : nullptr}});
+       {{"path", model_dir + "/config.json"},
+        {"modelType", config.is_object() ? config.value("model_type", nlohmann::json()) : nullptr}});
 }
 
 }  // namespace martlet

@@ -40,7 +40,8 @@ struct SwigluFunction : public torch::autograd::Function<SwigluFunction> {
     ctx->save_for_backward({gate, up});
     return at::silu(gate).mul_(up);
   }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     const at::Tensor &gate = saved[0], &up = saved[1], &dy = grads[0];
     return {at::silu_backward(dy * up, gate), at::silu(gate).mul_(dy)};

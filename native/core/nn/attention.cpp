@@ -21,21 +21,24 @@ namespace {
 // [B, L, heads, d] → [B, L, heads, d]
 at::Tensor batched(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) {
   const bool grouped = q.size(2) != k.size(2);
-  return at::scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), std::nullopt, 0.0, causal,
-                                          std::nullopt, grouped)
+  return at::scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), std::nullopt, 0.0,
+                                          causal, std::nullopt, grouped)
       .transpose(1, 2);
 }
 
 }  // namespace
 
-at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceLengths& rows, bool causal) {
+at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceLengths& rows,
+                            bool causal) {
   if (q.is_cuda() && q.scalar_type() != at::kFloat) {
     const std::optional<double> scale = std::nullopt;
-    return std::get<0>(at::_flash_attention_forward(q, k, v, rows.cu_seqlens, rows.cu_seqlens, rows.max_length, rows.max_length, 0.0,
-                                                    causal, /*return_debug_mask=*/false, scale));
+    return std::get<0>(at::_flash_attention_forward(q, k, v, rows.cu_seqlens, rows.cu_seqlens, rows.max_length,
+                                                    rows.max_length, 0.0, causal, /*return_debug_mask=*/false, scale));
   }
   if (rows.uniform()) {
-    const auto split = [&](const at::Tensor& x) { return x.view({rows.rows(), rows.max_length, x.size(1), x.size(2)}); };
+    const auto split = [&](const at::Tensor& x) {
+      return x.view({rows.rows(), rows.max_length, x.size(1), x.size(2)});
+    };
     return batched(split(q), split(k), split(v), causal).reshape(q.sizes());
   }
   std::vector<at::Tensor> parts;

@@ -19,9 +19,11 @@ struct SequenceLengths {
   bool uniform() const { return total() == rows() * max_length; }
 };
 
-// q: [T, heads, d], k and v: [T, kv_heads, d] → [T, heads, d]; each row attends to itself only. Scale 1/√d, softmax in float32.
-// CUDA with 16-bit numbers: one FlashAttention call (cu_seqlens). Elsewhere rows of one length are one batched call, others one call a row.
-at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceLengths& rows, bool causal);
+// q: [T, heads, d], k and v: [T, kv_heads, d] → [T, heads, d]; each row attends to itself only. Scale 1/√d, softmax in
+// float32. CUDA with 16-bit numbers: one FlashAttention call (cu_seqlens). Elsewhere rows of one length are one batched
+// call, others one call a row.
+at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceLengths& rows,
+                            bool causal);
 
 // One new position against a cache: q: [1, heads, d], k and v: [length, kv_heads, d] → [1, heads, d].
 at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v);

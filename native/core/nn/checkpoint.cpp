@@ -14,13 +14,15 @@ struct LayerFunction : torch::CustomClassHolder {
 };
 
 struct RecomputeFunction : public torch::autograd::Function<RecomputeFunction> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const c10::intrusive_ptr<LayerFunction>& layer) {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
+                            const c10::intrusive_ptr<LayerFunction>& layer) {
     ctx->save_for_backward({x});
     ctx->saved_data["layer"] = c10::IValue::make_capsule(layer);
     const at::NoGradGuard no_grad;
     return layer->fn(x);
   }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
     const at::Tensor x = ctx->get_saved_variables()[0].detach().requires_grad_(true);
     const auto layer = c10::static_intrusive_pointer_cast<LayerFunction>(ctx->saved_data["layer"].toCapsule());
     {

@@ -21,19 +21,20 @@ void Module::load(const WeightSource& source, const LoadOptions& options, const 
     const std::string name = join_path(prefix, parameter->name);
     const at::Tensor stored = source(name);
     if (!stored.defined()) continue;
-    // A patch convolution is kept as the matrix it is (Linear over flat patches), so equal element counts with the same leading size do.
+    // A patch convolution is kept as the matrix it is (Linear over flat patches), so equal element counts with the same
+    // leading size do.
     const bool same = stored.sizes() == at::IntArrayRef(parameter->shape);
     const bool flattened = stored.dim() > 2 && parameter->shape.size() == 2 && stored.size(0) == parameter->shape[0] &&
                            stored.numel() == parameter->shape[0] * parameter->shape[1];
     if (!same && !flattened) {
       fail(code::kWeights,
-           "The tensor " + name + " has shape " + nlohmann::json(stored.sizes().vec()).dump() + ", but config.json asks for " +
-               nlohmann::json(parameter->shape).dump() +
+           "The tensor " + name + " has shape " + nlohmann::json(stored.sizes().vec()).dump() +
+               ", but config.json asks for " + nlohmann::json(parameter->shape).dump() +
                ". The weights and config.json are not of one model: download the checkpoint again.",
            {{"key", name}, {"expected", parameter->shape}, {"found", stored.sizes().vec()}});
     }
-    parameter->value =
-        stored.reshape(parameter->shape).to(at::TensorOptions().dtype(options.dtype).device(options.device), false, /*copy=*/true);
+    parameter->value = stored.reshape(parameter->shape)
+                           .to(at::TensorOptions().dtype(options.dtype).device(options.device), false, /*copy=*/true);
     options.on_parameter(parameter->value.nbytes());
   }
   for (auto& [name, child] : children_) child->load(source, options, join_path(prefix, name));

@@ -1,5 +1,5 @@
-// A tree of named parameters with one generic load and one generic verify, so that no model writes a loader of its own. Names are Hugging
-// Face's. Modules are built without memory: parameters get their storage when load() finds them.
+// A tree of named parameters with one generic load and one generic verify, so that no model writes a loader of its own.
+// Names are Hugging Face's. Modules are built without memory: parameters get their storage when load() finds them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -34,7 +34,8 @@ class Module {
   Module& operator=(const Module&) = delete;
   virtual ~Module() = default;
 
-  // Fills every parameter of the tree that `source` knows; a shape that differs is ERR_MARTLET_WEIGHTS naming key, expected and found.
+  // Fills every parameter of the tree that `source` knows; a shape that differs is ERR_MARTLET_WEIGHTS naming key,
+  // expected and found.
   void load(const WeightSource& source, const LoadOptions& options, const std::string& prefix = "");
   // Throws ERR_MARTLET_WEIGHTS with all names that load() did not fill.
   void verify(const std::string& prefix = "") const;

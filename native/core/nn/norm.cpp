@@ -16,6 +16,8 @@ LayerNorm::LayerNorm(int64_t dim, double eps) : dim_(dim), eps_(eps) {
   register_parameter(bias, "bias", {dim});
 }
 
-at::Tensor LayerNorm::forward(const at::Tensor& x) const { return at::layer_norm(x, {dim_}, weight.value, bias.value, eps_); }
+at::Tensor LayerNorm::forward(const at::Tensor& x) const {
+  return at::layer_norm(x, {dim_}, weight.value, bias.value, eps_);
+}
 
 }  // namespace martlet

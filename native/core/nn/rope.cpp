@@ -7,7 +7,8 @@ namespace martlet {
 
 RotaryTable rotary_table(const at::Tensor& positions, int64_t head_dim, double theta, at::ScalarType dtype) {
   const auto f32 = at::TensorOptions().dtype(at::kFloat).device(positions.device());
-  const at::Tensor inv_freq = at::pow(theta, at::arange(0, head_dim, 2, at::kLong).to(f32) / static_cast<double>(head_dim)).reciprocal();
+  const at::Tensor inv_freq =
+      at::pow(theta, at::arange(0, head_dim, 2, at::kLong).to(f32) / static_cast<double>(head_dim)).reciprocal();
   const at::Tensor angle = (positions.to(at::kFloat).unsqueeze(-1) * inv_freq).unsqueeze(1);  // [T, 1, d/2]
   return {angle.cos().to(dtype), angle.sin().to(dtype)};
 }
@@ -27,11 +28,13 @@ at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& 
 }
 
 struct RotaryFunction : public torch::autograd::Function<RotaryFunction> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& cos,
+                            const at::Tensor& sin) {
     ctx->save_for_backward({cos, sin});
     return rotate(x, cos, sin, /*inverse=*/false);
   }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     return {rotate(grads[0], saved[0], saved[1], /*inverse=*/true), at::Tensor(), at::Tensor()};
   }
@@ -39,6 +42,8 @@ struct RotaryFunction : public torch::autograd::Function<RotaryFunction> {
 
 }  // namespace
 
-at::Tensor apply_rotary(const at::Tensor& x, const RotaryTable& table) { return RotaryFunction::apply(x, table.cos, table.sin); }
+at::Tensor apply_rotary(const at::Tensor& x, const RotaryTable& table) {
+  return RotaryFunction::apply(x, table.cos, table.sin);
+}
 
 }  // namespace martlet

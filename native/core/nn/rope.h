@@ -1,4 +1,5 @@
-// Rotary positions, half-split form (`rotate_half` of transformers): cos and sin are computed in float32 and rounded to the activations' dtype.
+// Rotary positions, half-split form (`rotate_half` of transformers): cos and sin are computed in float32 and rounded to
+// the activations' dtype.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -22,17 +22,20 @@ PackedBatch pack(const std::vector<const Sample*>& samples, const VisionLanguage
   std::vector<int64_t> ids, positions, image_rows, predict_rows, targets, lengths;
   for (const Sample* sample : samples) {
     const int64_t length = static_cast<int64_t>(sample->input_ids.size()), start = static_cast<int64_t>(ids.size());
-    if (length == 0) fail(code::kConfig, "A row without tokens was given" + (sample->id.empty() ? "" : " (" + sample->id + ")") + ".");
+    if (length == 0)
+      fail(code::kConfig, "A row without tokens was given" + (sample->id.empty() ? "" : " (" + sample->id + ")") + ".");
     lengths.push_back(length);
     for (int64_t i = 0; i < length; ++i) {
       const int64_t id = sample->input_ids[i];
       if (id < 0 || (id >= info.vocab_size && id != info.image_token_id)) {
         fail("ERR_MARTLET_TOKENIZER",
-             "Token id " + std::to_string(id) + " is outside the model's vocabulary of " + std::to_string(info.vocab_size) +
-                 (sample->id.empty() ? "" : " (" + sample->id + ")") + ": the tokenizer and the weights are not of one model.",
+             "Token id " + std::to_string(id) + " is outside the model's vocabulary of " +
+                 std::to_string(info.vocab_size) + (sample->id.empty() ? "" : " (" + sample->id + ")") +
+                 ": the tokenizer and the weights are not of one model.",
              {{"tokenId", id}, {"vocabSize", info.vocab_size}, {"id", sample->id}});
       }
-      // The place is overwritten by an image feature; id 0 keeps the look-up in range where the image token has no embedding.
+      // The place is overwritten by an image feature; id 0 keeps the look-up in range where the image token has no
+      // embedding.
       if (id == info.image_token_id) image_rows.push_back(start + i);
       ids.push_back(id == info.image_token_id ? 0 : id);
       positions.push_back(i);
@@ -56,11 +59,13 @@ PackedBatch pack(const std::vector<const Sample*>& samples, const VisionLanguage
   return batch;
 }
 
-at::Tensor embed(const VisionLanguageModel& model, const PackedBatch& batch, const ForwardOptions& options, bool vision_needs_grad) {
+at::Tensor embed(const VisionLanguageModel& model, const PackedBatch& batch, const ForwardOptions& options,
+                 bool vision_needs_grad) {
   const at::Tensor hidden = model.decoder().embed(batch.input_ids);
   if (batch.images.empty()) {
     if (batch.image_rows.numel() > 0) {
-      fail(code::kImage, "The text has " + std::to_string(batch.image_rows.numel()) + " image tokens but no picture was given.");
+      fail(code::kImage,
+           "The text has " + std::to_string(batch.image_rows.numel()) + " image tokens but no picture was given.");
     }
     return hidden;
   }
@@ -72,8 +77,9 @@ at::Tensor embed(const VisionLanguageModel& model, const PackedBatch& batch, con
   }
   if (features.size(0) != batch.image_rows.numel()) {
     fail(code::kImage,
-         "The text has places for " + std::to_string(batch.image_rows.numel()) + " image features, but the pictures give " +
-             std::to_string(features.size(0)) + ": the image tokens were not expanded for this model.",
+         "The text has places for " + std::to_string(batch.image_rows.numel()) +
+             " image features, but the pictures give " + std::to_string(features.size(0)) +
+             ": the image tokens were not expanded for this model.",
          {{"places", batch.image_rows.numel()}, {"features", features.size(0)}});
   }
   return hidden.index_copy(0, batch.image_rows, features);

@@ -21,10 +21,10 @@ struct Sample {
 };
 
 struct PackedBatch {
-  at::Tensor input_ids;     // [T] int64
-  at::Tensor positions;     // [T] int64, from 0 in each row
+  at::Tensor input_ids;  // [T] int64
+  at::Tensor positions;  // [T] int64, from 0 in each row
   SequenceLengths rows;
-  at::Tensor image_rows;    // [image tokens] int64: where image features go
+  at::Tensor image_rows;  // [image tokens] int64: where image features go
   std::vector<at::Tensor> images;
   // The loss is taken where the next token of the same row is labelled.
   at::Tensor predict_rows;  // [N] int64: rows of the hidden states
@@ -39,6 +39,7 @@ int64_t count_labelled(const Sample& sample);
 PackedBatch pack(const std::vector<const Sample*>& samples, const VisionLanguageModel& model, at::Device device);
 
 // Token embeddings with image features in their places: [T, hidden].
-at::Tensor embed(const VisionLanguageModel& model, const PackedBatch& batch, const ForwardOptions& options, bool vision_needs_grad);
+at::Tensor embed(const VisionLanguageModel& model, const PackedBatch& batch, const ForwardOptions& options,
+                 bool vision_needs_grad);
 
 }  // namespace martlet

@@ -9,7 +9,8 @@
 
 namespace martlet {
 
-FlatParameters::FlatParameters(std::vector<TrainedParameter> parameters, at::ScalarType compute_dtype, at::Device device)
+FlatParameters::FlatParameters(std::vector<TrainedParameter> parameters, at::ScalarType compute_dtype,
+                               at::Device device)
     : parameters_(std::move(parameters)) {
   const at::NoGradGuard no_grad;
   std::stable_partition(parameters_.begin(), parameters_.end(), [](const TrainedParameter& p) { return p.decay; });
@@ -70,8 +71,9 @@ void FlatParameters::adamw_step(double learning_rate, const AdamWOptions& option
   const auto update = [&](int64_t start, int64_t length, double weight_decay) {
     if (length == 0) return;
     const auto part = [&](const at::Tensor& flat) { return flat.narrow(0, start, length); };
-    at::_fused_adamw_({part(master_)}, {part(grad_)}, {part(exp_avg_)}, {part(exp_avg_sq_)}, {}, {step_}, learning_rate, options.beta1,
-                      options.beta2, weight_decay, options.epsilon, /*amsgrad=*/false, /*maximize=*/false);
+    at::_fused_adamw_({part(master_)}, {part(grad_)}, {part(exp_avg_)}, {part(exp_avg_sq_)}, {}, {step_}, learning_rate,
+                      options.beta1, options.beta2, weight_decay, options.epsilon, /*amsgrad=*/false,
+                      /*maximize=*/false);
   };
   update(0, decayed_, options.weight_decay);
   update(decayed_, size() - decayed_, 0.0);
@@ -86,7 +88,8 @@ void FlatParameters::load_state(const std::vector<std::pair<std::string, at::Ten
   const at::NoGradGuard no_grad;
   const std::vector<std::pair<std::string, at::Tensor>> own = this->state();
   for (const auto& [name, tensor] : own) {
-    const auto it = std::find_if(state.begin(), state.end(), [&, n = name](const auto& entry) { return entry.first == n; });
+    const auto it =
+        std::find_if(state.begin(), state.end(), [&, n = name](const auto& entry) { return entry.first == n; });
     if (it == state.end() || it->second.sizes() != tensor.sizes()) {
       fail(code::kIo, "The optimiser state of the checkpoint does not fit this run (\"" + name +
                           "\"): resume with the configuration that the run was started with.");

@@ -1,5 +1,5 @@
-// All trained parameters of a run in one flat float32 buffer, with their gradients and AdamW moments beside it. The network reads views: of the
-// master itself in float32, of a rounded copy in 16-bit models.
+// All trained parameters of a run in one flat float32 buffer, with their gradients and AdamW moments beside it. The
+// network reads views: of the master itself in float32, of a rounded copy in 16-bit models.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -11,7 +11,9 @@ namespace {
 // Rows at a time: 32 M float32 logits = 128 MB, so the memory of the loss does not grow with rows × vocabulary.
 int64_t rows_per_chunk(int64_t vocab) { return std::max<int64_t>(1, (int64_t{32} << 20) / vocab); }
 
-at::Tensor logits_of(const at::Tensor& hidden, const at::Tensor& weight) { return at::mm(hidden, weight.t()).to(at::kFloat); }
+at::Tensor logits_of(const at::Tensor& hidden, const at::Tensor& weight) {
+  return at::mm(hidden, weight.t()).to(at::kFloat);
+}
 
 struct ChunkedCrossEntropy : public torch::autograd::Function<ChunkedCrossEntropy> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const at::Tensor& hidden,
@@ -46,16 +48,20 @@ struct ChunkedCrossEntropy : public torch::autograd::Function<ChunkedCrossEntrop
     return {loss.mul_(scale), correct};
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    const auto scaled = [&](const at::Tensor& grad) { return grad.defined() ? grad * grads[0].to(grad.scalar_type()) : grad; };
+    const auto scaled = [&](const at::Tensor& grad) {
+      return grad.defined() ? grad * grads[0].to(grad.scalar_type()) : grad;
+    };
     return {scaled(saved[0]), scaled(saved[1]), at::Tensor(), at::Tensor()};
   }
 };
 
 }  // namespace
 
-LossOutput chunked_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets, double scale) {
+LossOutput chunked_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+                                 double scale) {
   const auto outputs = ChunkedCrossEntropy::apply(hidden, weight, targets, scale);
   return {outputs[0], outputs[1]};
 }

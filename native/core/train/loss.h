@@ -1,5 +1,5 @@
-// Cross-entropy over labelled positions without ever holding all logits: the head runs in chunks of rows, and each chunk's gradient is formed
-// at once (as Liger's fused linear cross-entropy does).
+// Cross-entropy over labelled positions without ever holding all logits: the head runs in chunks of rows, and each
+// chunk's gradient is formed at once (as Liger's fused linear cross-entropy does).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,9 +11,10 @@ struct LossOutput {
   at::Tensor correct;  // int64 scalar: targets that were the most likely token
 };
 
-// hidden: [N, H] after the final norm; weight: [V, H]; targets: [N] int64. Logits are rounded to hidden's dtype and softmaxed in float32, as
-// transformers does.
-LossOutput chunked_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets, double scale);
+// hidden: [N, H] after the final norm; weight: [V, H]; targets: [N] int64. Logits are rounded to hidden's dtype and
+// softmaxed in float32, as transformers does.
+LossOutput chunked_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+                                 double scale);
 
 // log p(target) for each row, [N] float32.
 at::Tensor target_logprobs(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets);

@@ -13,8 +13,8 @@ LrSchedule::Type LrSchedule::parse(const std::string& name) {
   if (name == "cosine") return Type::kCosine;
   if (name == "constant") return Type::kConstant;
   if (name == "constant_with_warmup") return Type::kConstantWithWarmup;
-  fail(code::kConfig,
-       "lr_scheduler_type \"" + name + "\" is not supported; known are linear, cosine, constant and constant_with_warmup.");
+  fail(code::kConfig, "lr_scheduler_type \"" + name +
+                          "\" is not supported; known are linear, cosine, constant and constant_with_warmup.");
 }
 
 double LrSchedule::factor(int64_t step) const {

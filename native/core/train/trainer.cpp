@@ -25,33 +25,42 @@ bool is_decayed(const std::string& name) {
   const auto ends_with = [&](const std::string& tail) {
     return name.size() >= tail.size() && name.compare(name.size() - tail.size(), tail.size(), tail) == 0;
   };
-  return !ends_with("bias") && !ends_with("norm.weight") && !ends_with("layernorm.weight") && !ends_with("layer_norm1.weight") &&
-         !ends_with("layer_norm2.weight") && !ends_with("layrnorm.weight");
+  return !ends_with("bias") && !ends_with("norm.weight") && !ends_with("layernorm.weight") &&
+         !ends_with("layer_norm1.weight") && !ends_with("layer_norm2.weight") && !ends_with("layrnorm.weight");
 }
 
 }  // namespace
 
 Trainer::Trainer(VisionLanguageModel& model, const Family& family, std::string model_dir, const TrainOptions& options,
                  at::ScalarType dtype, at::Device device)
-    : model_(model), family_(family), model_dir_(std::move(model_dir)), options_(options), dtype_(dtype), device_(device) {
+    : model_(model),
+      family_(family),
+      model_dir_(std::move(model_dir)),
+      options_(options),
+      dtype_(dtype),
+      device_(device) {
   const at::NoGradGuard no_grad;
   std::vector<TrainedParameter> trained;
   const auto add = [&](const std::string& name, const std::string& module_path, at::Tensor* slot, bool decay) {
     trained.push_back({name, slot, decay});
     const Part part = model_.part_of(module_path);
-    (part == Part::kVision ? trainable_.vision : part == Part::kProjector ? trainable_.projector : trainable_.language) += slot->numel();
+    (part == Part::kVision      ? trainable_.vision
+     : part == Part::kProjector ? trainable_.projector
+                                : trainable_.language) += slot->numel();
   };
   if (options_.full) {
     model_.visit_parameters([&](const std::string& name, Parameter& parameter) {
       if (!options_.freeze.frozen(model_.part_of(name))) add(name, name, &parameter.value, is_decayed(name));
     });
-    if (trained.empty()) fail(code::kConfig, "Nothing is left to train: freeze_vit, freeze_aligner and freeze_llm are all true.");
+    if (trained.empty())
+      fail(code::kConfig, "Nothing is left to train: freeze_vit, freeze_aligner and freeze_llm are all true.");
   } else {
     if (!options_.adapter_dir.empty()) {
       const nlohmann::json config = read_json_file(std::filesystem::path(model_dir_) / "config.json");
-      adapter_ = attach_adapter(model_, read_adapter(options_.adapter_dir, family_.canonical_key),
-                                [&](const std::string& key) { return family_.is_unused_key(config, key); }, at::kFloat, device_,
-                                options_.adapter_dir);
+      adapter_ = attach_adapter(
+          model_, read_adapter(options_.adapter_dir, family_.canonical_key),
+          [&](const std::string& key) { return family_.is_unused_key(config, key); }, at::kFloat, device_,
+          options_.adapter_dir);
       for (auto& [path, layer] : adapter_.layers) layer.dropout = options_.lora.lora_dropout;
       adapter_.config.lora_dropout = options_.lora.lora_dropout;
     } else {
@@ -125,7 +134,8 @@ StepResult Trainer::run(const std::vector<MicroBatch>& micro_batches, bool train
         parameters_->collect_micro_batch();
       }
     }
-    job.emit("{\"type\":\"micro\",\"done\":" + std::to_string(++done) + ",\"total\":" + std::to_string(micro_batches.size()) + "}");
+    job.emit("{\"type\":\"micro\",\"done\":" + std::to_string(++done) +
+             ",\"total\":" + std::to_string(micro_batches.size()) + "}");
   }
   result.labelled = labelled;
   result.loss = loss_sum.item<double>();
@@ -147,7 +157,8 @@ StepResult Trainer::step(const std::vector<MicroBatch>& micro_batches, JobContex
     }
     fail(code::kNonFinite,
          "Step " + std::to_string(step_ + 1) + ": the " + (std::isfinite(result.loss) ? "gradient norm" : "loss") +
-             " is not finite; the weights were not changed. Lower the learning rate, use bfloat16 or float32, or look at the rows named.",
+             " is not finite; the weights were not changed. Lower the learning rate, use bfloat16 or float32, or look "
+             "at the rows named.",
          {{"step", step_ + 1}, {"samples", ids}});
   }
   job.check();
@@ -167,8 +178,8 @@ StepResult Trainer::evaluate(const std::vector<MicroBatch>& micro_batches, JobCo
   return result;
 }
 
-std::vector<std::pair<std::string, at::Tensor>> Trainer::gradients(const std::vector<MicroBatch>& micro_batches, JobContext& job,
-                                                                   double& loss) {
+std::vector<std::pair<std::string, at::Tensor>> Trainer::gradients(const std::vector<MicroBatch>& micro_batches,
+                                                                   JobContext& job, double& loss) {
   parameters_->zero_grad();
   loss = run(micro_batches, /*train=*/true, job).loss;
   std::vector<std::pair<std::string, at::Tensor>> out;
@@ -195,10 +206,12 @@ std::vector<std::string> Trainer::save(const std::string& dir, const std::string
   return write_adapter(dir, weights);
 }
 
-// Every tensor of the base checkpoint in its order and spelling; those that were trained with their new values, in the dtype they had.
+// Every tensor of the base checkpoint in its order and spelling; those that were trained with their new values, in the
+// dtype they had.
 std::vector<std::string> Trainer::save_full(const std::string& dir, int64_t max_shard_size, JobContext& job) const {
   std::map<std::string, at::Tensor> values;
-  for (size_t i = 0; i < parameters_->parameters().size(); ++i) values[parameters_->parameters()[i].name] = parameters_->master_view(i);
+  for (size_t i = 0; i < parameters_->parameters().size(); ++i)
+    values[parameters_->parameters()[i].name] = parameters_->master_view(i);
   const Checkpoint base = Checkpoint::open(model_dir_);
   ShardPlan plan;
   for (const std::string& name : base.names()) plan.push_back(base.info(name));
@@ -229,7 +242,8 @@ int64_t Trainer::load_state(const std::string& dir) {
   for (const TensorInfo& info : file->tensors()) state.emplace_back(info.name, file->tensor(info.name));
   parameters_->load_state(state);
   const auto it = file->metadata().find("step");
-  if (it == file->metadata().end()) fail(code::kIo, path.string() + " does not say at which step it was written.", {{"path", path.string()}});
+  if (it == file->metadata().end())
+    fail(code::kIo, path.string() + " does not say at which step it was written.", {{"path", path.string()}});
   step_ = std::atoll(it->second.c_str());
   return step_;
 }

@@ -1,4 +1,5 @@
-// A training run on a loaded model: what is trained, the step, evaluation, saving and resuming. The caller (TypeScript) brings rows in order.
+// A training run on a loaded model: what is trained, the step, evaluation, saving and resuming. The caller (TypeScript)
+// brings rows in order.
 #pragma once
 
 #include <memory>
@@ -16,10 +17,10 @@ namespace martlet {
 
 struct TrainOptions {
   bool full = false;
-  AdapterConfig lora;                        // when not full
-  std::vector<std::string> target_names;     // empty with a regex
+  AdapterConfig lora;                     // when not full
+  std::vector<std::string> target_names;  // empty with a regex
   std::string target_regex;
-  std::string adapter_dir;                   // start from this adapter
+  std::string adapter_dir;  // start from this adapter
   FreezeFlags freeze;
   AdamWOptions optimizer;
   LrSchedule schedule;
@@ -45,8 +46,8 @@ using MicroBatch = std::vector<Sample>;
 class Trainer {
  public:
   // `model_dir` is where weights that are not trained come from when a full model is saved.
-  Trainer(VisionLanguageModel& model, const Family& family, std::string model_dir, const TrainOptions& options, at::ScalarType dtype,
-          at::Device device);
+  Trainer(VisionLanguageModel& model, const Family& family, std::string model_dir, const TrainOptions& options,
+          at::ScalarType dtype, at::Device device);
   ~Trainer();
 
   // One optimiser step. On cancellation or any error the weights and the step count are as before.
@@ -54,9 +55,11 @@ class Trainer {
   // Loss and accuracy without dropout or an update.
   StepResult evaluate(const std::vector<MicroBatch>& micro_batches, JobContext& job);
   // Gradients of one step, not applied: name → float32 tensor on the CPU. `loss` receives the loss.
-  std::vector<std::pair<std::string, at::Tensor>> gradients(const std::vector<MicroBatch>& micro_batches, JobContext& job, double& loss);
+  std::vector<std::pair<std::string, at::Tensor>> gradients(const std::vector<MicroBatch>& micro_batches,
+                                                            JobContext& job, double& loss);
 
-  std::vector<std::string> save(const std::string& dir, const std::string& base_model, int64_t max_shard_size, JobContext& job) const;
+  std::vector<std::string> save(const std::string& dir, const std::string& base_model, int64_t max_shard_size,
+                                JobContext& job) const;
   std::vector<std::string> save_state(const std::string& dir) const;
   int64_t load_state(const std::string& dir);
 

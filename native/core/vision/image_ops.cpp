@@ -17,10 +17,12 @@ using nlohmann::json;
 constexpr int64_t kMaxSide = 1 << 15;
 
 void check_side(int64_t side) {
-  if (side < 1 || side > kMaxSide) fail(code::kImage, "A picture side of " + std::to_string(side) + " pixels is out of range.");
+  if (side < 1 || side > kMaxSide)
+    fail(code::kImage, "A picture side of " + std::to_string(side) + " pixels is out of range.");
 }
 
-// Pillow's ImagingResample for 8 bits a channel (libImaging/Resample.c): weights of the source pixels of each output pixel.
+// Pillow's ImagingResample for 8 bits a channel (libImaging/Resample.c): weights of the source pixels of each output
+// pixel.
 struct Weights {
   struct Span {
     int64_t first = 0, count = 0;
@@ -68,9 +70,10 @@ Weights bicubic_weights(int64_t in, int64_t out) {
   return weights;
 }
 
-// One pass along `axis_out` positions; `step` is the distance between source pixels of that axis, `lines` independent lines.
-void resample_pass(const uint8_t* source, uint8_t* target, const Weights& weights, int64_t lines, int64_t source_line, int64_t target_line,
-                   int64_t source_step, int64_t target_step) {
+// One pass along `axis_out` positions; `step` is the distance between source pixels of that axis, `lines` independent
+// lines.
+void resample_pass(const uint8_t* source, uint8_t* target, const Weights& weights, int64_t lines, int64_t source_line,
+                   int64_t target_line, int64_t source_step, int64_t target_step) {
   const int64_t out = static_cast<int64_t>(weights.spans.size());
   for (int64_t line = 0; line < lines; ++line) {
     for (int64_t i = 0; i < out; ++i) {
@@ -79,7 +82,8 @@ void resample_pass(const uint8_t* source, uint8_t* target, const Weights& weight
       for (int c = 0; c < 3; ++c) {
         int32_t sum = 1 << (kPrecisionBits - 1);
         for (int64_t j = 0; j < count; ++j) sum += source[line * source_line + (first + j) * source_step + c] * w[j];
-        target[line * target_line + i * target_step + c] = static_cast<uint8_t>(std::clamp(sum >> kPrecisionBits, 0, 255));
+        target[line * target_line + i * target_step + c] =
+            static_cast<uint8_t>(std::clamp(sum >> kPrecisionBits, 0, 255));
       }
     }
   }
@@ -118,14 +122,15 @@ at::Tensor resize_pillow_bicubic(const at::Tensor& image, int64_t height, int64_
   if (width != current.size(1)) {
     const int64_t in_h = current.size(0), in_w = current.size(1);
     at::Tensor out = at::empty({in_h, width, 3}, at::kByte);
-    resample_pass(current.const_data_ptr<uint8_t>(), out.mutable_data_ptr<uint8_t>(), bicubic_weights(in_w, width), in_h, in_w * 3, width * 3,
-                  3, 3);
+    resample_pass(current.const_data_ptr<uint8_t>(), out.mutable_data_ptr<uint8_t>(), bicubic_weights(in_w, width),
+                  in_h, in_w * 3, width * 3, 3, 3);
     current = out;
   }
   if (height != current.size(0)) {
     const int64_t in_h = current.size(0), w = current.size(1);
     at::Tensor out = at::empty({height, w, 3}, at::kByte);
-    resample_pass(current.const_data_ptr<uint8_t>(), out.mutable_data_ptr<uint8_t>(), bicubic_weights(in_h, height), w, 3, 3, w * 3, w * 3);
+    resample_pass(current.const_data_ptr<uint8_t>(), out.mutable_data_ptr<uint8_t>(), bicubic_weights(in_h, height), w,
+                  3, 3, w * 3, w * 3);
     current = out;
   }
   return current;
@@ -140,7 +145,9 @@ at::Tensor preprocess_image(const uint8_t* rgb, int64_t width, int64_t height, c
   }
   image = image.permute({2, 0, 1}).contiguous();
   if (plan.resize && !plan.pillow && (plan.resize->height != height || plan.resize->width != width)) {
-    image = at::_upsample_bicubic2d_aa(image.unsqueeze(0), {plan.resize->height, plan.resize->width}, /*align_corners=*/false).squeeze(0);
+    image = at::_upsample_bicubic2d_aa(image.unsqueeze(0), {plan.resize->height, plan.resize->width},
+                                       /*align_corners=*/false)
+                .squeeze(0);
   }
   if (plan.crop) {
     const ImagePlan::Box& box = *plan.crop;

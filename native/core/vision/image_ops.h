@@ -29,8 +29,8 @@ ImagePlan parse_image_plan(const nlohmann::json& plan);
 // rgb: height × width × 3 bytes → [3, H, W] float32 on the CPU.
 at::Tensor preprocess_image(const uint8_t* rgb, int64_t width, int64_t height, const ImagePlan& plan);
 
-// Bicubic as Pillow's Image.resize does it on 8-bit pictures, bit for bit (22-bit fixed-point coefficients, horizontal pass first).
-// image: [H, W, 3] uint8.
+// Bicubic as Pillow's Image.resize does it on 8-bit pictures, bit for bit (22-bit fixed-point coefficients, horizontal
+// pass first). image: [H, W, 3] uint8.
 at::Tensor resize_pillow_bicubic(const at::Tensor& image, int64_t height, int64_t width);
 
 }  // namespace martlet

@@ -25,7 +25,8 @@ at::Tensor VitEmbeddings::forward(const at::Tensor& pixels) const {
   const at::Tensor flat = pixels.view({n, config_.num_channels, grid, p, grid, p})
                               .permute({0, 2, 4, 1, 3, 5})
                               .reshape({n * grid * grid, config_.num_channels * p * p});
-  const at::Tensor patches = at::linear(flat, patch_embedding_.weight.value).view({n, grid * grid, config_.hidden_size});
+  const at::Tensor patches =
+      at::linear(flat, patch_embedding_.weight.value).view({n, grid * grid, config_.hidden_size});
   const at::Tensor cls = class_embedding.value.expand({n, 1, config_.hidden_size});
   return at::cat({cls, patches}, 1) + position_embedding.weight.value;
 }
@@ -43,14 +44,19 @@ VitLayer::Attention::Attention(const VitConfig& c)
   register_module(out_proj, "out_proj");
 }
 
-at::Tensor VitLayer::Attention::forward(const at::Tensor& x, const SequenceLengths& rows, DropoutSource* dropout) const {
-  const auto heads = [&](const Linear& proj) { return proj.forward(x, dropout).view({x.size(0), num_heads, head_dim}); };
+at::Tensor VitLayer::Attention::forward(const at::Tensor& x, const SequenceLengths& rows,
+                                        DropoutSource* dropout) const {
+  const auto heads = [&](const Linear& proj) {
+    return proj.forward(x, dropout).view({x.size(0), num_heads, head_dim});
+  };
   const at::Tensor mixed = packed_attention(heads(q_proj), heads(k_proj), heads(v_proj), rows, /*causal=*/false);
   return out_proj.forward(mixed.reshape(x.sizes()), dropout);
 }
 
 VitLayer::Mlp::Mlp(const VitConfig& c)
-    : fc1(c.hidden_size, c.intermediate_size, true), fc2(c.intermediate_size, c.hidden_size, true), activation(c.activation) {
+    : fc1(c.hidden_size, c.intermediate_size, true),
+      fc2(c.intermediate_size, c.hidden_size, true),
+      activation(c.activation) {
   register_module(fc1, "fc1");
   register_module(fc2, "fc2");
 }
@@ -89,7 +95,8 @@ Vit::Vit(const VitConfig& config)
 std::vector<at::Tensor> Vit::forward(const at::Tensor& pixels, const std::vector<int64_t>& taps, DropoutSource* dropout,
                                      bool recompute) const {
   const int64_t n = pixels.size(0);
-  const SequenceLengths rows = SequenceLengths::from_lengths(std::vector<int64_t>(n, 1 + config_.patches()), pixels.device());
+  const SequenceLengths rows =
+      SequenceLengths::from_lengths(std::vector<int64_t>(n, 1 + config_.patches()), pixels.device());
   at::Tensor x = pre_layrnorm_.forward(embeddings_.forward(pixels)).view({rows.total(), config_.hidden_size});
   std::vector<at::Tensor> outputs(taps.size());
   const int64_t last = *std::max_element(taps.begin(), taps.end());
@@ -101,7 +108,8 @@ std::vector<at::Tensor> Vit::forward(const at::Tensor& pixels, const std::vector
     const VitLayer& layer = *encoder_.layers[i];
     if (recompute && x.requires_grad()) {
       // `rows` and `dropout` outlive the backward pass only if they are captured by value.
-      x = recompute_in_backward([&layer, rows, dropout](const at::Tensor& h) { return layer.forward(h, rows, dropout); }, x);
+      x = recompute_in_backward(
+          [&layer, rows, dropout](const at::Tensor& h) { return layer.forward(h, rows, dropout); }, x);
     } else {
       x = layer.forward(x, rows, dropout);
     }

@@ -1,4 +1,5 @@
-// Vit(cfg): the pre-norm vision transformer, over images packed as rows of patches. Names are those of transformers' CLIPVisionModel.
+// Vit(cfg): the pre-norm vision transformer, over images packed as rows of patches. Names are those of transformers'
+// CLIPVisionModel.
 #pragma once
 
 #include <memory>
@@ -72,8 +73,9 @@ class VitLayer : public Module {
 class Vit : public Module {
  public:
   explicit Vit(const VitConfig& config);
-  // Hidden states after `num_layers` layers (0 = after the embeddings' norm): [N · (1 + patches), hidden], images one after the other.
-  // `pixels`: [N, 3, image, image] in the model's dtype. Layers past the last one asked for need not be loaded.
+  // Hidden states after `num_layers` layers (0 = after the embeddings' norm): [N · (1 + patches), hidden], images one
+  // after the other. `pixels`: [N, 3, image, image] in the model's dtype. Layers past the last one asked for need not
+  // be loaded.
   std::vector<at::Tensor> forward(const at::Tensor& pixels, const std::vector<int64_t>& taps, DropoutSource* dropout,
                                   bool recompute) const;
   const VitConfig& config() const { return config_; }

@@ -18,7 +18,8 @@ T field(const json& object, const char* key, T fallback) {
   try {
     return it->get<T>();
   } catch (const json::exception&) {
-    fail(code::kUnsupportedModel, std::string("config.json: \"") + key + "\" is " + it->dump() + ", which is not of the expected type.",
+    fail(code::kUnsupportedModel,
+         std::string("config.json: \"") + key + "\" is " + it->dump() + ", which is not of the expected type.",
          {{"field", key}});
   }
 }
@@ -26,7 +27,8 @@ T field(const json& object, const char* key, T fallback) {
 json section(const json& config, const char* key) {
   const auto it = config.find(key);
   if (it == config.end() || it->is_null()) return json::object();
-  if (!it->is_object()) fail(code::kUnsupportedModel, std::string("config.json: \"") + key + "\" must be an object.", {{"field", key}});
+  if (!it->is_object())
+    fail(code::kUnsupportedModel, std::string("config.json: \"") + key + "\" must be an object.", {{"field", key}});
   return *it;
 }
 
@@ -34,7 +36,8 @@ void require_type(const json& sub, const char* what, const char* expected) {
   const std::string type = field<std::string>(sub, "model_type", expected);
   if (type != expected) {
     fail(code::kUnsupportedModel,
-         std::string("config.json: ") + what + ".model_type is \"" + type + "\"; LLaVA-1.5 with \"" + expected + "\" is supported.",
+         std::string("config.json: ") + what + ".model_type is \"" + type + "\"; LLaVA-1.5 with \"" + expected +
+             "\" is supported.",
          {{"field", std::string(what) + ".model_type"}, {"found", type}});
   }
 }
@@ -42,8 +45,8 @@ void require_type(const json& sub, const char* what, const char* expected) {
 void check_positive(int64_t value, const char* key) {
   // 2^24 is far above any published size and far below what would overflow a product of two.
   if (value < 1 || value > (int64_t{1} << 24)) {
-    fail(code::kUnsupportedModel, std::string("config.json: \"") + key + "\" is " + std::to_string(value) + ", out of range.",
-         {{"field", key}});
+    fail(code::kUnsupportedModel,
+         std::string("config.json: \"") + key + "\" is " + std::to_string(value) + ", out of range.", {{"field", key}});
   }
 }
 
@@ -70,7 +73,8 @@ DecoderConfig text_config(const json& text) {
   check_positive(c.num_layers, "num_hidden_layers");
   check_positive(c.head_dim, "head_dim");
   if (c.num_heads % c.num_kv_heads != 0 || c.head_dim % 2 != 0) {
-    fail(code::kUnsupportedModel, "config.json: num_attention_heads must be a multiple of num_key_value_heads, and head_dim even.");
+    fail(code::kUnsupportedModel,
+         "config.json: num_attention_heads must be a multiple of num_key_value_heads, and head_dim even.");
   }
   if (const std::string act = field<std::string>(text, "hidden_act", "silu"); act != "silu") {
     fail(code::kUnsupportedModel, "config.json: text_config.hidden_act is \"" + act + "\"; a Llama MLP has silu.");
@@ -81,7 +85,8 @@ DecoderConfig text_config(const json& text) {
   for (const json& scaling : {rope, section(text, "rope_scaling")}) {
     const std::string type = field<std::string>(scaling, "rope_type", field<std::string>(scaling, "type", "default"));
     if (type != "default") {
-      fail(code::kUnsupportedModel, "config.json: rope_type \"" + type + "\" is not supported for LLaVA; supported: default.",
+      fail(code::kUnsupportedModel,
+           "config.json: rope_type \"" + type + "\" is not supported for LLaVA; supported: default.",
            {{"field", "rope_type"}, {"found", type}});
     }
   }
@@ -107,7 +112,8 @@ VitConfig vision_config(const json& vision) {
   check_positive(c.num_heads, "vision_config.num_attention_heads");
   check_positive(c.patch_size, "vision_config.patch_size");
   if (c.num_channels != 3 || c.hidden_size % c.num_heads != 0 || c.image_size < c.patch_size || c.image_size > 32768) {
-    fail(code::kUnsupportedModel, "config.json: vision_config has sizes that do not fit together (channels, heads, image, patch).");
+    fail(code::kUnsupportedModel,
+         "config.json: vision_config has sizes that do not fit together (channels, heads, image, patch).");
   }
   return c;
 }
@@ -118,12 +124,14 @@ Config parse_config(const json& config) {
   Config c;
   const json text = section(config, "text_config");
   c.text = text_config(text);
-  c.text.tie_word_embeddings = field<bool>(config, "tie_word_embeddings", field<bool>(text, "tie_word_embeddings", false));
+  c.text.tie_word_embeddings =
+      field<bool>(config, "tie_word_embeddings", field<bool>(text, "tie_word_embeddings", false));
   c.vision = vision_config(section(config, "vision_config"));
 
   const json layer = config.contains("vision_feature_layer") ? config["vision_feature_layer"] : json(-2);
   for (const json& tap : layer.is_array() ? layer : json::array({layer})) {
-    if (!tap.is_number_integer()) fail(code::kUnsupportedModel, "config.json: vision_feature_layer must be an integer or a list of them.");
+    if (!tap.is_number_integer())
+      fail(code::kUnsupportedModel, "config.json: vision_feature_layer must be an integer or a list of them.");
     const int64_t given = tap.get<int64_t>();
     const int64_t index = given < 0 ? c.vision.num_layers + 1 + given : given;
     if (index < 0 || index > c.vision.num_layers) {
@@ -138,7 +146,8 @@ Config parse_config(const json& config) {
 
   const std::string strategy = field<std::string>(config, "vision_feature_select_strategy", "default");
   if (strategy != "default" && strategy != "full") {
-    fail(code::kUnsupportedModel, "config.json: vision_feature_select_strategy is \"" + strategy + "\"; known are default and full.");
+    fail(code::kUnsupportedModel,
+         "config.json: vision_feature_select_strategy is \"" + strategy + "\"; known are default and full.");
   }
   c.drop_class_token = strategy == "default";
   c.projector_activation = parse_activation(field<std::string>(config, "projector_hidden_act", "gelu"));

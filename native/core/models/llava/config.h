@@ -14,7 +14,8 @@ struct Config {
   ModelInfo info;
   DecoderConfig text;
   VitConfig vision;
-  // Vision layers whose outputs are used, counted from 0 = the embeddings (transformers' `vision_feature_layer` made positive).
+  // Vision layers whose outputs are used, counted from 0 = the embeddings (transformers' `vision_feature_layer` made
+  // positive).
   std::vector<int64_t> taps;
   bool drop_class_token = true;  // vision_feature_select_strategy: default
   Activation projector_activation = Activation::kGelu;

@@ -37,7 +37,9 @@ std::string canonical_key(const std::string& key) {
 }
 
 bool is_unused_key(const nlohmann::json& config, const std::string& key) {
-  if (starts_with(key, std::string(kVision) + "post_layernorm.") || key == std::string(kVision) + "embeddings.position_ids") return true;
+  if (starts_with(key, std::string(kVision) + "post_layernorm.") ||
+      key == std::string(kVision) + "embeddings.position_ids")
+    return true;
   if (key.find(".rotary_emb.inv_freq") != std::string::npos) return true;  // a buffer that old versions saved
   const std::string layers = std::string(kVision) + "encoder.layers.";
   return starts_with(key, layers) && std::atoll(key.c_str() + layers.size()) >= parse_config(config).vision.num_layers;
@@ -74,8 +76,9 @@ class Llava : public VisionLanguageModel {
     const int64_t size = config_.vision.image_size;
     for (const at::Tensor& image : images) {
       if (image.size(1) != size || image.size(2) != size) {
-        fail(code::kImage, "The processor made a picture of " + std::to_string(image.size(2)) + "×" + std::to_string(image.size(1)) +
-                               " pixels, but the vision tower takes " + std::to_string(size) + "×" + std::to_string(size) +
+        fail(code::kImage, "The processor made a picture of " + std::to_string(image.size(2)) + "×" +
+                               std::to_string(image.size(1)) + " pixels, but the vision tower takes " +
+                               std::to_string(size) + "×" + std::to_string(size) +
                                ": preprocessor_config.json and config.json are not of one model.");
       }
     }
@@ -104,7 +107,8 @@ class Llava : public VisionLanguageModel {
   std::optional<Linear> lm_head_;
 };
 
-std::unique_ptr<VisionLanguageModel> create(const nlohmann::json& config, const std::function<bool(const std::string&)>& has_key) {
+std::unique_ptr<VisionLanguageModel> create(const nlohmann::json& config,
+                                            const std::function<bool(const std::string&)>& has_key) {
   const Config parsed = parse_config(config);
   // transformers 5: tied only if the config says so; a head that is in the file is kept all the same.
   const bool own_head = !parsed.text.tie_word_embeddings || has_key("lm_head.weight");
