@@ -28,7 +28,12 @@ async function answers(dir, adapter) {
   try {
     const texts = [];
     for (const { image, question } of heldOut) {
-      const { text } = await model.generate({ messages: [{ role: 'user', content: question }], images: [image], temperature: 0, maxNewTokens: 24 });
+      const { text } = await model.generate({
+        messages: [{ role: 'user', content: question }],
+        images: [image],
+        temperature: 0,
+        maxNewTokens: 24,
+      });
       texts.push(text.trim());
     }
     return texts;
@@ -40,7 +45,8 @@ async function answers(dir, adapter) {
 const accuracyOf = (texts) => texts.filter((text, i) => text === heldOut[i].expected).length / texts.length;
 
 function show(texts) {
-  for (let i = 0; i < 5; i++) console.log(`  ${shown(heldOut[i].image)}   expected ${heldOut[i].expected}   answered ${texts[i]}`);
+  for (let i = 0; i < 5; i++)
+    console.log(`  ${shown(heldOut[i].image)}   expected ${heldOut[i].expected}   answered ${texts[i]}`);
 }
 
 title('1. What the base model says');
@@ -57,7 +63,9 @@ for await (const event of run) progress.handle(event);
 progress.close();
 const trained = await run;
 const share = trained.trainableParams / trained.totalParams;
-console.log(`  ${trained.steps} steps; ${trained.trainableParams} of ${trained.totalParams} parameters trained (${percent(share)}); loss at the end ${trained.finalLoss.toFixed(4)}`);
+console.log(
+  `  ${trained.steps} steps; ${trained.trainableParams} of ${trained.totalParams} parameters trained (${percent(share)}); loss at the end ${trained.finalLoss.toFixed(4)}`,
+);
 
 title('3. What the fine-tuned model says');
 const after = await answers(modelDir, trained.adapterDir);
@@ -68,10 +76,14 @@ console.log(`  right: ${percent(tunedAccuracy)} of ${heldOut.length} (base: ${pe
 title('4. Merging the adapter into the weights');
 await rm(mergedDir, { recursive: true, force: true });
 const merged = await mergeAdapter({ model: modelDir, adapter: trained.adapterDir, outputDir: mergedDir });
-console.log(`  ${merged.mergedTensors} tensors merged; largest rounding error ${merged.maxAbsError.toExponential(1)} (stored in bfloat16)`);
+console.log(
+  `  ${merged.mergedTensors} tensors merged; largest rounding error ${merged.maxAbsError.toExponential(1)} (stored in bfloat16)`,
+);
 const mergedAnswers = await answers(mergedDir);
 const alike = mergedAnswers.filter((text, i) => text === after[i]).length;
-console.log(`  the merged model gives the same answer to ${alike} of ${heldOut.length} pictures; right: ${percent(accuracyOf(mergedAnswers))}`);
+console.log(
+  `  the merged model gives the same answer to ${alike} of ${heldOut.length} pictures; right: ${percent(accuracyOf(mergedAnswers))}`,
+);
 
 title('Where everything is');
 console.log(`  adapter (PEFT format)    ${shown(trained.adapterDir)}

@@ -5,8 +5,8 @@ import { fileURLToPath } from 'node:url';
 import { random, randomScene, writePicture } from './pictures.mjs';
 import { CODE_QUESTION, stockCode } from './questions.mjs';
 
-const TRAINING = 240;
-const HELD_OUT = 60;
+const TRAINING = 400;
+const HELD_OUT = 80;
 const dir = fileURLToPath(new URL('../data', import.meta.url));
 
 await rm(dir, { recursive: true, force: true });

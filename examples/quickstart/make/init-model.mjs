@@ -37,7 +37,12 @@ export async function initModel(dir, seed) {
     processor_class: 'LlavaProcessor',
     tokenizer_class: 'LlamaTokenizer',
   });
-  await json('special_tokens_map.json', { bos_token: '<s>', eos_token: '</s>', unk_token: '<unk>', pad_token: '<pad>' });
+  await json('special_tokens_map.json', {
+    bos_token: '<s>',
+    eos_token: '</s>',
+    unk_token: '<unk>',
+    pad_token: '<pad>',
+  });
   await json('chat_template.json', { chat_template: CHAT_TEMPLATE });
   await json('generation_config.json', { bos_token_id: 1, eos_token_id: 2, pad_token_id: tokenizer.pad });
   await json('preprocessor_config.json', {
@@ -153,7 +158,9 @@ function safetensors(tensors, rng) {
   for (const [name, shape, spread] of tensors) {
     const values = new Float32Array(shape.reduce((a, b) => a * b, 1));
     if (spread === 'one') values.fill(1);
-    else if (spread > 0) for (let i = 0; i < values.length; i++) values[i] = spread * Math.sqrt(-2 * Math.log(1 - rng())) * Math.cos(2 * Math.PI * rng());
+    else if (spread > 0)
+      for (let i = 0; i < values.length; i++)
+        values[i] = spread * Math.sqrt(-2 * Math.log(1 - rng())) * Math.cos(2 * Math.PI * rng());
     const bits = new Uint32Array(values.buffer);
     const half = Uint16Array.from(bits, (word) => (word + 0x7fff + ((word >>> 16) & 1)) >>> 16);
     parts.push(Buffer.from(half.buffer));

@@ -37,7 +37,7 @@ export function randomScene(rng) {
 }
 
 // Centres in a square of side 1; the group's members stand at these offsets from its centre.
-const CENTRES = { left: [0.25, 0.5], right: [0.75, 0.5], top: [0.5, 0.25], bottom: [0.5, 0.75], middle: [0.5, 0.5] };
+const CENTRES = { left: [0.28, 0.5], right: [0.72, 0.5], top: [0.5, 0.28], bottom: [0.5, 0.72], middle: [0.5, 0.5] };
 const LAYOUTS = {
   1: [[0, 0]],
   2: [
@@ -59,7 +59,7 @@ const LAYOUTS = {
 
 const INSIDE = {
   circle: (x, y) => x * x + y * y <= 1,
-  square: (x, y) => Math.abs(x) <= 0.88 && Math.abs(y) <= 0.88,
+  square: (x, y) => Math.abs(x) <= 0.92 && Math.abs(y) <= 0.92,
   triangle: (x, y) => y <= 0.85 && y >= -0.95 && Math.abs(x) <= ((y + 0.95) / 1.8) * 1.05,
   cross: (x, y) => (Math.abs(x) <= 0.34 && Math.abs(y) <= 1) || (Math.abs(y) <= 0.34 && Math.abs(x) <= 1),
 };
@@ -71,8 +71,8 @@ export function draw(scene, width, height, rng) {
   const base = [205 + rng() * 45, 205 + rng() * 45, 205 + rng() * 45];
   const tilt = [(rng() - 0.5) * 24, (rng() - 0.5) * 24];
   const ink = COLOURS[scene.colour].map((value) => Math.max(0, Math.min(255, value + (rng() - 0.5) * 24)));
-  const radius = (0.085 + rng() * 0.025) * side;
-  const spread = radius * 2.35;
+  const radius = (0.1 + rng() * 0.025) * side;
+  const spread = radius * 2.3;
   const [cx, cy] = CENTRES[scene.place].map((value) => value + (rng() - 0.5) * 0.06);
   const members = LAYOUTS[scene.count].map(([dx, dy]) => [
     x0 + cx * side + dx * spread + (rng() - 0.5) * radius * 0.2,
@@ -98,7 +98,8 @@ export function draw(scene, width, height, rng) {
       covered = Math.min(1, covered);
       const shade = (tilt[0] * x) / width + (tilt[1] * y) / height;
       const at = (y * width + x) * 3;
-      for (let c = 0; c < 3; c++) data[at + c] = Math.max(0, Math.min(255, covered * ink[c] + (1 - covered) * (base[c] + shade)));
+      for (let c = 0; c < 3; c++)
+        data[at + c] = Math.max(0, Math.min(255, covered * ink[c] + (1 - covered) * (base[c] + shade)));
     }
   }
   return data;
@@ -120,5 +121,8 @@ const SIZES = [
 export async function writePicture(path, scene, rng) {
   const [width, height] = pick(SIZES, rng);
   const image = sharp(draw(scene, width, height, rng), { raw: { width, height, channels: 3 } });
-  await (path.endsWith('.jpg') ? image.jpeg({ quality: 82 + Math.floor(rng() * 12) }) : image.png({ compressionLevel: 6 })).toFile(path);
+  await (path.endsWith('.jpg')
+    ? image.jpeg({ quality: 82 + Math.floor(rng() * 12) })
+    : image.png({ compressionLevel: 6 })
+  ).toFile(path);
 }

@@ -4,10 +4,14 @@ const SPECIAL = ['<unk>', '<s>', '</s>'];
 
 /** `lines`: the corpus; `alphabet`: single characters to have in any case. */
 export function trainTokenizer({ lines, alphabet }, merges) {
-  const vocabulary = [...SPECIAL, ...Array.from({ length: 256 }, (_, i) => `<0x${i.toString(16).toUpperCase().padStart(2, '0')}>`)];
+  const vocabulary = [
+    ...SPECIAL,
+    ...Array.from({ length: 256 }, (_, i) => `<0x${i.toString(16).toUpperCase().padStart(2, '0')}>`),
+  ];
   const words = new Map();
   for (const line of lines) {
-    for (const word of `▁${line.replaceAll(' ', '▁')}`.match(/▁?[^▁]+|▁/g) ?? []) words.set(word, (words.get(word) ?? 0) + 1);
+    for (const word of `▁${line.replaceAll(' ', '▁')}`.match(/▁?[^▁]+|▁/g) ?? [])
+      words.set(word, (words.get(word) ?? 0) + 1);
   }
   const pieces = [...words].map(([word, count]) => ({ parts: [...word], count }));
   const characters = new Set(['▁', ...alphabet, ...pieces.flatMap(({ parts }) => parts)]);
@@ -40,7 +44,15 @@ export function trainTokenizer({ lines, alphabet }, merges) {
 
   const image = vocabulary.push('<image>') - 1;
   const pad = vocabulary.push('<pad>') - 1;
-  const added = (id, content) => ({ id, content, single_word: false, lstrip: false, rstrip: false, normalized: false, special: true });
+  const added = (id, content) => ({
+    id,
+    content,
+    single_word: false,
+    lstrip: false,
+    rstrip: false,
+    normalized: false,
+    special: true,
+  });
   return {
     image,
     pad,

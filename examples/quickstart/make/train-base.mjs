@@ -40,7 +40,9 @@ for (let i = 0; i < Number(options.pictures); i++) {
   const scene = randomScene(rng);
   const name = `${i}.${rng() < 0.5 ? 'png' : 'jpg'}`;
   rows.push({ id: String(i), image: name, conversations: conversation(scene, TURNS, rng) });
-  const written = writePicture(join(options.work, 'images', name), scene, random(1000 + i)).then(() => writing.delete(written));
+  const written = writePicture(join(options.work, 'images', name), scene, random(1000 + i)).then(() =>
+    writing.delete(written),
+  );
   writing.add(written);
   if (writing.size >= 32) await Promise.race(writing);
   if (i % 10 === 0) rows.push({ id: `copy-${i}`, conversations: copyRow(rng) });
@@ -73,7 +75,9 @@ const run = trainLoRA({
 });
 for await (const event of run) {
   if (event.type === 'step') {
-    console.log(`${seconds()} s: step ${event.step} epoch ${event.epoch.toFixed(2)} loss ${event.loss.toFixed(4)} token accuracy ${event.tokenAccuracy.toFixed(4)}`);
+    console.log(
+      `${seconds()} s: step ${event.step} epoch ${event.epoch.toFixed(2)} loss ${event.loss.toFixed(4)} token accuracy ${event.tokenAccuracy.toFixed(4)}`,
+    );
   } else if (event.type === 'warning') console.log(`warning: ${event.message}`);
 }
 const result = await run;
@@ -93,4 +97,6 @@ for (const name of [
 ]) {
   await cp(join(result.outputDir, name), join(options.out, name));
 }
-console.log(`${seconds()} s: ${result.steps} steps, loss ${result.finalLoss.toFixed(4)}; the model is in ${options.out}`);
+console.log(
+  `${seconds()} s: ${result.steps} steps, loss ${result.finalLoss.toFixed(4)}; the model is in ${options.out}`,
+);
