@@ -55,15 +55,24 @@ export interface ImagePlan {
   crop?: { top: number; left: number; height: number; width: number };
   /** Applied as (x − mean/rescale) / (std/rescale), in float32 (transformers 5's fused form). */
   rescale: number;
+  /**
+   * Cut into patches, [grid.t · grid.h · grid.w, 3 · temporal · size · size], `merge`² neighbours one after the other (Qwen2-VL's order); a
+   * last temporal patch that is not full repeats its last frame. Absent: one [3, H, W].
+   */
+  patches?: { size: number; temporal: number; merge: number };
   mean: [number, number, number];
   std: [number, number, number];
 }
 
-/** One decoded picture: `buffer` is an index into the job's buffers: RGB, uint8, height × width × 3. */
+/** One decoded picture or video: `buffer` is an index into the job's buffers: RGB, uint8, frames × height × width × 3. */
 export interface ImageArg {
   buffer: number;
   width: number;
   height: number;
+  /** Present = a video of this many frames (1 or more): its features go to video tokens, not to image tokens. */
+  frames?: number;
+  /** Seconds between two temporal patches, where the family's positions use it. */
+  secondsPerGrid?: number;
   plan: ImagePlan;
 }
 

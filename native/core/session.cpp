@@ -301,10 +301,11 @@ json Session::Impl::score(const Args& args, Reply& reply, JobContext& job) {
   const PackedBatch batch = pack({&sample}, loaded(), device);
   if (batch.labelled == 0) fail(code::kConfig, "No token is labelled: score needs an assistant message.");
   const Decoder& decoder = model->decoder();
-  at::Tensor hidden = embed(*model, batch, {}, /*vision_needs_grad=*/false);
-  job.check();
+  const ForwardOptions forward = {.job = &job};
+  at::Tensor hidden = embed(*model, batch, forward, /*vision_needs_grad=*/false);
   DecoderPass pass;
   pass.rows = &batch.rows;
+  pass.options = forward;
   pass.rotary = decoder.rotary(batch.positions, hidden.scalar_type());
   hidden = decoder.norm.forward(decoder.forward(hidden, pass).index_select(0, batch.predict_rows));
   const at::Tensor logprobs = target_logprobs(hidden, model->head_weight(), batch.targets).to(at::kCPU);

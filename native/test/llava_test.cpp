@@ -221,8 +221,7 @@ TEST("gradient checkpointing gives the gradients of LoRA with dropout to the bit
     DecoderPass pass;
     pass.rows = &batch.rows;
     pass.rotary = model->decoder().rotary(batch.positions, at::kFloat);
-    pass.dropout = &dropout;
-    pass.recompute = recompute;
+    pass.options = {.dropout = &dropout, .recompute = recompute};
     at::Tensor input = embed(*model, batch, {}, false).detach().requires_grad_(true);
     for (auto& [path, layer] : adapter.layers) layer.a.mutable_grad() = layer.b.mutable_grad() = at::Tensor();
     torch::autograd::backward({model->decoder().forward(input, pass).pow(2).sum()});

@@ -220,7 +220,7 @@ TEST("recompute gives the same gradients to the bit, and runs the layer twice") 
     const at::Tensor x = leaf(randn({4, 16}, 3));
     w.mutable_grad() = at::Tensor();
     at::Tensor y = x;
-    for (int i = 0; i < 3; ++i) y = recompute ? recompute_in_backward(layer, y) : layer(y);
+    for (int i = 0; i < 3; ++i) y = run_layer(layer, y, {.recompute = recompute});
     torch::autograd::backward({y}, {dy});
     return std::vector<at::Tensor>{y.detach(), x.grad(), w.grad()};
   };
@@ -234,13 +234,23 @@ TEST("recompute gives the same gradients to the bit, and runs the layer twice") 
 TEST("an exception inside a recomputed layer comes out of the backward pass") {
   int runs = 0;
   const at::Tensor x = leaf(randn({2, 2}, 1));
-  const at::Tensor y = recompute_in_backward(
+  const at::Tensor y = run_layer(
       [&](const at::Tensor& input) {
         if (++runs == 2) fail(code::kAborted, "second run");
         return input * 2;
       },
-      x);
+      x, {.recompute = true});
   EXPECT_THROWS_CODE(code::kAborted, torch::autograd::backward({y.sum()}));
+}
+
+TEST("a cancelled job ends at the next layer, forward and backward") {
+  JobContext job([](std::string) {});
+  const auto layer = [](const at::Tensor& input) { return input * 2; };
+  const at::Tensor x = leaf(randn({2, 2}, 1));
+  const at::Tensor y = run_layer(layer, x, {.job = &job});
+  job.cancel();
+  EXPECT_THROWS_CODE(code::kAborted, torch::autograd::backward({y.sum()}));
+  EXPECT_THROWS_CODE(code::kAborted, run_layer(layer, x, {.job = &job}));
 }
 
 TEST("Module::load fills the tree in the dtype asked for, with copies of its own") {

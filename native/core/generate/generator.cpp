@@ -48,7 +48,8 @@ Generation generate(const VisionLanguageModel& model, const Sample& prompt, cons
   const int64_t limit = std::min(options.max_new_tokens, room);
 
   Stopwatch watch(device);
-  at::Tensor hidden = embed(model, batch, {}, /*vision_needs_grad=*/false);
+  const ForwardOptions forward = {.job = &job};
+  at::Tensor hidden = embed(model, batch, forward, /*vision_needs_grad=*/false);
   out.vision_ms = watch.lap_ms();
   job.check();
 
@@ -56,6 +57,7 @@ Generation generate(const VisionLanguageModel& model, const Sample& prompt, cons
   DecoderPass pass;
   pass.rows = &batch.rows;
   pass.cache = &cache;
+  pass.options = forward;
   pass.rotary = decoder.rotary(batch.positions, hidden.scalar_type());
   hidden = decoder.forward(hidden, pass);
   const auto logits_at_end = [&](const at::Tensor& states) {

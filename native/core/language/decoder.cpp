@@ -4,8 +4,6 @@
 
 #include <algorithm>
 
-#include "core/nn/checkpoint.h"
-
 namespace martlet {
 
 std::pair<at::Tensor, at::Tensor> KvCache::append(int64_t layer, const at::Tensor& k, const at::Tensor& v) {
@@ -43,10 +41,11 @@ DecoderAttention::DecoderAttention(const DecoderConfig& c)
 
 at::Tensor DecoderAttention::forward(const at::Tensor& x, const DecoderPass& pass, int64_t layer) const {
   const int64_t tokens = x.size(0);
-  const at::Tensor q = apply_rotary(q_proj.forward(x, pass.dropout).view({tokens, num_heads_, head_dim_}), pass.rotary);
+  const at::Tensor q =
+      apply_rotary(q_proj.forward(x, pass.options.dropout).view({tokens, num_heads_, head_dim_}), pass.rotary);
   const at::Tensor k =
-      apply_rotary(k_proj.forward(x, pass.dropout).view({tokens, num_kv_heads_, head_dim_}), pass.rotary);
-  const at::Tensor v = v_proj.forward(x, pass.dropout).view({tokens, num_kv_heads_, head_dim_});
+      apply_rotary(k_proj.forward(x, pass.options.dropout).view({tokens, num_kv_heads_, head_dim_}), pass.rotary);
+  const at::Tensor v = v_proj.forward(x, pass.options.dropout).view({tokens, num_kv_heads_, head_dim_});
   at::Tensor mixed;
   if (pass.cache != nullptr && pass.cache->length() > 0) {
     const auto [keys, values] = pass.cache->append(layer, k, v);
@@ -55,7 +54,7 @@ at::Tensor DecoderAttention::forward(const at::Tensor& x, const DecoderPass& pas
     if (pass.cache != nullptr) pass.cache->append(layer, k, v);
     mixed = packed_attention(q, k, v, *pass.rows, /*causal=*/true);
   }
-  return o_proj.forward(mixed.reshape({tokens, num_heads_ * head_dim_}), pass.dropout);
+  return o_proj.forward(mixed.reshape({tokens, num_heads_ * head_dim_}), pass.options.dropout);
 }
 
 GatedMlp::GatedMlp(const DecoderConfig& c)
@@ -84,7 +83,7 @@ DecoderLayer::DecoderLayer(const DecoderConfig& c)
 
 at::Tensor DecoderLayer::forward(const at::Tensor& x, const DecoderPass& pass, int64_t layer) const {
   const at::Tensor h = x + self_attn.forward(input_layernorm.forward(x), pass, layer);
-  return h + mlp.forward(post_attention_layernorm.forward(h), pass.dropout);
+  return h + mlp.forward(post_attention_layernorm.forward(h), pass.options.dropout);
 }
 
 Decoder::Decoder(const DecoderConfig& config)
@@ -104,12 +103,8 @@ RotaryTable Decoder::rotary(const at::Tensor& positions, at::ScalarType dtype) c
 at::Tensor Decoder::forward(at::Tensor hidden, const DecoderPass& pass) const {
   for (int64_t i = 0; i < config_.num_layers; ++i) {
     const DecoderLayer& layer = *layers[i];
-    if (pass.recompute && hidden.requires_grad()) {
-      hidden =
-          recompute_in_backward([&layer, &pass, i](const at::Tensor& x) { return layer.forward(x, pass, i); }, hidden);
-    } else {
-      hidden = layer.forward(hidden, pass, i);
-    }
+    hidden =
+        run_layer([&layer, &pass, i](const at::Tensor& x) { return layer.forward(x, pass, i); }, hidden, pass.options);
   }
   if (pass.cache != nullptr) pass.cache->advance(hidden.size(0));
   return hidden;

@@ -7,6 +7,7 @@
 
 #include "core/nn/activation.h"
 #include "core/nn/attention.h"
+#include "core/nn/checkpoint.h"
 #include "core/nn/linear.h"
 #include "core/nn/norm.h"
 #include "core/nn/rope.h"
@@ -51,9 +52,8 @@ class KvCache {
 struct DecoderPass {
   const SequenceLengths* rows = nullptr;
   RotaryTable rotary;
-  KvCache* cache = nullptr;          // inference only; with a non-empty cache the pass is one new position
-  DropoutSource* dropout = nullptr;  // training only
-  bool recompute = false;
+  KvCache* cache = nullptr;  // inference only; with a non-empty cache the pass is one new position
+  ForwardOptions options;
 };
 
 class DecoderAttention : public Module {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/language/decoder.h"
+#include "core/nn/checkpoint.h"
 #include "core/nn/module.h"
 
 namespace martlet {
@@ -20,11 +21,6 @@ struct ModelInfo {
   int64_t vocab_size = 0;
   int64_t max_positions = 0;
   int64_t image_token_id = -1;
-};
-
-struct ForwardOptions {
-  DropoutSource* dropout = nullptr;  // training only
-  bool recompute = false;
 };
 
 class VisionLanguageModel : public Module {

@@ -34,10 +34,29 @@ struct RecomputeFunction : public torch::autograd::Function<RecomputeFunction> {
   }
 };
 
+// The identity; its backward asks whether the job was cancelled.
+struct CancellableFunction : public torch::autograd::Function<CancellableFunction> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, int64_t job) {
+    ctx->saved_data["job"] = job;
+    return x.view_as(x);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
+    reinterpret_cast<const JobContext*>(ctx->saved_data["job"].toInt())->check();
+    return {grads[0], at::Tensor()};
+  }
+};
+
 }  // namespace
 
-at::Tensor recompute_in_backward(std::function<at::Tensor(const at::Tensor&)> fn, const at::Tensor& x) {
-  return RecomputeFunction::apply(x, c10::make_intrusive<LayerFunction>(std::move(fn)));
+at::Tensor run_layer(std::function<at::Tensor(const at::Tensor&)> fn, const at::Tensor& x,
+                     const ForwardOptions& options) {
+  if (options.job != nullptr) options.job->check();
+  if (!x.requires_grad()) return fn(x);
+  at::Tensor y =
+      options.recompute ? RecomputeFunction::apply(x, c10::make_intrusive<LayerFunction>(std::move(fn))) : fn(x);
+  // The job outlives the backward pass, which it runs.
+  return options.job == nullptr ? y : CancellableFunction::apply(y, reinterpret_cast<int64_t>(options.job));
 }
 
 }  // namespace martlet

@@ -1,14 +1,23 @@
-// Activation recompute: a layer keeps only its input and is run again in the backward pass.
+// One layer of a stack: can be cancelled between layers in both directions, and can be recomputed in the backward pass.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <functional>
 
+#include "core/base/job.h"
+#include "core/lora/lora_layer.h"
+
 namespace martlet {
 
-// fn(x) without keeping what it computed; x must require grad for gradients to flow. Parameters that fn uses get their
-// gradients during the second run, in their .grad.
-at::Tensor recompute_in_backward(std::function<at::Tensor(const at::Tensor&)> fn, const at::Tensor& x);
+struct ForwardOptions {
+  DropoutSource* dropout = nullptr;  // training only
+  bool recompute = false;            // keep only each layer's input, run the layer again in the backward pass
+  const JobContext* job = nullptr;   // asked for cancellation at each layer, forward and backward
+};
+
+// fn(x). With `recompute`, parameters that fn uses get their gradients during the second run, in their .grad.
+at::Tensor run_layer(std::function<at::Tensor(const at::Tensor&)> fn, const at::Tensor& x,
+                     const ForwardOptions& options);
 
 }  // namespace martlet

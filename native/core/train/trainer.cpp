@@ -115,14 +115,14 @@ StepResult Trainer::run(const std::vector<MicroBatch>& micro_batches, bool train
       ForwardOptions options;
       options.dropout = train ? &dropout_ : nullptr;
       options.recompute = train && options_.recompute;
+      options.job = &job;
       at::Tensor hidden = embed(model_, batch, options, vision_trains);
       // Recomputed layers need an input that requires grad even where nothing before them is trained.
       if (options.recompute && !hidden.requires_grad()) hidden.requires_grad_(true);
       DecoderPass pass;  // outlives the backward pass, which runs recomputed layers again
       pass.rows = &batch.rows;
       pass.rotary = model_.decoder().rotary(batch.positions, hidden.scalar_type());
-      pass.dropout = options.dropout;
-      pass.recompute = options.recompute;
+      pass.options = options;
       hidden = model_.decoder().forward(hidden, pass);
       const at::Tensor selected = model_.decoder().norm.forward(hidden.index_select(0, batch.predict_rows));
       const LossOutput loss = chunked_cross_entropy(selected, model_.head_weight(), batch.targets, scale);

@@ -4,8 +4,6 @@
 
 #include <algorithm>
 
-#include "core/nn/checkpoint.h"
-
 namespace martlet {
 
 VitEmbeddings::PatchEmbedding::PatchEmbedding(const VitConfig& c) {
@@ -92,8 +90,8 @@ Vit::Vit(const VitConfig& config)
   register_module(encoder_, "encoder");
 }
 
-std::vector<at::Tensor> Vit::forward(const at::Tensor& pixels, const std::vector<int64_t>& taps, DropoutSource* dropout,
-                                     bool recompute) const {
+std::vector<at::Tensor> Vit::forward(const at::Tensor& pixels, const std::vector<int64_t>& taps,
+                                     const ForwardOptions& options) const {
   const int64_t n = pixels.size(0);
   const SequenceLengths rows =
       SequenceLengths::from_lengths(std::vector<int64_t>(n, 1 + config_.patches()), pixels.device());
@@ -106,13 +104,10 @@ std::vector<at::Tensor> Vit::forward(const at::Tensor& pixels, const std::vector
     }
     if (i == last) break;
     const VitLayer& layer = *encoder_.layers[i];
-    if (recompute && x.requires_grad()) {
-      // `rows` and `dropout` outlive the backward pass only if they are captured by value.
-      x = recompute_in_backward(
-          [&layer, rows, dropout](const at::Tensor& h) { return layer.forward(h, rows, dropout); }, x);
-    } else {
-      x = layer.forward(x, rows, dropout);
-    }
+    // `rows` and `dropout` outlive the backward pass only if they are captured by value.
+    x = run_layer(
+        [&layer, rows, dropout = options.dropout](const at::Tensor& h) { return layer.forward(h, rows, dropout); }, x,
+        options);
   }
   return outputs;
 }

@@ -7,6 +7,7 @@
 
 #include "core/nn/activation.h"
 #include "core/nn/attention.h"
+#include "core/nn/checkpoint.h"
 #include "core/nn/linear.h"
 #include "core/nn/norm.h"
 
@@ -76,8 +77,8 @@ class Vit : public Module {
   // Hidden states after `num_layers` layers (0 = after the embeddings' norm): [N · (1 + patches), hidden], images one
   // after the other. `pixels`: [N, 3, image, image] in the model's dtype. Layers past the last one asked for need not
   // be loaded.
-  std::vector<at::Tensor> forward(const at::Tensor& pixels, const std::vector<int64_t>& taps, DropoutSource* dropout,
-                                  bool recompute) const;
+  std::vector<at::Tensor> forward(const at::Tensor& pixels, const std::vector<int64_t>& taps,
+                                  const ForwardOptions& options) const;
   const VitConfig& config() const { return config_; }
 
  private:

@@ -84,7 +84,7 @@ class Llava : public VisionLanguageModel {
     }
     const at::Tensor& like = projector_.linear_1.weight.value;
     const at::Tensor pixels = at::stack(images).to(like.device(), like.scalar_type());
-    std::vector<at::Tensor> states = vision_tower_.forward(pixels, config_.taps, options.dropout, options.recompute);
+    std::vector<at::Tensor> states = vision_tower_.forward(pixels, config_.taps, options);
     const int64_t width = config_.vision.hidden_size, tokens = 1 + config_.vision.patches();
     for (at::Tensor& state : states) {
       state = state.view({-1, tokens, width});
