@@ -1,7 +1,8 @@
 /** Two dialects in, flat keys out: the tutorial's nested YAML, and ms-swift's flat keys under any of their names. */
 import { join } from 'node:path';
+import type { z } from 'zod';
 import { nearest } from '../suggest.js';
-import { ALIASES, IGNORED, TRAIN_CONFIG_KEYS, UNSUPPORTED } from './schema.js';
+import { ALIASES, IGNORED, TRAIN_CONFIG_KEYS, type TrainConfig, trainConfigSchema, UNSUPPORTED } from './schema.js';
 
 export interface Problem {
   /** Path in the file as written, e.g. `train_args.learning_rat`. */
@@ -18,13 +19,16 @@ export interface FlatConfig {
 }
 
 /** Sections of the tutorial's YAML whose keys are flat keys. */
-const SECTIONS = new Set(['model_args', 'lora_args', 'train_args']);
+export const SECTIONS = new Set(['model_args', 'lora_args', 'train_args']);
 const KNOWN_KEYS = [
   ...TRAIN_CONFIG_KEYS,
   ...Object.keys(ALIASES),
   ...Object.keys(UNSUPPORTED),
   ...Object.keys(IGNORED),
   ...SECTIONS,
+  'fp16',
+  'bf16',
+  'strict',
 ];
 
 const MODEL_ALIASES: Record<string, string> = { 'qwen/Qwen-VL-Chat-7B': 'Qwen/Qwen-VL-Chat' };
@@ -40,6 +44,9 @@ const snakeCase = (key: string) =>
   key.replaceAll(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`).replaceAll('-', '_');
 const isObject = (value: unknown): value is Record<string, unknown> =>
   typeof value === 'object' && value !== null && !Array.isArray(value);
+/** A name's other spelling, if it is in the table: names come from outside, so `constructor` must not find Object's. */
+const spelling = (table: Record<string, string>, name: string) =>
+  Object.hasOwn(table, name) ? (table[name] as string) : name;
 const sameValue = (a: unknown, b: unknown) => JSON.stringify(a) === JSON.stringify(b);
 
 export function flatten(raw: Record<string, unknown>): FlatConfig {
@@ -73,10 +80,15 @@ export function flatten(raw: Record<string, unknown>): FlatConfig {
       else if (value) precision.push({ path, dtype: key === 'fp16' ? 'float16' : 'bfloat16' });
       return;
     }
-    const target = ALIASES[key] ?? key;
+    if (key === 'strict' && typeof value === 'boolean') {
+      set('on_bad_row', value ? 'error' : 'skip', path);
+      return;
+    }
+    const target = spelling(ALIASES, key);
     if ((TRAIN_CONFIG_KEYS as string[]).includes(target)) {
       if (value === undefined) return;
-      set(target, convert(target, value, path, flat), path);
+      const nested = target === 'dataset' && isObject(value) && 'train' in value;
+      set(target, convert(target, value, path, flat), nested ? `${path}.train` : path);
     } else if (Object.hasOwn(UNSUPPORTED, key)) {
       if (!UNSUPPORTED[key]?.some((fallback) => sameValue(fallback, value))) {
         flat.problems.push({
@@ -111,11 +123,19 @@ export function flatten(raw: Record<string, unknown>): FlatConfig {
   return flat;
 }
 
+/** What a key's value must be, by any of the key's names. */
+export function schemaOf(name: string): z.ZodType | undefined {
+  const target = spelling(ALIASES, snakeCase(name));
+  return Object.hasOwn(trainConfigSchema.shape, target)
+    ? trainConfigSchema.shape[target as keyof TrainConfig]
+    : undefined;
+}
+
 /** Spellings of a value: names of dtypes, one item for a list, the tutorial's dataset section. */
 function convert(key: string, value: unknown, path: string, flat: FlatConfig): unknown {
   switch (key) {
     case 'model':
-      return typeof value === 'string' ? (MODEL_ALIASES[value] ?? value) : value;
+      return typeof value === 'string' ? spelling(MODEL_ALIASES, value) : value;
     case 'torch_dtype': {
       if (value === null) return 'auto';
       if (value === 'int8' || value === 'int4' || value === 'nf4') {
@@ -126,7 +146,7 @@ function convert(key: string, value: unknown, path: string, flat: FlatConfig): u
         return 'auto';
       }
       const name = typeof value === 'string' ? value.replace(/^torch\./, '') : value;
-      return typeof name === 'string' ? (DTYPES[name] ?? name) : name;
+      return typeof name === 'string' ? spelling(DTYPES, name) : name;
     }
     case 'sft_type':
       if (value === 'qlora') {
@@ -152,6 +172,8 @@ function convert(key: string, value: unknown, path: string, flat: FlatConfig): u
     case 'report_to':
       return value === null ? [] : Array.isArray(value) ? value : [value];
     case 'target_modules':
+      // A plain name as a regular expression over whole paths would match nothing.
+      if (typeof value === 'string' && /^[\w.]+$/.test(value)) return [value];
       return Array.isArray(value) && value.length === 1 && value[0] === 'all-linear' ? 'all-linear' : value;
     case 'dataset':
       if (isObject(value) && ('train' in value || 'eval' in value)) {

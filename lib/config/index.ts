@@ -1,9 +1,9 @@
 /** YAML, JSON or an object → one validated {@link TrainConfig}. */
 import { readFile, stat } from 'node:fs/promises';
 import { dump } from 'js-yaml';
-import { z } from 'zod';
+import type { z } from 'zod';
 import { MartletError } from '../errors.js';
-import { describe, flatten, type Problem } from './dialects.js';
+import { describe, flatten, type Problem, schemaOf } from './dialects.js';
 import { type TrainConfig, type TrainConfigInput, trainConfigSchema } from './schema.js';
 import { type Position, parseYaml, YamlSyntaxError } from './yaml.js';
 
@@ -125,7 +125,16 @@ function issueMessage(issue: z.core.$ZodIssue, path: string, values: Record<stri
     (value, key) => (value as Record<PropertyKey, unknown> | undefined)?.[key],
     values,
   );
+  const nameless = /^(.*)\.path$/.exec(path)?.[1];
+  if (given === undefined && nameless !== undefined) return `${nameless} names no file: give it a file_name or path`;
   if (given === undefined) return `${path} is missing`;
+  if (
+    typeof given === 'string' &&
+    given.trim() !== '' &&
+    Number.isFinite(Number(given)) &&
+    /number/.test(issue.message)
+  )
+    return `${path} is ${describe(given)}: write the number without quotes`;
   if (issue.code === 'invalid_union') return `${path} is ${describe(given)}, which is not of a form that it takes`;
   return `${path} is ${describe(given)}: ${issue.message.replace(/^Invalid (input|option|string): /, '')}`;
 }
@@ -152,6 +161,7 @@ function overrides(given: LoadConfigOptions['overrides']) {
         });
         continue;
       }
+      value = asText(keys.at(-1) as string, item.slice(at + 1), value);
       let target = raw;
       for (const key of keys.slice(0, -1)) {
         if (typeof target[key] !== 'object' || target[key] === null) target[key] = {};
@@ -171,6 +181,13 @@ function overrides(given: LoadConfigOptions['overrides']) {
     problems,
     warnings: flat.warnings,
   };
+}
+
+/** `--set output_dir=2024` and `--system "Answer: briefly"` are not YAML's number and section: where only text will do, text is meant. */
+function asText(key: string, text: string, value: unknown): unknown {
+  const schema = schemaOf(key);
+  if (!schema || value === null || schema.safeParse(value).success) return value;
+  return schema.safeParse(text).success ? text : value;
 }
 
 function problemsError(problems: Problem[], { file, positions }: Where): MartletError {
@@ -219,9 +236,4 @@ function complete(config: z.infer<typeof trainConfigSchema>): TrainConfig {
 /** The text of args.yaml: a config file that gives this config again. */
 export function configToYaml(config: TrainConfig): string {
   return dump(config, { lineWidth: -1 });
-}
-
-/** JSON Schema (draft 2020-12) of the flat dialect, for editors. */
-export function trainConfigJsonSchema(): object {
-  return { title: 'martlet training config', ...z.toJSONSchema(trainConfigSchema, { io: 'input' }) };
 }
