@@ -26,12 +26,10 @@ function checkTools() {
       `Node ${process.versions.node} is too old: 20.19 or later is needed. Install it: https://nodejs.org, or nvm install 20`,
     );
   }
-  const need = (command, args, install) => {
-    const { status, stdout } = spawnSync(command, args, { encoding: 'utf8' });
-    if (status !== 0)
-      problems.push(
-        `${[command, ...args.filter((arg) => !arg.startsWith('--'))].join(' ')} is missing. Install it: ${install}`,
-      );
+  const need = (tool, args, install) => {
+    const [command, ...first] = tool.split(' ');
+    const { status, stdout } = spawnSync(command, [...first, ...args], { encoding: 'utf8' });
+    if (status !== 0) problems.push(`${tool} is missing. Install it: ${install}`);
     return status === 0 ? stdout : '';
   };
   need('npm', ['--version'], 'apt-get install npm, or https://nodejs.org, which brings it');
@@ -48,7 +46,7 @@ function checkTools() {
   if (!hasNinja()) need('make', ['--version'], 'apt-get install make (or ninja-build)');
   // Only to fetch libtorch.
   if (!process.env.LIBTORCH && process.env.LIBTORCH_USE_PYTORCH !== '1')
-    need('python3', ['-m', 'pip', '--version'], 'apt-get install python3 python3-pip');
+    need('python3 -m pip', ['--version'], 'apt-get install python3 python3-pip');
   if (problems.length > 0) throw new SetupError(problems.join('\n'));
 }
 
