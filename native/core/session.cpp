@@ -365,7 +365,7 @@ Session::~Session() {
 }
 
 Reply Session::handle(const std::string& method, const std::string& args_json, const std::vector<BufferView>& buffers,
-                      JobContext& job) {
+                      JobContext& job) try {
   const Args args{json::parse(args_json), buffers};
   const json& v = args.values;
   Reply reply;
@@ -448,6 +448,10 @@ Reply Session::handle(const std::string& method, const std::string& args_json, c
   }
   reply.result = result.dump();
   return reply;
+} catch (const c10::OutOfMemoryError&) {
+  // What the job held is free by now: it goes back to the device, and the model stays usable.
+  empty_cache(impl_->device);
+  throw;
 }
 
 }  // namespace martlet
