@@ -5,6 +5,13 @@
 #include <algorithm>
 
 namespace martlet {
+namespace {
+
+// FlashAttention 2 is asked for by name: the choice of scaled_dot_product_attention may fall on cuDNN, which plans anew
+// for each length that it sees.
+bool uses_flash(const at::Tensor& q) { return q.is_cuda() && q.scalar_type() != at::kFloat; }
+
+}  // namespace
 
 SequenceLengths SequenceLengths::from_lengths(const std::vector<int64_t>& lengths, at::Device device) {
   SequenceLengths rows;
@@ -30,7 +37,7 @@ at::Tensor batched(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
 
 at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceLengths& rows,
                             bool causal) {
-  if (q.is_cuda() && q.scalar_type() != at::kFloat) {
+  if (uses_flash(q)) {
     const std::optional<double> scale = std::nullopt;
     return std::get<0>(at::_flash_attention_forward(q, k, v, rows.cu_seqlens, rows.cu_seqlens, rows.max_length,
                                                     rows.max_length, 0.0, causal, /*return_debug_mask=*/false, scale));
@@ -51,7 +58,12 @@ at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::
 }
 
 at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  return batched(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), /*causal=*/false).squeeze(0);
+  const at::Tensor query = q.unsqueeze(0), keys = k.unsqueeze(0), values = v.unsqueeze(0);
+  if (!uses_flash(q)) return batched(query, keys, values, /*causal=*/false).squeeze(0);
+  const std::optional<double> scale = std::nullopt;
+  return std::get<0>(at::_flash_attention_forward(query, keys, values, std::nullopt, std::nullopt, 1, k.size(0), 0.0,
+                                                  /*is_causal=*/false, /*return_debug_mask=*/false, scale))
+      .squeeze(0);
 }
 
 }  // namespace martlet

@@ -8,7 +8,7 @@ namespace martlet {
 RotaryTable rotary_table(const at::Tensor& positions, int64_t head_dim, double theta, at::ScalarType dtype) {
   const auto f32 = at::TensorOptions().dtype(at::kFloat).device(positions.device());
   const at::Tensor inv_freq =
-      at::pow(theta, at::arange(0, head_dim, 2, at::kLong).to(f32) / static_cast<double>(head_dim)).reciprocal();
+      at::pow(theta, at::arange(0, head_dim, 2, f32) / static_cast<double>(head_dim)).reciprocal();
   const at::Tensor angle = (positions.to(at::kFloat).unsqueeze(-1) * inv_freq).unsqueeze(1);  // [T, 1, d/2]
   return {angle.cos().to(dtype), angle.sin().to(dtype)};
 }
