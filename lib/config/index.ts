@@ -136,12 +136,14 @@ function issueMessage(issue: z.core.$ZodIssue, path: string, values: Record<stri
   )
     return `${path} is ${describe(given)}: write the number without quotes`;
   if (issue.code === 'invalid_union') return `${path} is ${describe(given)}, which is not of a form that it takes`;
-  return `${path} is ${describe(given)}: ${issue.message.replace(/^Invalid (input|option|string): /, '')}`;
+  return `${path} is ${describe(given)}: ${issue.message.replace(/^(Invalid (input|option|string)|Too (small|big)): /, '')}`;
 }
 
 /** `a.b=c` (the value is YAML) or an object, as flat keys. */
 function overrides(given: LoadConfigOptions['overrides']) {
-  const raw: Record<string, unknown> = {};
+  // without a prototype, so that `__proto__.x=1` is an unknown key and nothing more
+  const section = (): Record<string, unknown> => Object.create(null);
+  const raw = section();
   const problems: Problem[] = [];
   if (Array.isArray(given)) {
     for (const item of given) {
@@ -164,7 +166,7 @@ function overrides(given: LoadConfigOptions['overrides']) {
       value = asText(keys.at(-1) as string, item.slice(at + 1), value);
       let target = raw;
       for (const key of keys.slice(0, -1)) {
-        if (typeof target[key] !== 'object' || target[key] === null) target[key] = {};
+        if (typeof target[key] !== 'object' || target[key] === null) target[key] = section();
         target = target[key] as Record<string, unknown>;
       }
       target[keys.at(-1) as string] = value;
@@ -199,6 +201,7 @@ function problemsError(problems: Problem[], { file, positions }: Where): Martlet
       text: `${[file, position?.line, position?.column].filter((part) => part !== undefined).join(':')}${file ? ': ' : ''}${problem.message}.`,
     };
   });
+  placed.sort((a, b) => (a.line ?? 0) - (b.line ?? 0) || (a.column ?? 0) - (b.column ?? 0));
   const lines = placed.slice(0, SHOWN_PROBLEMS).map(({ text }) => text);
   if (placed.length > SHOWN_PROBLEMS) lines.push(`… and ${placed.length - SHOWN_PROBLEMS} more (details.problems)`);
   const first = placed[0];
