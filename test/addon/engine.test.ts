@@ -8,7 +8,15 @@ import { after, before, test } from 'node:test';
 import { loadModel, mergeAdapter, trainLoRA } from '../../lib/index.js';
 import { Engine } from '../../lib/native/engine.js';
 import { expectedJson, getCase, llava } from '../support/fixtures.js';
-import { CALM, LONG_QUESTION, lastJson, QUICKSTART_MODEL, runChild, slowConfig } from '../support/process.js';
+import {
+  CALM,
+  LONG_QUESTION,
+  lastJson,
+  QUICKSTART_MODEL,
+  runChild,
+  slowConfig,
+  talkative,
+} from '../support/process.js';
 import { MODEL } from '../support/train.js';
 
 Object.assign(process.env, CALM);
@@ -142,7 +150,7 @@ for (const [what, rows, microBatches] of [
 }
 
 test('an abort of a generation, and of one that waits behind it, settles within 1 s; the model goes on', async () => {
-  const model = await loadModel(QUICKSTART_MODEL, { device: 'cpu' });
+  const model = await loadModel(talkative(root), { device: 'cpu' });
   const abort = new AbortController();
   let tokens = 0;
   const running = (async () => {

@@ -3,6 +3,7 @@ import { spawn } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { brokenCopy, editJson } from './broken.js';
 import { projectRoot } from './fixtures.js';
 import { smallConfig } from './train.js';
 
@@ -106,6 +107,20 @@ export function slowConfig(dir: string, rows = 32): Record<string, unknown> {
     gradient_accumulation_steps: 1,
     max_steps: 1000,
     save_strategy: 'no',
+  });
+}
+
+/** A copy of the embedded model with an end token that it never says: its answers fill its positions, which takes about a second. */
+export function talkative(root: string): string {
+  return brokenCopy(QUICKSTART_MODEL, root, (dir) => {
+    editJson(join(dir, 'generation_config.json'), (config) => {
+      config.eos_token_id = config.pad_token_id;
+    });
+    for (const name of ['tokenizer_config.json', 'special_tokens_map.json']) {
+      editJson(join(dir, name), (tokens) => {
+        tokens.eos_token = tokens.pad_token;
+      });
+    }
   });
 }
 
