@@ -2,6 +2,7 @@
  * `npm run bench [-- options]`: martlet beside transformers + PEFT on one machine, the same weights and rows, in one run.
  *
  *   --only llava-7b     the shape (bench/shapes.json); default llava-7b
+ *   --batches 2,4,8     rows in a step; default the shape's
  *   --tiny              the shape `tiny`: a trial of the scripts, results go to build/bench
  *   --device cuda|cpu   default cuda
  *   --quick             one round instead of two (martlet, peer; else martlet, peer, peer, martlet), no recompute rows
@@ -31,6 +32,7 @@ const GATE_BATCH = 2;
 const { values: options } = parseArgs({
   options: {
     only: { type: 'string', default: 'llava-7b' },
+    batches: { type: 'string' },
     tiny: { type: 'boolean', default: false },
     device: { type: 'string', default: 'cuda' },
     quick: { type: 'boolean', default: false },
@@ -227,7 +229,13 @@ function summarise(side, round, result) {
 
 const decode = { kind: 'decode', promptTokens: shape.prompt.tokens, newTokens: shape.prompt.newTokens };
 const settings = (recompute) =>
-  shape.batches.map((batch) => ({ kind: 'train', batch, recompute, warmup: shape.warmup, steps: shape.steps }));
+  (options.batches?.split(',').map(Number) ?? shape.batches).map((batch) => ({
+    kind: 'train',
+    batch,
+    recompute,
+    warmup: shape.warmup,
+    steps: shape.steps,
+  }));
 const training = options.quick ? settings(false) : [...settings(false), ...settings(true)];
 
 async function gate() {

@@ -97,7 +97,7 @@ test('a job of a model on the GPU that fails while it loads leaves nothing there
     loadModel(QUICKSTART_MODEL, {
       device: device as 'cuda',
       signal: abort.signal,
-      onProgress: ({ done }) => done === 5 && abort.abort(),
+      onProgress: () => abort.abort(),
     }),
     { code: 'ERR_MARTLET_ABORTED' },
   );
