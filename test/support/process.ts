@@ -1,6 +1,6 @@
 /** Runs the scripts of test/process/children, each in a process of its own with a time limit. */
 import { spawn } from 'node:child_process';
-import { writeFileSync } from 'node:fs';
+import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { brokenCopy, editJson } from './broken.js';
@@ -82,6 +82,33 @@ export function runNode(nodeArgs: string[], options: ChildOptions = {}): Promise
 /** In a child: what the test handed over. */
 export function childArgs<T>(): T {
   return JSON.parse(process.argv[2] as string) as T;
+}
+
+/**
+ * Starts to count. The function that it gives ends that and says how long, in ms, one thread of this process has been ready to run and had no core
+ * (the longest of all threads; Linux counts it): the part of a delay that other work on the machine is to blame for.
+ */
+export function coreWait(): () => number {
+  const start = new Map<string, number>();
+  const latest = new Map<string, number>();
+  const read = (into: Map<string, number>) => {
+    for (const thread of readdirSync('/proc/self/task')) {
+      try {
+        const [, waited] = readFileSync(`/proc/self/task/${thread}/schedstat`, 'utf8').split(' ');
+        into.set(thread, Number(waited) / 1e6);
+      } catch {
+        // it ended meanwhile
+      }
+    }
+  };
+  read(start);
+  // a thread that ends takes its count with it
+  const timer = setInterval(read, 10, latest);
+  return () => {
+    clearInterval(timer);
+    read(latest);
+    return Math.max(...[...latest].map(([thread, waited]) => waited - (start.get(thread) ?? 0)));
+  };
 }
 
 /** The last line of a child's standard output, as JSON. */
