@@ -49,8 +49,6 @@ export async function loadTrainingData(config: TrainConfig, { modelDir, signal }
       processor,
       maxLength: config.max_length ?? Number.POSITIVE_INFINITY,
       truncationStrategy: config.truncation_strategy,
-      exifOrientation: config.exif_orientation,
-      maxImagePixels: config.max_image_pixels,
       ...(signal && { signal }),
     });
   const train = await read(config.dataset);
@@ -181,8 +179,8 @@ export async function findResumePoint(
 /** Identifies the rows of a run by their content and order. Pictures count by path. */
 export async function fingerprintRows(rows: Row[]): Promise<string> {
   const hash = createHash('sha256');
-  for (const [i, { messages, images }] of rows.entries()) {
-    hash.update(JSON.stringify([messages, images]));
+  for (const [i, { messages, images, videos, objects, vision }] of rows.entries()) {
+    hash.update(JSON.stringify([messages, images, videos, objects, vision]));
     if (i % 500 === 499) await nextTurn(); // a large dataset must not hold up the event loop
   }
   return hash.digest('hex');
@@ -195,12 +193,9 @@ export function rowName({ source, id }: Row): string {
 
 /** Encodes one row for training. A failure names the row. */
 export async function encodeRow(processor: Processor, row: Row, signal?: AbortSignal): Promise<EncodedSample> {
-  const { source, id } = row;
+  const { source, id, ...input } = row;
   try {
-    const sample = await processor.encode(
-      { messages: row.messages, images: row.images, id: rowName(row) },
-      { for: 'train', ...(signal && { signal }) },
-    );
+    const sample = await processor.encode({ ...input, id: rowName(row) }, { for: 'train', ...(signal && { signal }) });
     if (sample.labels?.some((label) => label !== -100)) return sample;
     throw new MartletError(
       'ERR_MARTLET_DATASET',
