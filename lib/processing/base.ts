@@ -8,7 +8,6 @@ import { readJsonFile } from './json.js';
 import { contentParts, type EncodedText, type Segment, type SegmentRenderer, withSystem } from './template.js';
 import type { Tokenizer } from './tokenizer.js';
 import type {
-  ChatMessage,
   EncodedSample,
   GenerationDefaults,
   ImageSource,
@@ -155,7 +154,7 @@ type MediaSource = { image: ImageSource } | { frames: ImageSource[]; fps?: numbe
 
 /** Pictures and videos in the order of their marks: those inside content parts, and those listed beside the messages. */
 function mediaSources(
-  { messages, images, videos = [], vision, id }: ProcessorInput,
+  { messages, images, videos = [], id }: ProcessorInput,
   { family, videoTokenId }: Pick<FamilyProcessing<MediaPlan>, 'family' | 'videoTokenId'>,
 ): MediaSource[] {
   const where = id === undefined ? '' : ` (${id})`;
@@ -170,15 +169,14 @@ function mediaSources(
       { field: 'videos', family, id },
     );
   }
-  const fps = vision?.fps;
   const listed = { image: [...images], video: [...videos] };
   const sources = parts.map((part): MediaSource | undefined => {
     if (part.type === 'video') {
       const source = part.video ?? listed.video.shift();
       if (source === undefined) return undefined;
       const video = videoFrames(source, where);
-      const rate = part.fps ?? video.fps ?? fps;
-      return { frames: video.frames, ...(rate !== undefined && { fps: rate }) };
+      const fps = part.fps ?? video.fps;
+      return { frames: video.frames, ...(fps !== undefined && { fps }) };
     }
     const own =
       part.type === 'image_url'

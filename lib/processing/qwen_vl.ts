@@ -26,7 +26,8 @@ const END_TOKEN = '<|im_end|>';
 const IMAGE_PAD = '<|image_pad|>';
 const VIDEO_PAD = '<|video_pad|>';
 const IMAGE_TEXT = `<|vision_start|>${IMAGE_PAD}<|vision_end|>`;
-const VIDEO_TEXT = `<|vision_start|>${VIDEO_PAD}<|vision_end|>`;
+const aroundVideo = (inside: string) => `<|vision_start|>${inside}<|vision_end|>`;
+const VIDEO_TEXT = aroundVideo(VIDEO_PAD);
 /** ms-swift's and qwen_vl_utils' rate of a list of frames. */
 const DEFAULT_FPS = 2;
 
@@ -87,7 +88,7 @@ interface QwenPlan extends MediaPlan {
   /** Temporal patches, and merged tokens of each. */
   steps: number;
   stepTokens: number;
-  /** What the text says in place of the video; `VIDEO_PAD` stands for one temporal patch's tokens. Absent: `VIDEO_TEXT` and all tokens. */
+  /** What the text says in place of `VIDEO_PAD`, in which each `VIDEO_PAD` stands for one temporal patch's tokens. Absent: all tokens, nothing else. */
   text?: string;
 }
 
@@ -122,7 +123,7 @@ export async function createQwenVlProcessor(
   const planMedia = (size: MediaSize, row: VisionOptions): QwenPlan => {
     const inForce = layerVisionOptions(checkVisionOptions(row), vision);
     return size.video
-      ? planVideo({ ...size, video: size.video }, video, inForce, traits, swift)
+      ? planVideo({ ...size, video: size.video }, video, inForce, traits)
       : planImage(size, image, imageLimits(image, inForce));
   };
   return createProcessor<QwenPlan>(
@@ -189,14 +190,14 @@ function encode(
   const written = swift
     ? segments
     : segments.map(({ text, trained }) => ({
-        text: text.replaceAll(VIDEO_TEXT, () => videos[place++]?.text ?? VIDEO_TEXT),
+        text: text.replaceAll(VIDEO_PAD, () => videos[place++]?.text ?? VIDEO_PAD),
         trained,
       }));
   const videoIds = videos.flatMap(({ text, steps, stepTokens }) => {
     if (text === undefined) return [run(videoTokenId, steps * stepTokens)];
     const step = run(videoTokenId, stepTokens);
     if (!swift) return new Array<number[]>(steps).fill(step);
-    return [tokenizer.encode(text).flatMap((id) => (id === videoTokenId ? step : [id]))];
+    return [tokenizer.encode(aroundVideo(text)).flatMap((id) => (id === videoTokenId ? step : [id]))];
   });
   return encodeSegments(
     written,
@@ -218,7 +219,6 @@ function planVideo(
   settings: VisionSettings,
   vision: VisionOptions,
   traits: QwenVlTraits,
-  swift: boolean,
 ): QwenPlan {
   const { patch, merge, temporal, limits, capTokens } = settings;
   const factor = patch * merge;
@@ -243,13 +243,16 @@ function planVideo(
     video: true,
     ...patchPlan(size, steps, settings),
     ...(traits.time === 'positions' && { secondsPerGrid: temporal / fps }),
-    ...(traits.time === 'text' && { text: timedText(frames, fps, temporal, swift) }),
+    ...(traits.time === 'text' && { text: timedText(frames, fps, temporal) }),
   };
 }
 
-/** The time of a temporal patch is the mean of its first and last frame's. A frame that fills up the last patch has the time of the frame it repeats; in ms-swift it counts on. */
-function timedText(frames: number, fps: number, temporal: number, swift: boolean): string {
-  const time = (frame: number) => (swift ? frame : Math.min(frame, frames - 1)) / fps;
+/**
+ * Every temporal patch behind its time, in vision marks of its own; those around the whole video stay (transformers from 5.10 on). The time is the mean
+ * of the patch's first and last frame's; a frame that fills up the last patch has the time of the frame that it repeats.
+ */
+function timedText(frames: number, fps: number, temporal: number): string {
+  const time = (frame: number) => Math.min(frame, frames - 1) / fps;
   let text = '';
   for (let first = 0; first < frames; first += temporal)
     text += `<${oneDecimal((time(first) + time(first + temporal - 1)) / 2)} seconds>${VIDEO_TEXT}`;

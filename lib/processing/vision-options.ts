@@ -74,7 +74,7 @@ const FIXED: Record<string, readonly string[]> = {
   SPATIAL_MERGE_SIZE: ['2'],
 };
 /** They govern how many frames are taken from a video file; a list of frames is taken as it is. */
-const WITHOUT_EFFECT = ['FPS_MIN_FRAMES', 'FPS_MAX_FRAMES'];
+export const WITHOUT_EFFECT = ['FPS_MIN_FRAMES', 'FPS_MAX_FRAMES'];
 
 const ENV_NAMES = VISION_OPTION_NAMES.flatMap((name) => VISION_OPTIONS[name].env ?? []);
 
@@ -107,6 +107,7 @@ export function checkVisionOptions(
     if (expected !== undefined) {
       throw new MartletError('ERR_MARTLET_USAGE', `${shown(name)} must be ${expected}, not ${String(value)}.`, {
         field: shown(name),
+        key: VISION_OPTIONS[name].key,
         value,
       });
     }
@@ -117,7 +118,7 @@ export function checkVisionOptions(
     throw new MartletError(
       'ERR_MARTLET_USAGE',
       `${shown(pixels)} and ${shown(tokens)} set the same limit: keep one of them.`,
-      { field: shown(tokens) },
+      { field: shown(tokens), key: VISION_OPTIONS[tokens].key },
     );
   }
   return out as VisionOptions;
