@@ -26,8 +26,8 @@ const END_TOKEN = '<|im_end|>';
 const IMAGE_PAD = '<|image_pad|>';
 const VIDEO_PAD = '<|video_pad|>';
 const IMAGE_TEXT = `<|vision_start|>${IMAGE_PAD}<|vision_end|>`;
-const aroundVideo = (inside: string) => `<|vision_start|>${inside}<|vision_end|>`;
-const VIDEO_TEXT = aroundVideo(VIDEO_PAD);
+const VIDEO_TEXT = `<|vision_start|>${VIDEO_PAD}<|vision_end|>`;
+const MEDIA: MediaText = { image: IMAGE_TEXT, video: VIDEO_TEXT };
 /** ms-swift's and qwen_vl_utils' rate of a list of frames. */
 const DEFAULT_FPS = 2;
 
@@ -104,13 +104,7 @@ export async function createQwenVlProcessor(
   const swift = options.template === 'ms-swift';
   const renderer = swift
     ? swiftRenderer(traits)
-    : jinjaRenderer(
-        await requireChatTemplate(modelDir, tokenizer),
-        tokenizer,
-        END_TOKEN,
-        { image: IMAGE_TEXT, video: VIDEO_TEXT },
-        modelDir,
-      );
+    : jinjaRenderer(await requireChatTemplate(modelDir, tokenizer), tokenizer, END_TOKEN, MEDIA, modelDir);
   const { image, video } = await visionSettings(modelDir, config, traits);
   const vision = layerVisionOptions(
     checkVisionOptions(options.vision ?? {}),
@@ -123,7 +117,7 @@ export async function createQwenVlProcessor(
   const planMedia = (size: MediaSize, row: VisionOptions): QwenPlan => {
     const inForce = layerVisionOptions(checkVisionOptions(row), vision);
     return size.video
-      ? planVideo({ ...size, video: size.video }, video, inForce, traits)
+      ? planVideo({ ...size, video: size.video }, video, inForce, traits, swift)
       : planImage(size, image, imageLimits(image, inForce));
   };
   return createProcessor<QwenPlan>(
@@ -138,7 +132,7 @@ export async function createQwenVlProcessor(
       vision,
       planMedia,
       grounding: { normBbox: vision.normBbox ?? traits.normBbox, ...form },
-      encode: (segments, media) => encode(segments, media, { tokenizer, imageTokenId, videoTokenId, swift }),
+      encode: (segments, media) => encode(segments, media, { tokenizer, imageTokenId, videoTokenId }),
     },
     options,
   );
@@ -155,14 +149,13 @@ function tokenOf(tokenizer: Tokenizer, config: Json, key: string, token: string,
 }
 
 /** ms-swift's ChatML: a system block only for a system message with text, `<|im_end|>\n` trained behind every answer. */
-function swiftRenderer({ defaultSystem, time }: QwenVlTraits): SegmentRenderer {
-  const media: MediaText = { image: IMAGE_TEXT, video: time === 'text' ? VIDEO_PAD : VIDEO_TEXT };
+function swiftRenderer({ defaultSystem }: QwenVlTraits): SegmentRenderer {
   return (messages, { forGeneration }) => {
     const segments: Segment[] = [];
-    const system = messages[0]?.role === 'system' ? contentText(messages[0].content, media) : defaultSystem;
+    const system = messages[0]?.role === 'system' ? contentText(messages[0].content, MEDIA) : defaultSystem;
     let prompt = system ? `<|im_start|>system\n${system}${END_TOKEN}\n` : '';
     for (const { role, content, loss } of messages) {
-      const text = contentText(content, media);
+      const text = contentText(content, MEDIA);
       if (role === 'user') prompt += `<|im_start|>user\n${text}${END_TOKEN}\n<|im_start|>assistant\n`;
       if (role !== 'assistant') continue;
       segments.push({ text: prompt, trained: false }, { text: `${text}${END_TOKEN}\n`, trained: loss !== false });
@@ -173,34 +166,27 @@ function swiftRenderer({ defaultSystem, time }: QwenVlTraits): SegmentRenderer {
   };
 }
 
-/**
- * Each `<|image_pad|>` and `<|video_pad|>` becomes as many as there are merged patches. Where times are text, the checkpoint's own processor writes
- * them before it tokenises, ms-swift puts their ids in afterwards.
- */
+/** Each `<|image_pad|>` and `<|video_pad|>` becomes as many as there are merged patches; times are written into the text before it is tokenised. */
 function encode(
   segments: Segment[],
   media: QwenPlan[],
-  ids: { tokenizer: Tokenizer; imageTokenId: number; videoTokenId: number; swift: boolean },
+  { tokenizer, imageTokenId, videoTokenId }: { tokenizer: Tokenizer; imageTokenId: number; videoTokenId: number },
 ): EncodedText {
-  const { tokenizer, imageTokenId, videoTokenId, swift } = ids;
   const run = (id: number, length: number) => new Array<number>(length).fill(id);
   const images = media.filter(({ video }) => !video);
   const videos = media.filter(({ video }) => video);
   let place = 0;
-  const written = swift
-    ? segments
-    : segments.map(({ text, trained }) => ({
-        text: text.replaceAll(VIDEO_PAD, () => videos[place++]?.text ?? VIDEO_PAD),
-        trained,
-      }));
-  const videoIds = videos.flatMap(({ text, steps, stepTokens }) => {
-    if (text === undefined) return [run(videoTokenId, steps * stepTokens)];
-    const step = run(videoTokenId, stepTokens);
-    if (!swift) return new Array<number[]>(steps).fill(step);
-    return [tokenizer.encode(aroundVideo(text)).flatMap((id) => (id === videoTokenId ? step : [id]))];
-  });
+  const timed = segments.map(({ text, trained }) => ({
+    text: text.replaceAll(VIDEO_PAD, () => videos[place++]?.text ?? VIDEO_PAD),
+    trained,
+  }));
+  const videoIds = videos.flatMap(({ text, steps, stepTokens }) =>
+    text === undefined
+      ? [run(videoTokenId, steps * stepTokens)]
+      : new Array<number[]>(steps).fill(run(videoTokenId, stepTokens)),
+  );
   return encodeSegments(
-    written,
+    timed,
     tokenizer,
     new Map([
       [imageTokenId, images.map(({ stepTokens }) => run(imageTokenId, stepTokens))],
@@ -219,6 +205,7 @@ function planVideo(
   settings: VisionSettings,
   vision: VisionOptions,
   traits: QwenVlTraits,
+  swift: boolean,
 ): QwenPlan {
   const { patch, merge, temporal, limits, capTokens } = settings;
   const factor = patch * merge;
@@ -243,16 +230,17 @@ function planVideo(
     video: true,
     ...patchPlan(size, steps, settings),
     ...(traits.time === 'positions' && { secondsPerGrid: temporal / fps }),
-    ...(traits.time === 'text' && { text: timedText(frames, fps, temporal) }),
+    ...(traits.time === 'text' && { text: timedText(frames, fps, temporal, swift) }),
   };
 }
 
 /**
  * Every temporal patch behind its time, in vision marks of its own; those around the whole video stay (transformers from 5.10 on). The time is the mean
- * of the patch's first and last frame's; a frame that fills up the last patch has the time of the frame that it repeats.
+ * of the patch's first and last frame's; a frame that fills up the last patch has the time of the frame that it repeats, in
+ * ms-swift (whose qwen_vl_utils fills up first) that of a frame more.
  */
-function timedText(frames: number, fps: number, temporal: number): string {
-  const time = (frame: number) => Math.min(frame, frames - 1) / fps;
+function timedText(frames: number, fps: number, temporal: number, swift: boolean): string {
+  const time = (frame: number) => (swift ? frame : Math.min(frame, frames - 1)) / fps;
   let text = '';
   for (let first = 0; first < frames; first += temporal)
     text += `<${oneDecimal((time(first) + time(first + temporal - 1)) / 2)} seconds>${VIDEO_TEXT}`;
