@@ -140,7 +140,7 @@ export function parseBoxes(text: string, scale: BoxScale): ParsedBox[] {
     bbox: inOrder(
       bbox.map((value, i) => {
         const [unit, side] = i % 2 === 0 ? [from.width, width] : [from.height, height];
-        return Math.min(Math.max((value / unit) * side, 0), side);
+        return Math.min(Math.max((value * side) / unit, 0), side);
       }),
     ),
   }));
