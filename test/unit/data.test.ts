@@ -9,7 +9,7 @@ import { pathToFileURL } from 'node:url';
 import { ImageResolver } from '../../lib/data/images.js';
 import { type DatasetSpec, type LoadedDataset, loadDataset, type RowProblem } from '../../lib/data/index.js';
 import { type RawRow, readRows } from '../../lib/data/read.js';
-import { parseRow, RowError } from '../../lib/data/rows.js';
+import { parseRow as parse, RowError } from '../../lib/data/rows.js';
 import type { MartletError } from '../../lib/index.js';
 import { loadProcessor, type Processor } from '../../lib/processing/index.js';
 import { llava, projectRoot } from '../support/fixtures.js';
@@ -43,12 +43,17 @@ const load = (specs: DatasetSpec[], changes: Partial<Parameters<typeof loadDatas
     processor,
     maxLength: Number.POSITIVE_INFINITY,
     truncationStrategy: 'delete',
-    exifOrientation: true,
-    maxImagePixels: 1e8,
     ...changes,
   });
 
 // ---- rows
+
+/** As for a family without videos. */
+function parseRow(value: unknown) {
+  const { videos, ...row } = parse(value, { takesVideos: false });
+  assert.deepEqual(videos, []);
+  return row;
+}
 
 test("the tutorial's row, in which the roles are user and assistant", () => {
   const [row] = JSON.parse(readFileSync(join(projectRoot, 'test/fixtures/tutorial/data.json'), 'utf8'));
@@ -177,8 +182,14 @@ test('what is wrong with a row is said, with its field', () => {
     [{ query: 'Q' }, /no answer/, 'response'],
     [{ query: 'Q', response: 'A', history: [['x']] }, /pairs/, 'history.0'],
     [{ query: 'Q', response: 'A', images: [7] }, /must be text/, 'images.0'],
-    [{ query: 'Q', response: 'A', videos: ['v.mp4'] }, /videos is not supported yet/, 'videos'],
-    [{ query: 'Q', response: 'A', objects: { bbox: [] } }, /objects is not supported yet/, 'objects'],
+    [{ query: 'Q', response: 'A', videos: ['v.mp4'] }, /v\.mp4 is a video file.*ffmpeg/, 'videos.0'],
+    [
+      { query: 'Q', response: 'A', objects: { boxes: [] } },
+      /objects\.bboxs is not known: did you mean bbox/,
+      'objects.bboxs',
+    ],
+    [{ query: 'Q', response: 'A', audios: ['a.wav'] }, /audios is not supported yet/, 'audios'],
+    [{ query: 'Q', response: 'A', tools: [{}] }, /tools is not supported yet/, 'tools'],
   ];
   for (const [row, message, field] of cases) {
     assert.throws(
