@@ -216,15 +216,23 @@ const ignored = () =>
 const TYPE_SOURCES = [
   'lib/api/types.ts',
   'lib/processing/types.ts',
+  'lib/processing/vision-options.ts',
+  'lib/api/boxes.ts',
   'lib/errors.ts',
   'lib/config/schema.ts',
   'lib/native/binding.ts',
   'lib/api/system-info.ts',
   'lib/report/progress.ts',
 ];
-const FUNCTION_SOURCES = ['api/model', 'api/train', 'api/infer', 'api/merge', 'api/system-info', 'report/progress'].map(
-  (name) => `dist/lib/${name}.d.ts`,
-);
+const FUNCTION_SOURCES = [
+  'api/model',
+  'api/train',
+  'api/boxes',
+  'api/infer',
+  'api/merge',
+  'api/system-info',
+  'report/progress',
+].map((name) => `dist/lib/${name}.d.ts`);
 
 /** The declaration of `name` with the comment above it, as in the source. */
 function declaration(name, sources, start) {

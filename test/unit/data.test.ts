@@ -184,7 +184,7 @@ test('what is wrong with a row is said, with its field', () => {
     [{ query: 'Q', response: 'A', images: [7] }, /must be text/, 'images.0'],
     [{ query: 'Q', response: 'A', videos: ['v.mp4'] }, /v\.mp4 is a video file.*ffmpeg/, 'videos.0'],
     [
-      { query: 'Q', response: 'A', objects: { boxes: [] } },
+      { query: 'Q', response: 'A', objects: { bboxs: [] } },
       /objects\.bboxs is not known: did you mean bbox/,
       'objects.bboxs',
     ],

@@ -32,10 +32,10 @@ async function check(dir: string, { language, text, line }: Snippet): Promise<vo
       return;
     }
     case 'json':
-      for (const row of JSON.parse(text)) parseRow(row);
+      for (const row of JSON.parse(text)) parseRow(row, { takesVideos: true });
       return;
     case 'jsonl':
-      for (const row of text.trimEnd().split('\n')) parseRow(JSON.parse(row));
+      for (const row of text.trimEnd().split('\n')) parseRow(JSON.parse(row), { takesVideos: true });
       return;
     case 'js':
     case 'sh': {
