@@ -17,6 +17,7 @@ import type {
   MergeOptions,
   MergeReport,
   Model,
+  ParsedBox,
   PrepareResult,
   ProgressRenderer,
   ProgressStream,
@@ -37,8 +38,17 @@ import sharp from 'sharp';
 type Same<A, B> = (<T>() => T extends A ? 1 : 2) extends <T>() => T extends B ? 1 : 2 ? true : false;
 declare function same<A, B>(..._: Same<A, B> extends true ? [] : [never]): void;
 
-const { createProgressRenderer, getSystemInfo, infer, loadModel, mergeAdapter, MartletError, train, trainLoRA } =
-  martlet;
+const {
+  createProgressRenderer,
+  getSystemInfo,
+  infer,
+  loadModel,
+  mergeAdapter,
+  MartletError,
+  parseBoxes,
+  train,
+  trainLoRA,
+} = martlet;
 declare const signal: AbortSignal;
 declare const event: TrainEvent;
 
@@ -51,6 +61,7 @@ test('the package exports these names and no others', () => {
     'infer',
     'loadModel',
     'mergeAdapter',
+    'parseBoxes',
     'train',
     'trainLoRA',
   ]);
@@ -310,6 +321,16 @@ export const uses = {
     renderer.close();
     // @ts-expect-error a renderer writes to a stream
     createProgressRenderer('stderr');
+  },
+
+  boxes() {
+    const boxes = parseBoxes('(1,2),(3,4)', { family: 'qwen2_5_vl', width: 640, height: 480 });
+    same<typeof boxes, ParsedBox[]>();
+    same<ParsedBox['bbox'], number[]>();
+    // @ts-expect-error the size of the picture is needed
+    parseBoxes('(1,2),(3,4)', { family: 'qwen2_5_vl' });
+    // @ts-expect-error no such family
+    parseBoxes('(1,2),(3,4)', { family: 'llava', width: 640, height: 480 });
   },
 
   system() {
