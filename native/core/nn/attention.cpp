@@ -31,7 +31,8 @@ at::Tensor batched(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
 
 at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceLengths& rows,
                             bool causal) {
-  if (q.is_cuda() && q.scalar_type() != at::kFloat) {
+  // FlashAttention takes heads of a multiple of 8, which all published models have.
+  if (q.is_cuda() && q.scalar_type() != at::kFloat && q.size(2) % 8 == 0) {
     const std::optional<double> scale = std::nullopt;
     return std::get<0>(at::_flash_attention_forward(q, k, v, rows.cu_seqlens, rows.cu_seqlens, rows.max_length,
                                                     rows.max_length, 0.0, causal, /*return_debug_mask=*/false, scale));
