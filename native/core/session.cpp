@@ -213,7 +213,11 @@ json Session::Impl::load(const json& args, JobContext& job) {
            {{"keys", {stored[canonical], name}}});
     }
   }
-  auto fresh = family->create(config, [&](const std::string& name) { return stored.count(name) > 0; });
+  const WeightSource weights = [&](const std::string& name) {
+    const auto it = stored.find(name);
+    return it == stored.end() ? at::Tensor() : checkpoint.tensor(it->second);
+  };
+  auto fresh = family->create(config, weights);
 
   const std::string wanted = args.at("dtype").get<std::string>();
   std::set<std::string> used;
@@ -246,13 +250,12 @@ json Session::Impl::load(const json& args, JobContext& job) {
   const at::NoGradGuard no_grad;
   fresh->load(
       [&](const std::string& name) {
-        const auto it = stored.find(name);
-        if (it == stored.end()) return at::Tensor();
         used.insert(name);
-        return checkpoint.tensor(it->second);
+        return weights(name);
       },
       options);
   fresh->verify();
+  if (fresh->has_tied_head()) used.insert(kHeadKey);  // a copy of the embedding
   std::vector<std::string> unexpected;
   for (const auto& [canonical, name] : stored) {
     if (!used.count(canonical) && !family->is_unused_key(config, canonical)) unexpected.push_back(name);

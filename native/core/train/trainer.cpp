@@ -217,7 +217,8 @@ std::vector<std::string> Trainer::save_full(const std::string& dir, int64_t max_
   for (const std::string& name : base.names()) {
     job.check();
     const TensorInfo& info = base.info(name);
-    const auto it = values.find(family_.canonical_key(name));
+    const std::string key = family_.canonical_key(name);
+    const auto it = values.find(key == kHeadKey && model_.has_tied_head() ? kEmbeddingKey : key);
     if (it == values.end()) {
       writer.add(name, base.tensor(name));
     } else {
