@@ -1,11 +1,12 @@
 """Makes what both sides of the benchmark read: a model folder of an exact public shape with random bfloat16 weights, a LoRA adapter, and rows.
 
-    python3 bench/make_checkpoint.py --shape llava-7b --out DIR [--device cuda]
+    python3 bench/make_checkpoint.py --shape llava-7b … --out DIR [--device cuda]     (each shape into DIR/martlet-bench-<shape>)
 
-DIR/model     config.json and safetensors shards in the hub's spelling; every weight N(0, 0.02), norm weights 1
-DIR/adapter   a PEFT adapter, r 8, alpha 16, on the seven linears of every language layer; neither matrix is zero
-DIR/data.safetensors   ids and labels [rows, tokens] int32, pictures [rows, size, size, 3] uint8
-Nothing is done if DIR/done says that it was made for this shape already.
+…/model     config.json and safetensors shards in the hub's spelling; every weight N(0, 0.02), norm weights 1
+…/adapter   a PEFT adapter, r 8, alpha 16, on the seven linears of every language layer; neither matrix is zero
+…/data.safetensors   ids and labels [rows, tokens] int32, pictures [rows, size, size, 3] uint8; for the vision tower alone visionIds [1, tokens]
+                     and visionPictures [pictures, size, size, 3]
+…/shape.json   the shape, written last: a folder with the same one is left as it is
 """
 
 import argparse
@@ -16,38 +17,46 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 ROWS = 32
 RANK, ALPHA = 8, 16
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHARD_BYTES = 5_000_000_000
-# transformers 5's module paths → the spelling of the files on the hub
-HUB_NAMES = [
-    ("model.language_model.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
-    ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
-    ("model.vision_tower.", "vision_tower.vision_model."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-]
+# By model type: transformers 5's module paths → the spelling of the files on the hub
+HUB_NAMES = {
+    "llava": [
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
+        ("model.vision_tower.", "vision_tower.vision_model."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+    ],
+    "qwen2_vl": [("model.language_model.", "model."), ("model.visual.", "visual."), ("lm_head.", "lm_head.")],
+}
+HUB_NAMES["qwen2_5_vl"] = HUB_NAMES["qwen2_vl"]
 
 
-def hub_name(name: str) -> str:
-    for own, hub in HUB_NAMES:
+def hub_name(name: str, model_type: str) -> str:
+    for own, hub in HUB_NAMES[model_type]:
         if name.startswith(own):
             return hub + name[len(own) :]
     raise ValueError(name)
 
 
-def write_model(out: Path, config: dict, generator: torch.Generator) -> LlavaForConditionalGeneration:
+def is_norm(name: str) -> bool:
+    return any(part in name for part in ("norm", "layrnorm", "ln_q"))
+
+
+def write_model(out: Path, config: dict, generator: torch.Generator) -> torch.nn.Module:
     out.mkdir(parents=True)
     (out / "config.json").write_text(json.dumps(config, indent=2))
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(LlavaConfig.from_dict(config))
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(out))
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight") or "layer_norm" in name or "layrnorm" in name or "layernorm" in name:
+        if is_norm(name):
             fill = torch.ones if name.endswith("weight") else torch.zeros
             value = fill(parameter.shape, dtype=torch.bfloat16)
         else:
@@ -56,7 +65,7 @@ def write_model(out: Path, config: dict, generator: torch.Generator) -> LlavaFor
         if size + value.nbytes > SHARD_BYTES and shards[-1]:
             shards.append({})
             size = 0
-        shards[-1][hub_name(name)] = value
+        shards[-1][hub_name(name, config["model_type"])] = value
         size += value.nbytes
     index: dict[str, str] = {}
     total = 0
@@ -65,14 +74,14 @@ def write_model(out: Path, config: dict, generator: torch.Generator) -> LlavaFor
         save_file(shard, out / file, metadata={"format": "pt"})
         index.update(dict.fromkeys(shard, file))
         total += sum(t.nbytes for t in shard.values())
+        shard.clear()
     (out / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
     )
-    print(f"  {total / 1e9:.1f} GB in {len(shards)} files", flush=True)
     return model
 
 
-def write_adapter(out: Path, model: LlavaForConditionalGeneration, generator: torch.Generator) -> None:
+def write_adapter(out: Path, model: torch.nn.Module, generator: torch.Generator) -> None:
     out.mkdir(parents=True)
     tensors = {}
     for name, module in model.named_modules():
@@ -99,54 +108,76 @@ def write_adapter(out: Path, model: LlavaForConditionalGeneration, generator: to
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
-def write_rows(path: Path, shape: dict) -> None:
-    """<s>, a few words, the picture, words; the last of them labelled."""
-    row, config = shape["row"], shape["config"]
-    generator = torch.Generator().manual_seed(7)
-    image_token = config["image_token_index"]
-    text = row["tokens"] - row["imageTokens"]
-    before = min(35, text // 8)
-    ids = torch.randint(10, image_token - 10, (ROWS, row["tokens"]), generator=generator)
-    ids[:, 0] = 1
-    ids[:, before : before + row["imageTokens"]] = image_token
-    labels = torch.full_like(ids, -100)
-    labels[:, -row["labelled"] :] = ids[:, -row["labelled"] :]
-    size = config["vision_config"]["image_size"]
-    # Soft blobs with noise on them: neither constant nor pure noise.
-    coarse = torch.rand((ROWS, 3, 7, 7), generator=generator)
+def token_ids(rows: int, tokens: int, picture_tokens: list[int], config: dict, generator: torch.Generator):
+    """A few words, the pictures, words. A start token where the model has one, marks around pictures where it has them."""
+    special = [value for name, value in config.items() if name.endswith(("_token_id", "_token_index"))]
+    ids = torch.randint(10, min(special), (rows, tokens), generator=generator)
+    if config["model_type"] == "llava":
+        ids[:, 0] = 1
+    at = min(35, (tokens - sum(picture_tokens)) // 8)
+    for count in picture_tokens:
+        if "vision_start_token_id" in config:
+            ids[:, at] = config["vision_start_token_id"]
+            ids[:, at + 1 + count] = config["vision_end_token_id"]
+            at += 1
+        ids[:, at : at + count] = config["image_token_id" if "image_token_id" in config else "image_token_index"]
+        at += count + ("vision_start_token_id" in config)
+    return ids
+
+
+def random_pictures(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Soft blobs with noise on them: neither constant nor pure noise. [count, size, size, 3]"""
+    coarse = torch.rand((count, 3, 7, 7), generator=generator)
     pictures = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic") * 200
     pictures = (pictures + torch.rand(pictures.shape, generator=generator) * 55).clamp(0, 255)
-    save_file(
-        {
-            "ids": ids.int().contiguous(),
-            "labels": labels.int().contiguous(),
-            "pictures": pictures.permute(0, 2, 3, 1).to(torch.uint8).contiguous(),
-        },
-        path,
-    )
+    return pictures.permute(0, 2, 3, 1).to(torch.uint8).contiguous()
+
+
+def write_rows(path: Path, shape: dict) -> None:
+    row, config = shape["row"], shape["config"]
+    generator = torch.Generator().manual_seed(7)
+    ids = token_ids(ROWS, row["tokens"], [row["imageTokens"]], config, generator)
+    labels = torch.full_like(ids, -100)
+    labels[:, -row["labelled"] :] = ids[:, -row["labelled"] :]
+    tensors = {
+        "ids": ids.int(),
+        "labels": labels.int(),
+        "pictures": random_pictures(ROWS, row["picture"], generator),
+    }
+    if vision := shape.get("vision"):
+        each = vision["imageTokens"]
+        tokens = vision["pictures"] * (each + 2) + 64
+        tensors["visionIds"] = token_ids(1, tokens, [each] * vision["pictures"], config, generator).int()
+        tensors["visionPictures"] = random_pictures(vision["pictures"], vision["size"], generator)
+    save_file(tensors, path)
+
+
+def make(name: str, out: Path, device: str) -> None:
+    shape = json.loads((Path(__file__).parent / "shapes.json").read_text())[name]
+    wanted = json.dumps(shape, sort_keys=True)
+    done = out / "shape.json"
+    if done.exists() and done.read_text() == wanted:
+        return
+    began = time.time()
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    generator = torch.Generator(device=device).manual_seed(1)
+    model = write_model(out / "model", shape["config"], generator)
+    write_adapter(out / "adapter", model, generator)
+    write_rows(out / "data.safetensors", shape)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    done.write_text(wanted)
+    print(f"  {name}: {parameters / 1e9:.3f}e9 parameters, made in {time.time() - began:.0f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", required=True)
+    parser.add_argument("--shape", required=True, nargs="+")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    shape = json.loads((Path(__file__).parent / "shapes.json").read_text())[args.shape]
-    wanted = json.dumps(shape, sort_keys=True)
-    done = args.out / "done"
-    if done.exists() and done.read_text() == wanted:
-        print(f"  {args.out} is there already", flush=True)
-        return
-    began = time.time()
-    shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True)
-    generator = torch.Generator(device=args.device).manual_seed(1)
-    model = write_model(args.out / "model", shape["config"], generator)
-    write_adapter(args.out / "adapter", model, generator)
-    write_rows(args.out / "data.safetensors", shape)
-    done.write_text(wanted)
-    print(f"  made in {time.time() - began:.0f} s", flush=True)
+    for name in args.shape:
+        make(name, args.out / f"martlet-bench-{name}", args.device)
 
 
 if __name__ == "__main__":

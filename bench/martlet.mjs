@@ -1,90 +1,79 @@
 /**
- * martlet's side of the benchmark: the tasks of a plan one after another, through the engine that the public API uses.
+ * martlet's side of the benchmark: the tasks that come as JSON lines on standard input, through the engine that the public API uses.
  *
- *     node bench/martlet.mjs '{"dir": …, "device": "cuda", "tasks": [{"kind": "load"}, …]}'
+ *     node bench/martlet.mjs DIR cuda < tasks.jsonl
  *
- * Each result is one JSON line on standard output; progress goes to standard error. A training step is timed from the call in JavaScript to its
- * result there: pictures arrive as RGB bytes and are normalised within the step.
+ * DIR holds what make_checkpoint.py writes. Each task is answered by one JSON line on standard output; progress goes to standard error. A training
+ * step is timed from the call in JavaScript to its result there: pictures arrive as RGB bytes and are normalised within the step.
  */
-import { readFileSync, writeFileSync } from 'node:fs';
+import { mkdirSync, readdirSync, readFileSync, rmSync, statSync } from 'node:fs';
 import { join } from 'node:path';
+import { createInterface } from 'node:readline';
 import { Engine } from '../dist/lib/native/engine.js';
+import { readSafetensors, writeFloat32 } from './safetensors.mjs';
 
 const MEAN = [0.48145466, 0.4578275, 0.40821073];
 const STD = [0.26862954, 0.26130258, 0.27577711];
 
-const plan = JSON.parse(process.argv[2]);
+const [dir, device] = process.argv.slice(2);
 const say = (text) => console.error(`    martlet: ${text}`);
-const data = readSafetensors(join(plan.dir, 'data.safetensors'));
 const engine = new Engine();
+let data;
+let plan;
 
-/** Tensors of int32 and uint8 as typed arrays with their shape. */
-function readSafetensors(path) {
-  const bytes = readFileSync(path);
-  const size = Number(bytes.readBigUInt64LE(0));
-  const header = JSON.parse(bytes.subarray(8, 8 + size).toString());
-  const out = {};
-  for (const [name, { dtype, shape, data_offsets }] of Object.entries(header)) {
-    if (name === '__metadata__') continue;
-    const [start, end] = data_offsets.map((offset) => 8 + size + offset);
-    const copy = Uint8Array.from(bytes.subarray(start, end));
-    out[name] = { shape, data: dtype === 'I32' ? new Int32Array(copy.buffer) : copy };
-  }
-  return out;
-}
-
-function writeFloat32(path, tensors) {
-  const header = {};
-  let end = 0;
-  for (const { name, shape, data: values } of tensors) {
-    header[name] = { dtype: 'F32', shape, data_offsets: [end, end + values.byteLength] };
-    end += values.byteLength;
-  }
-  let text = JSON.stringify(header);
-  text += ' '.repeat((8 - (text.length % 8)) % 8);
-  const length = Buffer.alloc(8);
-  length.writeBigUInt64LE(BigInt(text.length));
-  const parts = tensors.map(({ data: values }) => Buffer.from(values.buffer, values.byteOffset, values.byteLength));
-  writeFileSync(path, Buffer.concat([length, Buffer.from(text), ...parts]));
+/** A row as arguments of a job; its buffers are added to `buffers`. `first` picture of `pictures` and `count` − 1 more. */
+function sample(buffers, ids, labels, pictures, first, count) {
+  const size = pictures.shape[1];
+  const bytes = size * size * 3;
+  const add = (values) => buffers.push(values.slice()) - 1;
+  return {
+    inputIds: add(ids),
+    ...(labels && { labels: add(labels) }),
+    images: Array.from({ length: count }, (_, i) => ({
+      buffer: add(pictures.data.subarray((first + i) * bytes, (first + i + 1) * bytes)),
+      width: size,
+      height: size,
+      plan,
+    })),
+  };
 }
 
 /** One micro-batch of `count` rows from row `first` on, with its buffers; `promptTokens` cuts rows and leaves the labels out. */
 function rows(first, count, promptTokens) {
   const buffers = [];
   const [total, length] = data.ids.shape;
-  const size = data.pictures.shape[1];
   const samples = Array.from({ length: count }, (_, i) => {
     const row = (first + i) % total;
-    const part = (tensor, width) => tensor.data.subarray(row * width, (row + 1) * width);
-    return {
-      inputIds: buffers.push(part(data.ids, length).slice(0, promptTokens)) - 1,
-      ...(promptTokens === undefined && { labels: buffers.push(part(data.labels, length).slice()) - 1 }),
-      images: [
-        {
-          buffer: buffers.push(part(data.pictures, size * size * 3).slice()) - 1,
-          width: size,
-          height: size,
-          plan: { rescale: 1 / 255, mean: MEAN, std: STD },
-        },
-      ],
-      id: `row ${row}`,
-    };
+    const part = (tensor, end = length) => tensor.data.subarray(row * length, row * length + end);
+    const labels = promptTokens === undefined ? part(data.labels) : undefined;
+    return { ...sample(buffers, part(data.ids, promptTokens), labels, data.pictures, row, 1), id: `row ${row}` };
   });
   return { samples, buffers };
 }
 
-const begin = ({ recompute = false, adapterDir, seed = 42 }) => ({
+/** All runs start from the stored adapter, as the peer's do. */
+const begin = (recompute) => ({
   method: 'lora',
   lora: { r: 8, alpha: 16, dropout: 0, useRslora: false, targetModules: 'all-linear' },
-  ...(adapterDir && { adapterDir }),
+  adapterDir: join(dir, 'adapter'),
   freeze: { vision: true, projector: true, language: false },
   optimizer: { name: 'adamw', beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weightDecay: 0.1 },
   schedule: { type: 'constant', warmupSteps: 0, totalSteps: 1000 },
   learningRate: 1e-4,
   maxGradNorm: 1,
   gradientCheckpointing: recompute,
-  seed,
+  seed: 42,
   deterministic: false,
+});
+
+const greedy = (maxNewTokens) => ({
+  maxNewTokens,
+  temperature: 0,
+  topP: 1,
+  topK: 0,
+  repetitionPenalty: 1,
+  seed: 0,
+  stopTokenIds: [],
 });
 
 async function timed(work) {
@@ -95,22 +84,17 @@ async function timed(work) {
 
 const TASKS = {
   async load() {
+    const { config } = JSON.parse(readFileSync(join(dir, 'shape.json'), 'utf8'));
+    const patches = config.model_type === 'llava' ? undefined : { size: 14, temporal: 2, merge: 2 };
+    plan = { rescale: 1 / 255, mean: MEAN, std: STD, ...(patches && { patches }) };
+    data = readSafetensors(join(dir, 'data.safetensors'));
     const { value, seconds } = await timed(() =>
-      engine.call('load', { modelDir: join(plan.dir, 'model'), device: plan.device, dtype: 'bfloat16' }),
+      engine.call('load', { modelDir: join(dir, 'model'), device, dtype: 'bfloat16' }),
     );
     return { seconds, parameters: value.result.parameters };
   },
 
   async decode({ promptTokens, newTokens, warmup, repeats }) {
-    const args = {
-      maxNewTokens: newTokens,
-      temperature: 0,
-      topP: 1,
-      topK: 0,
-      repetitionPenalty: 1,
-      seed: 0,
-      stopTokenIds: [],
-    };
     const runs = [];
     let peak;
     for (let i = 0; i < warmup + repeats; i++) {
@@ -119,7 +103,7 @@ const TASKS = {
       const times = [];
       const out = await engine.call(
         'generate',
-        { sample: samples[0], ...args },
+        { sample: samples[0], ...greedy(newTokens) },
         { buffers, onEvent: () => times.push(performance.now()) },
       );
       const ids = [...new Int32Array(out.buffers[out.result.tokenIds])];
@@ -137,9 +121,26 @@ const TASKS = {
     };
   },
 
+  /**
+   * Tower and merger: the engine's own clock (timings.visionMs of generate) while it answers a prompt with all the pictures, from patches on the
+   * host to features in the prompt's embeddings: the copy to the device is in it.
+   */
+  async vision({ warmup, repeats }) {
+    await engine.call('emptyCache', {});
+    const pictures = data.visionPictures.shape[0];
+    const visionSeconds = [];
+    for (let i = 0; i < warmup + repeats; i++) {
+      const buffers = [];
+      const prompt = sample(buffers, data.visionIds.data, undefined, data.visionPictures, 0, pictures);
+      const { result } = await engine.call('generate', { sample: prompt, ...greedy(1) }, { buffers });
+      if (i >= warmup) visionSeconds.push(result.timings.visionMs / 1000);
+    }
+    return { visionSeconds, pictures };
+  },
+
   async train(task) {
     await engine.call('emptyCache', {});
-    const { result: begun } = await engine.call('train.begin', begin(task));
+    const { result: begun } = await engine.call('train.begin', begin(task.recompute));
     const seconds = [];
     const losses = [];
     const peak = { peakAllocated: 0, peakReserved: 0 };
@@ -164,15 +165,9 @@ const TASKS = {
   },
 
   async gradients({ batch, file }) {
-    await engine.call('train.begin', begin({ recompute: true, adapterDir: join(plan.dir, 'adapter') }));
+    await engine.call('train.begin', begin(true));
     const { samples, buffers } = rows(0, batch);
-    const { result, buffers: out } = await engine.call(
-      'train.gradients',
-      { microBatches: [samples] },
-      {
-        buffers,
-      },
-    );
+    const { result, buffers: out } = await engine.call('train.gradients', { microBatches: [samples] }, { buffers });
     writeFloat32(
       file,
       result.gradients.map(({ name, shape, buffer }) => ({ name, shape, data: new Float32Array(out[buffer]) })),
@@ -180,16 +175,37 @@ const TASKS = {
     await engine.call('train.end', {});
     return { loss: result.loss, tensors: result.gradients.length };
   },
+
+  /** From files to a merged folder; each element is checked against the sum in float64 on the way. */
+  async merge({ out }) {
+    rmSync(out, { recursive: true, force: true });
+    mkdirSync(out);
+    const { value, seconds } = await timed(() =>
+      engine.call('merge', {
+        modelDir: join(dir, 'model'),
+        adapterDir: join(dir, 'adapter'),
+        outputDir: out,
+        maxShardSize: 5e9,
+      }),
+    );
+    const files = readdirSync(out).filter((name) => name.endsWith('.safetensors'));
+    const bytes = files.reduce((sum, name) => sum + statSync(join(out, name)).size, 0);
+    rmSync(out, { recursive: true });
+    const { mergedTensors, maxAbsError } = value.result;
+    return { mergeSeconds: seconds, bytes, mergedTensors, maxAbsError };
+  },
 };
 
-for (const task of plan.tasks) {
-  say(JSON.stringify(task));
+for await (const line of createInterface({ input: process.stdin })) {
+  const task = JSON.parse(line);
+  say(line);
   let result;
   try {
     result = await TASKS[task.kind](task);
   } catch (error) {
-    if (error.code !== 'ERR_MARTLET_OUT_OF_MEMORY') throw error;
-    result = { error: 'out of memory', message: error.message };
+    const outOfMemory = error.code === 'ERR_MARTLET_OUT_OF_MEMORY';
+    if (!outOfMemory) console.error(error);
+    result = { error: outOfMemory ? 'out of memory' : `${error.code ?? error.name}: ${error.message}` };
   }
   console.log(JSON.stringify({ ...task, ...result }));
 }

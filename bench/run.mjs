@@ -1,33 +1,38 @@
 /**
  * `npm run bench [-- options]`: martlet beside transformers + PEFT on one machine, the same weights and rows, in one run.
  *
- *   --only llava-7b     the shape (bench/shapes.json); default llava-7b
+ *   --only A,B          shapes of bench/shapes.json, and `vision` (of Qwen2.5-VL-7B the gate and the tower alone); default llava-7b
  *   --batches 2,4,8     rows in a step; default the shape's
- *   --tiny              the shape `tiny`: a trial of the scripts, results go to build/bench
+ *   --tiny              the shapes' small doubles: a trial of the scripts, results go to build/bench
  *   --device cuda|cpu   default cuda
- *   --quick             one round instead of two (martlet, peer; else martlet, peer, peer, martlet), no recompute rows
+ *   --quick             one round (martlet, peer) instead of two (martlet, peer, peer, martlet); 10 timed steps
  *   --tuned             also the tuned peer: compiled layers, static cache (minutes of compiling)
- *   --budget SECONDS    stops in time: a stage that does not fit is left out and named in the results; default 3600
+ *   --budget SECONDS    stops in time; each shape may use an even part of what is left, and what does not fit is left out and named in the
+ *                       results; default 3600
  *   --out DIR           default bench/results
  *   --force             times even if the gate fails; the results say so and are never published
  *
- * Environment: BENCH_DIR = where the checkpoint is made (default: the system's temporary folder), BENCH_PYTHON (default python3: needs torch,
- * transformers, peft, safetensors), COMMIT (default: git's), OUT = a second folder for the results.
+ * Environment: BENCH_DIR = where checkpoints and merged models are written (default: the system's temporary folder), BENCH_PYTHON (default python3:
+ * needs torch, transformers, peft, safetensors), COMMIT (default: git's), OUT = a second folder for the results.
  *
- * Stages in order of weight: checkpoint, gate (loss and LoRA gradients of one batch against transformers + PEFT in float32), timing. Results are
- * written after each stage.
+ * Each side is one process that answers task after task. In order of weight: checkpoint; gate (loss and LoRA gradients of one batch against
+ * transformers + PEFT in float32); decoding, training and the vision tower of martlet, then of the peer; merging; training with recompute. Results
+ * are written after each task.
  */
 import { execFileSync, spawn } from 'node:child_process';
 import { copyFileSync, existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join, relative } from 'node:path';
+import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
+import { compareGradients } from './safetensors.mjs';
 
 const root = fileURLToPath(new URL('..', import.meta.url));
 const here = (name) => join(root, 'bench', name);
 const LIMITS = { lossDifference: 2e-3, cosine: 0.999 };
 const GATE_BATCH = 2;
+const VISION_SHAPE = 'qwen2.5-vl-7b';
 
 const { values: options } = parseArgs({
   options: {
@@ -42,64 +47,75 @@ const { values: options } = parseArgs({
     force: { type: 'boolean', default: false },
   },
 });
-const name = options.tiny ? 'tiny' : options.only;
-const shape = JSON.parse(readFileSync(here('shapes.json'), 'utf8'))[name];
-if (!shape) throw new Error(`bench/shapes.json has no shape ${name}`);
+const shapes = JSON.parse(readFileSync(here('shapes.json'), 'utf8'));
+/** What is measured: the name of its results, its shape, whether that is the vision tower alone. */
+const jobs = options.only.split(',').map((name) => {
+  const visionOnly = name === 'vision';
+  const large = visionOnly ? VISION_SHAPE : name;
+  const shapeName = options.tiny ? shapes[large]?.tiny : large;
+  if (!shapes[shapeName]) throw new Error(`bench/shapes.json has no shape ${name}`);
+  return { name: visionOnly ? `${options.tiny ? 'tiny-' : ''}vision` : shapeName, shapeName, visionOnly };
+});
 const python = process.env.BENCH_PYTHON ?? 'python3';
-const dir = join(process.env.BENCH_DIR ?? tmpdir(), `martlet-bench-${name}`);
-const outDir = options.out ?? join(root, name === 'tiny' ? 'build/bench' : 'bench/results');
+const outDir = options.out ?? join(root, options.tiny ? 'build/bench' : 'bench/results');
 
 const began = performance.now();
 const elapsed = () => (performance.now() - began) / 1000;
-const remaining = () => Number(options.budget) - elapsed();
 const say = (text) => console.log(`[${elapsed().toFixed(0).padStart(4)} s] ${text}`);
 
-/** What a failed stage throws; a stage that ran out of time is none. */
-class StageError extends Error {}
+const OUT_OF_MEMORY = 'out of memory';
+const NO_TIME = 'no time left';
 
-/** Runs a process, hands over each JSON line of its output; kills it when `limit` seconds are over. True if it came to its end in time. */
-function run(command, args, limit, onResult = () => {}) {
-  return new Promise((resolve, reject) => {
-    const child = spawn(command, args, {
+/** A process that answers tasks, one JSON line each. */
+class Side {
+  /** Why it answers no more; absent while it does. */
+  lost;
+
+  constructor(name, command, args) {
+    this.name = name;
+    this.child = spawn(command, args, {
       cwd: root,
-      stdio: ['ignore', 'pipe', 'inherit'],
+      stdio: ['pipe', 'pipe', 'inherit'],
       env: { PYTHONUNBUFFERED: '1', HF_HUB_OFFLINE: '1', TOKENIZERS_PARALLELISM: 'false', ...process.env },
     });
-    let late = false;
-    const timer = setTimeout(() => {
-      late = true;
-      child.kill('SIGKILL');
-    }, limit * 1000);
-    let rest = '';
-    child.stdout.setEncoding('utf8').on('data', (text) => {
-      const lines = (rest + text).split('\n');
-      rest = lines.pop();
-      for (const line of lines) {
-        if (line.startsWith('{')) onResult(JSON.parse(line));
-        else console.log(line);
-      }
+    this.child.stdin.on('error', () => {}); // It has ended, which `ended` tells.
+    this.ended = new Promise((resolve) => {
+      const end = (why) => {
+        this.lost ??= why;
+        resolve({ error: this.lost });
+      };
+      this.child.on('error', (error) => end(error.message));
+      this.child.on('close', (code, signal) => end(`its process ended with ${code ?? signal}`));
     });
-    child.on('error', reject);
-    child.on('close', (code, signal) => {
-      clearTimeout(timer);
-      if (late) resolve(false);
-      else if (code === 0) resolve(true);
-      else reject(new StageError(`${command} ${args[0]} ended with ${code ?? signal}`));
+    createInterface({ input: this.child.stdout }).on('line', (line) => {
+      if (line.startsWith('{')) this.answer?.(JSON.parse(line));
+      else console.log(line);
     });
-  });
-}
+  }
 
-const sides = {
-  martlet: (tasks, limit, onResult) =>
-    run(
-      process.execPath,
-      [here('martlet.mjs'), JSON.stringify({ dir, device: options.device, tasks })],
-      limit,
-      onResult,
-    ),
-  peer: (mode, tasks, limit, onResult) =>
-    run(python, [here('peer.py'), JSON.stringify({ dir, device: options.device, mode, tasks })], limit, onResult),
-};
+  /** The task's result, or `{ error }`. When `limit` seconds are over, the process is killed. */
+  async ask(task, limit) {
+    const answer = new Promise((resolve) => {
+      this.answer = resolve;
+    });
+    const timer = setTimeout(() => {
+      this.lost ??= NO_TIME;
+      this.child.kill('SIGKILL');
+    }, limit * 1000);
+    this.child.stdin.write(`${JSON.stringify(task)}\n`);
+    const result = await Promise.race([answer, this.ended]);
+    clearTimeout(timer);
+    return result;
+  }
+
+  /** Lets it end; one that does not within 10 s is killed. */
+  async end() {
+    this.child.stdin.end();
+    const timer = setTimeout(() => this.child.kill('SIGKILL'), 10_000);
+    await this.ended;
+    clearTimeout(timer);
+  }
+}
 
 function environment() {
   const code = `
@@ -148,46 +164,6 @@ const slug = (machine.gpu ?? 'cpu')
   .toLowerCase()
   .replace(/^nvidia /, '')
   .replaceAll(/[^a-z0-9]+/g, '-');
-const file = join(outDir, `${date}-${slug}-${name}.json`);
-const results = {
-  what: name,
-  title: shape.title,
-  date,
-  ...machine,
-  commit: commit(),
-  command: `npm run bench -- ${process.argv.slice(2).join(' ')}`.trim(),
-  row: shape.row,
-  prompt: shape.prompt,
-  gate: null,
-  runs: [],
-  leftOut: [],
-  seconds: 0,
-};
-
-function save() {
-  results.seconds = Math.round(elapsed());
-  mkdirSync(outDir, { recursive: true });
-  writeFileSync(`${file}.tmp`, `${JSON.stringify(results, null, 1)}\n`);
-  renameSync(`${file}.tmp`, file);
-  if (process.env.OUT && existsSync(process.env.OUT))
-    copyFileSync(file, join(process.env.OUT, `${date}-${slug}-${name}.json`));
-}
-
-/** Runs `work(limit)` if `needed` seconds are left. */
-async function stage(title, needed, work) {
-  if (remaining() < needed) {
-    say(`left out: ${title} (${remaining().toFixed(0)} s left, about ${needed} s needed)`);
-    results.leftOut.push({ stage: title, why: 'no time left' });
-  } else {
-    say(title);
-    const finished = await work(remaining());
-    if (!finished) {
-      say(`cut off: ${title}`);
-      results.leftOut.push({ stage: title, why: 'ran out of time; what it had measured is there' });
-    }
-  }
-  save();
-}
 
 const median = (values) => quantile(values, 0.5);
 function quantile(values, q) {
@@ -197,154 +173,210 @@ function quantile(values, q) {
   return sorted[low] + (sorted[Math.min(low + 1, sorted.length - 1)] - sorted[low]) * (at - low);
 }
 
-/** Adds what is read off the raw numbers. */
-function summarise(side, round, result) {
-  const entry = { side, round, ...result };
-  if (result.seconds?.length) {
-    entry.tokens = result.batch * shape.row.tokens;
-    for (const [key, q] of [
-      ['median', 0.5],
-      ['p10', 0.1],
-      ['p90', 0.9],
-    ])
-      entry[key] = quantile(result.seconds, q);
-    entry.tokensPerSecond = entry.tokens / entry.median;
+const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
+const ms = (seconds) => `${(seconds * 1000).toFixed(0)} ms`;
+
+const titleOf = (task) =>
+  [task.kind, task.mode, task.attention, task.batch && `${task.batch} rows`, task.recompute && 'recompute']
+    .filter(Boolean)
+    .join(' ');
+
+/** A result in a few words. */
+const WORDS = {
+  decode: (r) => `${median(r.tokensPerSecond).toFixed(1)} tok/s, first token ${ms(median(r.firstTokenSeconds))}`,
+  vision: (r) => `${r.pictures} pictures in ${ms(median(r.visionSeconds))}`,
+  gradients: (r) => `loss ${r.loss}, ${r.tensors} tensors`,
+  merge: (r) => `${r.mergeSeconds.toFixed(1)} s ${r.parts ? JSON.stringify(r.parts) : `(${r.mergedTensors} tensors)`}`,
+  train: (r) =>
+    `${r.tokensPerSecond.toFixed(0)} tok/s (${ms(r.median)}, p10 ${ms(r.p10)}, p90 ${ms(r.p90)}), peak ${gib(r.peakAllocated)}`,
+};
+const wordsOf = (result) =>
+  WORDS[result.kind]?.(result) ?? (result.seconds ? `${result.seconds.toFixed(2)} s` : 'done');
+
+/** Measures one job within `budget` seconds; true if nothing failed. */
+async function benchmark({ name, shapeName, visionOnly }, budget) {
+  const shape = shapes[shapeName];
+  const folder = process.env.BENCH_DIR ?? tmpdir();
+  const dir = join(folder, `martlet-bench-${shapeName}`);
+  const file = `${date}-${slug}-${name}.json`;
+  const [started, deadline] = [elapsed(), elapsed() + budget];
+  const remaining = () => deadline - elapsed();
+  /** About how long a task takes; a trial's are short. */
+  const about = (seconds) => (options.tiny ? 1 : seconds);
+  const results = {
+    what: name,
+    title: shape.title,
+    date,
+    ...machine,
+    commit: commit(),
+    command: `npm run bench -- ${process.argv.slice(2).join(' ')}`.trim(),
+    row: shape.row,
+    prompt: shape.prompt,
+    vision: shape.vision,
+    gate: null,
+    runs: [],
+    leftOut: [],
+    seconds: 0,
+  };
+  let failed = false;
+
+  function save() {
+    results.seconds = Math.round(elapsed() - started);
+    mkdirSync(outDir, { recursive: true });
+    const path = join(outDir, file);
+    writeFileSync(`${path}.tmp`, `${JSON.stringify(results, null, 1)}\n`);
+    renameSync(`${path}.tmp`, path);
+    if (process.env.OUT && existsSync(process.env.OUT)) copyFileSync(path, join(process.env.OUT, file));
   }
-  const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
-  const words = {
-    load: () => `load ${result.seconds.toFixed(2)} s`,
-    decode: () =>
-      `decode ${median(result.tokensPerSecond).toFixed(1)} tok/s, first token ${(median(result.firstTokenSeconds) * 1000).toFixed(0)} ms`,
-    train: () => {
-      const what = `train ${result.batch} rows${result.recompute ? ', recompute' : ''}`;
-      return result.error
-        ? `${what}: ${result.error}`
-        : `${what}: ${entry.tokensPerSecond.toFixed(0)} tok/s (${(entry.median * 1000).toFixed(0)} ms, p10 ${(entry.p10 * 1000).toFixed(0)}, p90 ${(entry.p90 * 1000).toFixed(0)}), peak ${gib(result.peakAllocated)}`;
-    },
-  };
-  say(`  ${side}: ${result.kind === 'decode' && result.error ? `decode: ${result.error}` : words[result.kind]()}`);
-  results.runs.push(entry);
-  save();
-}
 
-const decode = { kind: 'decode', promptTokens: shape.prompt.tokens, newTokens: shape.prompt.newTokens };
-const settings = (recompute) =>
-  (options.batches?.split(',').map(Number) ?? shape.batches).map((batch) => ({
-    kind: 'train',
-    batch,
-    recompute,
-    warmup: shape.warmup,
-    steps: shape.steps,
-  }));
-const training = options.quick ? settings(false) : [...settings(false), ...settings(true)];
+  function leaveOut(stage, why) {
+    say(`left out: ${stage} (${why})`);
+    results.leftOut.push({ stage, why });
+    save();
+  }
 
-async function gate() {
-  const gradients = (side) => join(dir, `gradients-${side}.safetensors`);
-  const losses = {};
-  const found = {};
-  const note = (side) => (result) => {
-    if (result.kind === 'gradients') losses[side ?? result.as] = result.loss;
-    if (result.kind === 'compare') found[result.as] = result;
-  };
-  const task = (side) => ({ kind: 'gradients', batch: GATE_BATCH, file: gradients(side), as: side });
-  const compare = (own, reference, as) => ({
-    kind: 'compare',
-    own: gradients(own),
-    reference: gradients(reference),
-    as,
-  });
-  const load = { kind: 'load' };
-  const finished =
-    (await sides.martlet([load, task('martlet')], remaining(), note('martlet'))) &&
-    (await sides.peer(
-      'reference',
-      [
-        load,
-        task('reference'),
-        { kind: 'unload' },
-        { kind: 'set_mode', mode: 'default' },
-        load,
-        task('peer'),
-        compare('martlet', 'reference', 'martlet'),
-        compare('peer', 'reference', 'peer'),
-        compare('martlet', 'peer', 'both'),
-      ],
-      remaining(),
-      note(),
-    ));
-  if (!finished) return false;
-  const { tensors, worstTensor } = found.martlet;
-  results.gate = {
-    limits: LIMITS,
-    loss: losses,
-    lossDifference: Math.abs(losses.martlet - losses.reference),
-    cosine: found.martlet.cosine,
-    normRatio: found.martlet.normRatio,
-    worstTensor,
-    tensors,
-    peer: { lossDifference: Math.abs(losses.peer - losses.reference), cosine: found.peer.cosine },
-    martletAndPeer: { lossDifference: Math.abs(losses.martlet - losses.peer), cosine: found.both.cosine },
-  };
-  results.gate.passed =
-    results.gate.lossDifference < LIMITS.lossDifference && results.gate.cosine > LIMITS.cosine && tensors > 0;
-  say(
-    `  losses ${JSON.stringify(losses)}; gradient cosine to float32: martlet ${found.martlet.cosine.toFixed(6)}, peer ${found.peer.cosine.toFixed(6)}; to each other ${found.both.cosine.toFixed(6)}`,
-  );
-  return true;
-}
-
-async function main() {
-  const large = name !== 'tiny';
-  say(
-    `${shape.title} on ${machine.gpu ?? 'the CPU'}, torch ${machine.versions.torch}; results in ${relative(root, file)}`,
-  );
-  await stage('checkpoint', large ? 60 : 10, (limit) =>
-    run(python, [here('make_checkpoint.py'), '--shape', name, '--out', dir, '--device', options.device], limit),
-  );
-  await stage('gate: loss and LoRA gradients against float32', large ? 60 : 10, gate);
-  if (!results.gate?.passed) {
-    say(`the gate ${results.gate ? 'failed' : 'was not reached'}: ${JSON.stringify(results.gate)}`);
-    if (!options.force || !results.gate) {
-      process.exitCode = 1;
-      return;
+  /** Does a task if `needed` seconds are left; gives its result, or nothing. What failed is said, and the next task may still succeed. */
+  async function perform(side, task, needed) {
+    if (side.lost) return undefined; // said already
+    const title = `${side.name}: ${titleOf(task)}`;
+    if (remaining() < needed) {
+      leaveOut(title, `${remaining().toFixed(0)} s left, about ${needed.toFixed(0)} s needed`);
+      return undefined;
     }
+    const result = await side.ask(task, remaining());
+    if (result.error) {
+      // Memory that does not suffice for a batch is a result.
+      if (task.kind === 'train' && result.error === OUT_OF_MEMORY) {
+        say(`${title}: ${result.error}`);
+        return result;
+      }
+      failed ||= result.error !== NO_TIME;
+      leaveOut(side.lost ? `${title} and what comes after it` : title, result.error);
+      return undefined;
+    }
+    if (result.seconds?.length) {
+      const [middle, p10, p90] = [0.5, 0.1, 0.9].map((q) => quantile(result.seconds, q));
+      const tokens = result.batch * shape.row.tokens;
+      Object.assign(result, { tokens, median: middle, p10, p90, tokensPerSecond: tokens / middle });
+    }
+    say(`${title}: ${wordsOf(result)}`);
+    return result;
   }
-  const rounds = { warmup: 1, repeats: large ? 3 : 2 };
-  const martlet = (round, extra) => (limit) =>
-    sides.martlet([{ kind: 'load' }, ...extra, ...training], limit, (result) => summarise('martlet', round, result));
-  const peer = (round, extra) => (limit) =>
-    sides.peer('default', [{ kind: 'load' }, ...extra, ...training], limit, (result) =>
-      summarise('peer-default', round, result),
+
+  const gradients = (side) => join(dir, `gradients-${side}.safetensors`);
+  const gateTask = (side) => ({ kind: 'gradients', batch: GATE_BATCH, file: gradients(side) });
+  /** Distance of a side's loss and gradients from the reference's. */
+  const distance = (side, loss) => ({
+    loss,
+    lossDifference: Math.abs(loss - results.gate.referenceLoss),
+    ...compareGradients(gradients(side), gradients('reference')),
+  });
+
+  /** Leaves martlet loaded. */
+  async function gate(peer, martlet) {
+    const load = { kind: 'load', mode: 'reference' };
+    if (!(await perform(peer, { kind: 'checkpoint', shape: shapeName }, about(existsSync(dir) ? 5 : 45)))) return;
+    const reference = (await perform(peer, load, about(25))) && (await perform(peer, gateTask('reference'), about(10)));
+    await perform(peer, { kind: 'unload' }, 0);
+    const own =
+      (await measure(martlet, 'martlet', 1, [{ kind: 'load' }])) &&
+      (await perform(martlet, gateTask('martlet'), about(10)));
+    if (!reference || !own) return;
+    results.gate = { limits: LIMITS, referenceLoss: reference.loss };
+    Object.assign(results.gate, distance('martlet', own.loss));
+    const { lossDifference, cosine, worstTensor } = results.gate;
+    results.gate.passed = lossDifference < LIMITS.lossDifference && cosine > LIMITS.cosine;
+    say(
+      `gate ${results.gate.passed ? 'passed' : 'FAILED'}: loss off by ${lossDifference.toExponential(1)}, cosine of the gradients ${cosine.toFixed(6)}, lowest ${worstTensor.cosine.toFixed(6)} (${worstTensor.name})`,
     );
-  await stage('martlet, round 1', large ? 30 : 5, martlet(1, [{ ...decode, ...rounds }]));
-  await stage('transformers + PEFT, default, round 1', large ? 60 : 5, peer(1, [{ ...decode, ...rounds }]));
-  if (options.tuned) {
-    await stage('transformers + PEFT, tuned: training', large ? 90 : 5, (limit) =>
-      sides.peer('tuned', [{ kind: 'load' }, ...training], limit, (result) => summarise('peer-tuned', 1, result)),
-    );
+    save();
   }
-  if (!options.quick) {
-    await stage('transformers + PEFT, default, round 2', large ? 60 : 5, peer(2, []));
-    await stage('martlet, round 2', large ? 30 : 5, martlet(2, [{ ...decode, ...rounds }]));
+
+  /** Seconds of a step by row as last measured, by side: what the next stage will take. */
+  const rowSeconds = {};
+  /** Does tasks that are recorded as runs of `label`, each if its time and `reserve` seconds are left. True if the last was done. */
+  async function measure(side, label, round, tasks, reserve = 0) {
+    let done = false;
+    for (const task of tasks) {
+      const steps = (task.warmup + task.steps) * task.batch * (rowSeconds[label] ?? 0.3) * (task.recompute ? 1.5 : 1);
+      const needed = { load: 12, decode: 20, vision: 15, merge: 35, train: 3 + 1.2 * steps }[task.kind];
+      const result = await perform(side, task, about(needed) + reserve);
+      done = result !== undefined;
+      if (!done) continue;
+      if (result.median) rowSeconds[label] = result.median / task.batch;
+      results.runs.push({ side: label, round, ...result });
+      save();
+    }
+    return done;
   }
-  if (options.tuned) {
-    await stage('transformers + PEFT, tuned: decoding', large ? 60 : 5, (limit) =>
-      sides.peer('tuned', [{ kind: 'load' }, { ...decode, warmup: 2, repeats: rounds.repeats }], limit, (result) =>
-        summarise('peer-tuned', 1, result),
-      ),
-    );
+
+  const repeats = (large, tiny) => (options.tiny ? tiny : large);
+  const { tokens: promptTokens, newTokens } = shape.prompt;
+  const decode = visionOnly ? [] : [{ kind: 'decode', promptTokens, newTokens, warmup: 1, repeats: repeats(3, 2) }];
+  const vision = (...kinds) =>
+    shape.vision
+      ? kinds.map((kind) => ({ kind: 'vision', warmup: repeats(3, 1), repeats: repeats(10, 2), ...kind }))
+      : [];
+  const batches = visionOnly ? [] : (options.batches?.split(',').map(Number) ?? shape.batches);
+  const steps = options.quick ? Math.min(10, shape.steps) : shape.steps;
+  const train = (recompute) =>
+    batches.map((batch) => ({ kind: 'train', batch, recompute, warmup: shape.warmup, steps }));
+  const merge = visionOnly ? [] : [{ kind: 'merge', out: join(folder, 'martlet-bench-merged') }];
+  const later = [...merge, ...train(true)];
+  const load = { kind: 'load', mode: 'default' };
+
+  say(`${shape.title}: ${budget.toFixed(0)} s; results in ${relative(root, join(outDir, file))}`);
+  const open = (side) =>
+    side === 'martlet'
+      ? new Side(side, process.execPath, [here('martlet.mjs'), dir, options.device])
+      : new Side(side, python, [here('peer.py'), dir, options.device]);
+  const [peer, martlet] = [open('peer'), open('martlet')];
+  const sides = [peer, martlet];
+  try {
+    await gate(peer, martlet);
+    if (!results.gate?.passed) {
+      failed = true;
+      if (!options.force || !existsSync(join(dir, 'shape.json'))) {
+        leaveOut('every timing', `the gate ${results.gate ? 'failed' : 'was not reached'}`);
+        return false;
+      }
+    }
+    await measure(martlet, 'martlet', 1, [...decode, ...vision({}), ...train(false)]);
+    // The peer's first numbers weigh more than these.
+    await measure(martlet, 'martlet', 1, later, about(budget * 0.45));
+    await martlet.end();
+    await measure(peer, 'peer-default', 1, [load, ...decode, ...vision({ attention: 'sdpa' }, { attention: 'eager' })]);
+    const other = visionOnly ? undefined : await perform(peer, gateTask('peer'), about(8));
+    if (other && results.gate) results.gate.peer = distance('peer', other.loss);
+    await measure(peer, 'peer-default', 1, [...train(false), ...later]);
+    await peer.end();
+    if (!options.quick && !visionOnly) {
+      const again = [open('peer'), open('martlet')];
+      sides.push(...again);
+      await measure(again[0], 'peer-default', 2, [load, ...train(false)]);
+      await again[0].end();
+      await measure(again[1], 'martlet', 2, [{ kind: 'load' }, ...decode, ...train(false)]);
+      await again[1].end();
+    }
+    if (options.tuned && !visionOnly) {
+      // Each in a process of its own: what is compiled for one would stay for the other.
+      for (const tasks of [train(false), decode.map((task) => ({ ...task, warmup: 2 }))]) {
+        const tuned = open('peer');
+        sides.push(tuned);
+        await measure(tuned, 'peer-tuned', 1, [{ kind: 'load', mode: 'tuned' }, ...tasks]);
+        await tuned.end();
+      }
+    }
+  } finally {
+    await Promise.all(sides.map((side) => side.end()));
+    save();
   }
-  say(
-    `done; ${relative(root, file)}${results.leftOut.length ? `, left out: ${results.leftOut.map((s) => s.stage).join('; ')}` : ''}`,
-  );
+  return !failed;
 }
 
-try {
-  await main();
-} catch (error) {
-  results.leftOut.push({ stage: 'the rest', why: error.message });
-  save();
-  if (!(error instanceof StageError)) throw error;
-  console.error(error.message);
-  process.exitCode = 1;
+say(`${machine.gpu ?? 'the CPU'}, torch ${machine.versions.torch}; ${options.budget} s at most`);
+for (const [i, job] of jobs.entries()) {
+  const budget = (Number(options.budget) - elapsed()) / (jobs.length - i);
+  if (!(await benchmark(job, budget))) process.exitCode = 1;
 }
+say('done');

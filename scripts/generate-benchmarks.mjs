@@ -99,8 +99,42 @@ function decodingTable(result) {
   return table(['', 'tokens/s, one answer', 'first token', 'peak GiB', 'load'], rows);
 }
 
+/** Median times of the pictures at once, by side and kind of attention in the tower. */
+function visionTable(result) {
+  const cells = result.runs
+    .filter(({ kind }) => kind === 'vision')
+    .map(({ side, attention, visionSeconds }) => ({
+      name: `${SIDES[side]}${attention ? ` (${attention})` : ''}`,
+      seconds: median(visionSeconds),
+    }));
+  const own = cells.find(({ name }) => name === SIDES.martlet)?.seconds;
+  const rows = cells.map(({ name, seconds }) => [
+    name,
+    `${(seconds * 1000).toFixed(1)} ms`,
+    own && name !== SIDES.martlet ? `${(seconds / own).toFixed(2)}×` : '',
+  ]);
+  return table(['', 'median', 'martlet is faster by'], rows);
+}
+
+function mergeTable(result) {
+  const rows = result.runs
+    .filter(({ kind }) => kind === 'merge')
+    .map(({ side, mergeSeconds, parts, bytes }) => [
+      SIDES[side],
+      `${mergeSeconds.toFixed(1)} s`,
+      parts
+        ? Object.entries(parts)
+            .map(([part, seconds]) => `${part} ${seconds.toFixed(1)} s`)
+            .join(', ')
+        : '',
+      `${(bytes / 1e9).toFixed(1)} GB`,
+    ]);
+  return table(['', 'from files to files', 'of that', 'written'], rows);
+}
+
 function section(result) {
-  const { gate, versions, row, prompt } = result;
+  const { gate, versions, row, prompt, vision } = result;
+  const has = (kind) => result.runs.some((run) => run.kind === kind);
   const machine = [
     result.gpu ? `${result.gpu} (driver ${result.driver})` : `CPU, ${result.cores} cores`,
     `torch ${versions.torch}`,
@@ -111,17 +145,34 @@ function section(result) {
     `martlet ${versions.martlet} at commit ${result.commit?.slice(0, 12) ?? 'unknown'}`,
   ];
   const left = result.leftOut.map(({ stage, why }) => `- Not measured: ${stage} (${why}).`);
-  return [
-    `## ${result.title}, ${result.gpu ?? 'CPU'}, ${result.date}`,
-    `${machine.join(', ')}. Again with:`,
-    `\`\`\`sh\n${result.command}\n\`\`\``,
-    `**Gate**, passed before any timing: loss and LoRA gradients of one batch against transformers + PEFT in float32. Loss off by ${gate.lossDifference.toExponential(1)} (limit ${gate.limits.lossDifference}), cosine of all ${gate.tensors} gradients ${gate.cosine.toFixed(6)} (limit ${gate.limits.cosine}). transformers + PEFT in bfloat16 against the same: ${gate.peer.lossDifference.toExponential(1)} and ${gate.peer.cosine.toFixed(6)}.`,
+  const peerGate = gate.peer
+    ? ` transformers + PEFT in bfloat16 against the same: ${gate.peer.lossDifference.toExponential(1)} and ${gate.peer.cosine.toFixed(6)}.`
+    : '';
+  const training = [
     `### LoRA training: tokens/s (p10–p90 over steps), peak device memory in tensors`,
-    `Rows of ${row.tokens} tokens, ${row.imageTokens} of them a picture's, ${row.labelled} labelled; r 8 on the seven linears of every language layer; vision tower in the loop; AdamW; bfloat16.`,
-    trainingTable(result),
+    `Rows of ${row.tokens} tokens, ${row.imageTokens} of them a picture's (${row.picture}×${row.picture}), ${row.labelled} labelled; r 8 on the seven linears of every language layer; vision tower in the loop; AdamW; bfloat16.`,
+  ];
+  const answering = [
     `### Answering and loading`,
     `One picture, ${prompt.tokens} prompt tokens, ${prompt.newTokens} new tokens, greedy; files in the page cache.`,
-    decodingTable(result),
+  ];
+  const tower = [
+    `### The vision tower`,
+    `${vision?.pictures} pictures of ${vision?.size}×${vision?.size} at once through tower and merger. martlet: the engine’s clock while it answers a prompt with all of them, from patches in the host’s memory (float32) to features in the prompt: copying them to the device and the order of the windows are in it. The peer: from patches on the device (bfloat16) to features there.`,
+  ];
+  const merging = [
+    `### Merging the adapter`,
+    `From the files of base and adapter to a merged folder, on one file system. The peer: loading to the device, PEFT’s merge, save_pretrained. martlet adds in float32 on the CPU and checks each element against float64.`,
+  ];
+  return [
+    `## ${result.title}${result.what.endsWith('vision') ? ', vision tower' : ''}, ${result.gpu ?? 'CPU'}, ${result.date}`,
+    `${machine.join(', ')}. Again with:`,
+    `\`\`\`sh\n${result.command}\n\`\`\``,
+    `**Gate**, passed before any timing of martlet: loss and LoRA gradients of one batch against transformers + PEFT in float32. Loss off by ${gate.lossDifference.toExponential(1)} (limit ${gate.limits.lossDifference}), cosine of all ${gate.tensors} gradients ${gate.cosine.toFixed(6)} (limit ${gate.limits.cosine}).${peerGate}`,
+    ...(has('train') ? [...training, trainingTable(result)] : []),
+    ...(has('decode') ? [...answering, decodingTable(result)] : []),
+    ...(has('vision') ? [...tower, visionTable(result)] : []),
+    ...(has('merge') ? [...merging, mergeTable(result)] : []),
     ...(left.length ? [left.join('\n')] : []),
   ].join('\n\n');
 }
@@ -139,7 +190,7 @@ function render() {
   return `${[
     '# Benchmarks',
     '<!-- Written by scripts/generate-benchmarks.mjs from bench/results. Do not edit by hand. -->',
-    'martlet beside transformers + PEFT on the same machine, in the same run, on the same weights (the exact public shape, random bfloat16 weights) and the same rows. "Default" is how people run the peer: float32 adapters, SDPA, eager, fused AdamW. "Tuned" is bfloat16 adapters, compiled layers, no cache object in training, a static cache with compiled decoding. Neither gets an attention mask, which is its fastest case. martlet’s step includes the normalising of the pictures, the peer’s does not. Both sides take the medians of the same steps; every raw number is in [bench/results](../bench/results).',
+    'martlet beside transformers + PEFT on the same machine, in the same run, on the same weights (the exact public shape, random bfloat16 weights) and the same rows. "Default" is how people run the peer: float32 adapters, SDPA, eager, fused AdamW. "Tuned" is bfloat16 adapters, compiled layers, no cache object in training, a static cache with compiled decoding. Neither gets an attention mask, which is its fastest case. martlet’s step includes the normalising of the pictures, the peer’s does not. Both sides start from the same adapter and take the medians of the same steps; every raw number is in [bench/results](../bench/results).',
     'Run it on a GPU machine whose Python has torch, transformers and PEFT: `npm run bench` (options: [bench/run.mjs](../bench/run.mjs)). The scripts can be tried without a GPU: `npm run bench -- --tiny --device cpu`.',
     ...(results.length ? results.map(section) : ['No results yet.']),
   ].join('\n\n')}\n`;

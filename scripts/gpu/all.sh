@@ -4,6 +4,8 @@
 #   bash scripts/gpu/all.sh info                    machine and versions
 #   bash scripts/gpu/all.sh test [filter …]         npm run test:gpu
 #   bash scripts/gpu/all.sh bench [options]         npm run bench (bench/run.mjs says which options)
+#   bash scripts/gpu/all.sh everything tests        npm run test:gpu; while the addon is built, the GPU makes the checkpoints of the next command
+#   bash scripts/gpu/all.sh everything bench        all shapes in one run of the benchmark, short form: for the same machine, if it is still there
 #   bash scripts/gpu/all.sh train-base [options]    examples/quickstart/make/train-base.mjs; the model comes back as $OUT/model.tar
 #   bash scripts/gpu/all.sh profile [shape] [rows]  time by kernel of a training step of martlet (Nsight Compute)
 #
@@ -13,13 +15,33 @@ cd "$(dirname "$0")/../.."
 limit=${LIMIT:-580}
 export OUT=${OUT:-$PWD/build/gpu-out} PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
-stage=${1:?info, test, bench, train-base or profile}
+stage=${1:?info, test, bench, everything, train-base or profile}
 shift
 log=$OUT/$stage.log
 left() { echo $((limit - SECONDS)); }
+say() { echo "$stage: $* after $SECONDS s, $(left) s left" | tee -a "$log"; }
+: > "$log"
+
+if [ "$stage" = everything ]; then
+  part=${1:?tests or bench}
+  shift
+  stage="everything $part"
+  shapes=(llava-7b qwen2.5-vl-7b qwen2-vl-2b)
+  # 35 GB of checkpoints and 17 GB of a merged model: in memory if there is room.
+  if [ -z "${BENCH_DIR:-}" ]; then
+    BENCH_DIR=/tmp
+    [ -e "/dev/shm/martlet-bench-${shapes[0]}" ] || [ "$(df --output=avail -B1G /dev/shm | tail -1)" -ge 56 ] && BENCH_DIR=/dev/shm
+  fi
+  export BENCH_DIR
+  say "checkpoints in $BENCH_DIR"
+  if [ "$part" = tests ]; then
+    timeout 180 python3 bench/make_checkpoint.py --shape "${shapes[@]}" --out "$BENCH_DIR" --device cuda > "$OUT/checkpoints.log" 2>&1 &
+    checkpoints=$!
+  fi
+fi
 
 source scripts/gpu/setup.sh || exit
-echo "$stage: built after $SECONDS s, $(left) s left" | tee "$log"
+say built
 
 case $stage in
   info)
@@ -39,16 +61,28 @@ case $stage in
     # A few seconds of the limit stay for the last results.
     timeout -k 5 "$(left)" node bench/run.mjs --budget "$(($(left) - 10))" "$@" 2>&1 | tee -a "$log"
     ;;
+  'everything tests')
+    # The tests of memory count every byte of the GPU: nothing else may be on it.
+    wait "$checkpoints" || say "no checkpoints: $(tail -1 "$OUT/checkpoints.log")"
+    tee -a "$log" < "$OUT/checkpoints.log"
+    say 'checkpoints made, tests begin'
+    timeout -k 5 "$(left)" node scripts/gpu/test.mjs --built "$@" 2>&1 | tee -a "$log"
+    ;;
+  'everything bench')
+    names=${shapes[*]}
+    timeout -k 5 "$(left)" node bench/run.mjs --only "${names// /,}" --quick --force --budget "$(($(left) - 10))" "$@" 2>&1 | tee -a "$log"
+    ;;
   train-base)
     timeout -k 5 "$(left)" node examples/quickstart/make/train-base.mjs --out /tmp/martlet-base-model "$@" 2>&1 | tee -a "$log" &&
       tar -C /tmp/martlet-base-model -cf "$OUT/model.tar" .
     ;;
   profile)
-    shape=${1:-llava-7b} rows=${2:-8} dir=${BENCH_DIR:-/tmp}/martlet-bench-${1:-llava-7b}
-    plan="{\"dir\":\"$dir\",\"device\":\"cuda\",\"tasks\":[{\"kind\":\"load\"},{\"kind\":\"train\",\"batch\":$rows,\"warmup\":1,\"steps\":1}]}"
-    python3 bench/make_checkpoint.py --shape "$shape" --out "$dir" --device cuda 2>&1 | tee -a "$log" &&
+    shape=${1:-llava-7b} rows=${2:-8} folder=${BENCH_DIR:-/tmp}
+    python3 bench/make_checkpoint.py --shape "$shape" --out "$folder" --device cuda 2>&1 | tee -a "$log" &&
+      printf '%s\n' '{"kind":"load"}' "{\"kind\":\"train\",\"batch\":$rows,\"recompute\":false,\"warmup\":1,\"steps\":1}" |
       timeout -k 5 "$(left)" ncu --target-processes all --clock-control none --cache-control none --metrics gpu__time_duration.sum \
-        --print-units base --csv --log-file /tmp/kernels.csv "$(command -v node)" bench/martlet.mjs "$plan" 2>&1 | tail -20 | tee -a "$log"
+        --print-units base --csv --log-file /tmp/kernels.csv "$(command -v node)" bench/martlet.mjs "$folder/martlet-bench-$shape" cuda 2>&1 |
+      tail -20 | tee -a "$log"
     node bench/kernels.mjs /tmp/kernels.csv 2 2>&1 | tee "$OUT/kernels.txt"
     gzip -c /tmp/kernels.csv > "$OUT/kernels.csv.gz"
     ;;
@@ -58,5 +92,5 @@ case $stage in
     ;;
 esac
 status=$?
-echo "$stage: ended with $status after $SECONDS s" | tee -a "$log"
+say "ended with $status"
 exit $status
