@@ -67,7 +67,9 @@ GatedMlp::GatedMlp(const DecoderConfig& c)
 }
 
 at::Tensor GatedMlp::forward(const at::Tensor& x, DropoutSource* dropout) const {
-  return down_proj.forward(swiglu(gate_proj.forward(x, dropout), up_proj.forward(x, dropout)), dropout);
+  const at::Tensor product = run_cheap([](const std::vector<at::Tensor>& in) { return swiglu(in[0], in[1]); },
+                                       {gate_proj.forward(x, dropout), up_proj.forward(x, dropout)});
+  return down_proj.forward(product, dropout);
 }
 
 DecoderLayer::DecoderLayer(const DecoderConfig& c)
@@ -82,8 +84,11 @@ DecoderLayer::DecoderLayer(const DecoderConfig& c)
 }
 
 at::Tensor DecoderLayer::forward(const at::Tensor& x, const DecoderPass& pass, int64_t layer) const {
-  const at::Tensor h = x + self_attn.forward(input_layernorm.forward(x), pass, layer);
-  return h + mlp.forward(post_attention_layernorm.forward(h), pass.options.dropout);
+  const at::Tensor h = x + self_attn.forward(run_norm(input_layernorm, x), pass, layer);
+  // With the sum in it: gradients of h add up in one order, whatever is run again.
+  return run_mlp([this, dropout = pass.options.dropout](
+                     const at::Tensor& y) { return y + mlp.forward(run_norm(post_attention_layernorm, y), dropout); },
+                 h, pass.options);
 }
 
 Decoder::Decoder(const DecoderConfig& config)

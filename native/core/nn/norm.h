@@ -1,5 +1,6 @@
 #pragma once
 
+#include "core/nn/checkpoint.h"
 #include "core/nn/module.h"
 
 namespace martlet {
@@ -27,5 +28,11 @@ class LayerNorm : public Module {
   int64_t dim_;
   double eps_;
 };
+
+// norm(x) for linears to read: not kept where cheap parts are computed again.
+template <typename Norm>
+at::Tensor run_norm(const Norm& norm, const at::Tensor& x) {
+  return run_cheap([&norm](const std::vector<at::Tensor>& in) { return norm.forward(in[0]); }, {x});
+}
 
 }  // namespace martlet

@@ -60,7 +60,10 @@ VitLayer::Mlp::Mlp(const VitConfig& c)
 }
 
 at::Tensor VitLayer::Mlp::forward(const at::Tensor& x, DropoutSource* dropout) const {
-  return fc2.forward(activate(fc1.forward(x, dropout), activation), dropout);
+  const at::Tensor product =
+      run_cheap([act = activation](const std::vector<at::Tensor>& in) { return activate(in[0], act); },
+                {fc1.forward(x, dropout)});
+  return fc2.forward(product, dropout);
 }
 
 VitLayer::VitLayer(const VitConfig& c)
@@ -72,8 +75,8 @@ VitLayer::VitLayer(const VitConfig& c)
 }
 
 at::Tensor VitLayer::forward(const at::Tensor& x, const SequenceLengths& rows, DropoutSource* dropout) const {
-  const at::Tensor h = x + self_attn_.forward(layer_norm1_.forward(x), rows, dropout);
-  return h + mlp_.forward(layer_norm2_.forward(h), dropout);
+  const at::Tensor h = x + self_attn_.forward(run_norm(layer_norm1_, x), rows, dropout);
+  return h + mlp_.forward(run_norm(layer_norm2_, h), dropout);
 }
 
 Vit::Encoder::Encoder(const VitConfig& config) {
