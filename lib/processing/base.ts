@@ -61,7 +61,7 @@ export async function createProcessor(
         ...image,
         plan: family.planImage(image.width, image.height),
       }));
-      const { inputIds, labels } = encodeSegments(
+      const { inputIds, labels, mediaSpans } = encodeSegments(
         segmentsOf(input.messages, purpose === 'generate'),
         tokenizer,
         imageTokenId,
@@ -71,6 +71,7 @@ export async function createProcessor(
         inputIds,
         ...(purpose === 'train' && { labels }),
         images,
+        mediaSpans,
         ...(input.id !== undefined && { id: input.id }),
       };
     },

@@ -159,7 +159,7 @@ export function encodeSegments(
   tokenizer: Tokenizer,
   imageTokenId: number,
   imageLengths: number[],
-): { inputIds: Int32Array; labels: Int32Array } {
+): { inputIds: Int32Array; labels: Int32Array; mediaSpans: [number, number][] } {
   const joined: Segment[] = [];
   for (const segment of segments) {
     const last = joined.at(-1);
@@ -168,6 +168,7 @@ export function encodeSegments(
   }
   const ids: number[] = [];
   const labels: number[] = [];
+  const mediaSpans: [number, number][] = [];
   let image = 0;
   const bos = tokenizer.special.bos_token;
   if (!(bos !== undefined && joined[0]?.text.startsWith(bos))) {
@@ -179,6 +180,7 @@ export function encodeSegments(
   for (const { text, trained } of joined) {
     for (const id of tokenizer.encode(text)) {
       const repeat = id === imageTokenId ? (imageLengths[image++] ?? 1) : 1;
+      if (id === imageTokenId) mediaSpans.push([ids.length, ids.length + repeat]);
       for (let i = 0; i < repeat; i++) {
         ids.push(id);
         labels.push(trained && id !== imageTokenId ? id : -100);
@@ -186,5 +188,5 @@ export function encodeSegments(
     }
   }
   if (labels.length > 0) labels[0] = -100;
-  return { inputIds: Int32Array.from(ids), labels: Int32Array.from(labels) };
+  return { inputIds: Int32Array.from(ids), labels: Int32Array.from(labels), mediaSpans };
 }
