@@ -1,10 +1,10 @@
-import { readdir, rm } from 'node:fs/promises';
+import { readdir, readFile, rm } from 'node:fs/promises';
 import { join, relative, resolve } from 'node:path';
 import { dump } from 'js-yaml';
 import { MartletError } from '../errors.js';
 import { copyFileAtomic, exists, isDirectory, listDir, makeDir, writeDirAtomic, writeFileAtomic } from '../files.js';
 import { resolveModel } from '../hub/index.js';
-import type { MergeResult } from '../native/binding.js';
+import type { MergeArgs, MergeResult } from '../native/binding.js';
 import { Engine } from '../native/engine.js';
 import { visionOptionsToKeys } from '../processing/vision-options.js';
 import { abortedError, throwIfAborted } from './abort.js';
@@ -12,7 +12,7 @@ import { ARGS_FILE, adapterBaseModel, readAdapterArgs } from './adapter-args.js'
 import { parseSize } from './size.js';
 import type { MergeOptions, MergeReport } from './types.js';
 
-const DEFAULT_SHARD_SIZE = '5GB';
+export const DEFAULT_SHARD_SIZE = '5GB';
 
 /** Weight files: written anew by a merge or a full save. Everything else in a model folder is kept byte for byte. */
 const WEIGHT_FILE = /\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf)$|\.(safetensors|bin)\.index\.json$/;
@@ -27,13 +27,6 @@ export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> 
   const started = performance.now();
   const { adapter, outputDir, signal, onProgress } = options;
   throwIfAborted(signal);
-  if (options.base === 'quantized') {
-    throw new MartletError(
-      'ERR_MARTLET_USAGE',
-      "base: 'quantized' is not available yet: leave it out to merge into the original weights.",
-      { field: 'base' },
-    );
-  }
   const maxShardSize = parseSize(options.maxShardSize ?? DEFAULT_SHARD_SIZE, 'maxShardSize');
   if (!(await exists(join(adapter, 'adapter_config.json')))) {
     throw new MartletError(
@@ -43,15 +36,8 @@ export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> 
     );
   }
   const modelDir = await resolveModel(options.model ?? (await adapterBaseModel(adapter)), { signal });
-  for (const input of [modelDir, adapter]) {
-    if (!relative(resolve(outputDir), resolve(input)).startsWith('..')) {
-      throw new MartletError(
-        'ERR_MARTLET_IO',
-        `outputDir ${outputDir} is, or holds, ${input}, which the merge reads: choose another folder.`,
-        { path: outputDir, input },
-      );
-    }
-  }
+  const quantization = options.base === 'quantized' ? await trainedQuantization(adapter) : undefined;
+  refuseInputs(outputDir, [modelDir, adapter]);
   await checkOutputDir(outputDir, options.overwrite === true);
 
   const engine = new Engine();
@@ -59,6 +45,7 @@ export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> 
     let merged: MergeResult | undefined;
     await writeDirAtomic(resolve(outputDir), 'merge', async (dir) => {
       await copyModelFiles(modelDir, dir, signal);
+      await dropQuantizationConfig(join(dir, 'config.json'));
       await keepPromptArgs(adapter, dir);
       const { result } = await engine.call(
         'merge',
@@ -67,6 +54,7 @@ export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> 
           adapterDir: adapter,
           outputDir: dir,
           ...(options.dtype && { dtype: options.dtype }),
+          ...(quantization && { quantization }),
           maxShardSize,
         },
         { signal, onEvent: (event) => onProgress?.(event as { done: number; total: number }) },
@@ -84,14 +72,54 @@ export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> 
   }
 }
 
+/** Refuses to write into a folder that is read. */
+export function refuseInputs(outputDir: string, inputs: string[]): void {
+  for (const input of inputs) {
+    if (relative(resolve(outputDir), resolve(input)).startsWith('..')) continue;
+    throw new MartletError(
+      'ERR_MARTLET_IO',
+      `outputDir ${outputDir} is, or holds, ${input}, which is read: choose another folder.`,
+      { path: outputDir, input },
+    );
+  }
+}
+
+/** How the base was quantised when the adapter was trained, from its args.yaml. */
+async function trainedQuantization(adapter: string): Promise<MergeArgs['quantization']> {
+  const { quant_bits: bits, bnb_4bit_use_double_quant: double, torch_dtype: dtype } = await readAdapterArgs(adapter);
+  if (bits !== 4 && bits !== 8) {
+    throw new MartletError(
+      'ERR_MARTLET_USAGE',
+      `base: 'quantized' is for adapters trained with qlora; ${join(adapter, ARGS_FILE)} names no quant_bits. Leave base out to merge into the original weights.`,
+      { field: 'base', path: adapter },
+    );
+  }
+  return { method: bits === 4 ? 'nf4' : 'int8', doubleQuantization: double ?? true, dtype: dtype ?? 'auto' };
+}
+
+/** A merged model is never quantised, whatever its base was. */
+async function dropQuantizationConfig(path: string): Promise<void> {
+  const config = JSON.parse(await readFile(path, 'utf8')) as Record<string, unknown>;
+  if (config.quantization_config === undefined) return;
+  delete config.quantization_config;
+  await writeFileAtomic(path, `${JSON.stringify(config, null, 2)}\n`);
+}
+
 /** Template, system prompt and pixel limits that the adapter was trained with: the merged model must be asked in the same way. */
 async function keepPromptArgs(adapter: string, target: string): Promise<void> {
-  const { model: _, vision, ...prompt } = await readAdapterArgs(adapter);
+  const {
+    model: _,
+    quant_bits: __,
+    bnb_4bit_use_double_quant: ___,
+    torch_dtype: ____,
+    vision,
+    ...prompt
+  } = await readAdapterArgs(adapter);
   const args = { ...prompt, ...visionOptionsToKeys(vision) };
   if (Object.keys(args).length > 0) await writeFileAtomic(join(target, ARGS_FILE), dump(args));
 }
 
-async function checkOutputDir(outputDir: string, overwrite: boolean): Promise<void> {
+export async function checkOutputDir(outputDir: string, overwrite: boolean): Promise<void> {
   if ((await exists(outputDir)) && !(await isDirectory(outputDir))) {
     throw new MartletError('ERR_MARTLET_IO', `outputDir ${outputDir} is a file: choose another name.`, {
       path: outputDir,
@@ -108,7 +136,7 @@ async function checkOutputDir(outputDir: string, overwrite: boolean): Promise<vo
 }
 
 /** In a folder written over: weights of the model that was there before, which a loader would mix up with the new ones. */
-async function removeStaleWeights(outputDir: string, shards: string[]): Promise<void> {
+export async function removeStaleWeights(outputDir: string, shards: string[]): Promise<void> {
   const index = shards.length > 1 ? 'model.safetensors.index.json' : '';
   for (const name of await listDir(outputDir)) {
     if (WEIGHT_FILE.test(name) && !shards.includes(name) && name !== index) await rm(join(outputDir, name));

@@ -1,8 +1,9 @@
 import { adapterBaseModel } from '../api/adapter-args.js';
 import { mergeAdapter } from '../api/merge.js';
-import { duration, significant } from '../report/format.js';
-import { type OptionSpecs, usageError } from './args.js';
-import { type Command, type Invocation, printJson } from './command.js';
+import { quantizeModel } from '../api/quantize.js';
+import { bytes, duration, significant } from '../report/format.js';
+import { type OptionSpecs, type Options, usageError } from './args.js';
+import { type CliIo, type Command, type Invocation, printJson } from './command.js';
 import { interruptible, resolveWithNotice } from './jobs.js';
 
 const OPTIONS: OptionSpecs = {
@@ -27,13 +28,20 @@ const OPTIONS: OptionSpecs = {
   },
   max_shard_size: { kind: 'value', placeholder: 'SIZE', help: 'largest weight file, e.g. 2GB; default 5GB' },
   overwrite: { kind: 'flag', aliases: ['exist_ok'], help: 'write into a folder that already holds files' },
+  base: {
+    kind: 'value',
+    placeholder: 'original|quantized',
+    help: 'quantized: merge into the weights that a qlora adapter was trained against',
+  },
+  quant_method: { kind: 'value', placeholder: 'bnb', help: 'write --model quantised instead of merging' },
+  quant_bits: { kind: 'value', placeholder: '4|8', help: '4 = NF4 with double quantisation (default), 8 = int8' },
   merge_lora: { kind: 'flag', help: 'accepted for ms-swift command lines; merging is what export does' },
 };
 
 export const command: Command = {
-  usage: 'export --adapters DIR [--model DIR|ID] [--output_dir DIR]',
+  usage: 'export --adapters DIR [--model DIR|ID] [--output_dir DIR] | export --model DIR --quant_method bnb',
   description: `Merges a LoRA adapter into its base model (alias: merge-lora). The result is a Hugging Face folder: merged weights, all other
-files of the base model byte for byte.`,
+files of the base model byte for byte. With --quant_method, writes a model quantised instead.`,
   options: () => OPTIONS,
   footer: `Example:
   martlet export --adapters out --output_dir merged`,
@@ -42,6 +50,9 @@ files of the base model byte for byte.`,
 
 async function run({ options, positionals, io }: Invocation): Promise<number> {
   if (positionals.length > 0) throw usageError(`unexpected argument ${positionals[0]}.`);
+  if (options.string('quant_method') !== undefined || options.string('quant_bits') !== undefined) {
+    return quantize(options, io);
+  }
   const adapter = options.string('adapters');
   if (adapter === undefined) throw usageError('export needs --adapters DIR. --help shows more.');
   if (options.string('merge_lora') === 'false')
@@ -54,6 +65,7 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
       outputDir: options.string('output_dir') ?? `${adapter.replace(/\/+$/, '')}-merged`,
       ...(dtype !== undefined && dtype !== 'auto' && { dtype }),
       maxShardSize: options.string('max_shard_size'),
+      base: options.choice('base', ['original', 'quantized']),
       overwrite: options.flag('overwrite'),
       signal,
     }),
@@ -65,6 +77,35 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
     io.stdout.write(
       `merged ${mergedTensors} tensors into ${outputDir} (${shards.length} weight files) in ${duration(seconds)}; ` +
         `largest rounding error ${significant(maxAbsError)}\n`,
+    );
+  }
+  return 0;
+}
+
+async function quantize(options: Options, io: CliIo): Promise<number> {
+  const model = options.string('model');
+  if (model === undefined || options.string('adapters') !== undefined) {
+    throw usageError('--quant_method writes --model quantised: give --model, and merge adapters first.');
+  }
+  options.choice('quant_method', ['bnb']);
+  const bits = options.choice('quant_bits', ['4', '8']) ?? '4';
+  const dtype = options.dtype('dtype');
+  const report = await interruptible(async (signal) =>
+    quantizeModel({
+      model: await resolveWithNotice(model, io, signal),
+      outputDir: options.string('output_dir') ?? `${model.replace(/\/+$/, '')}-bnb-${bits}bit`,
+      quantization: bits === '4' ? 'nf4' : 'int8',
+      ...(dtype !== undefined && dtype !== 'auto' && { dtype }),
+      maxShardSize: options.string('max_shard_size'),
+      overwrite: options.flag('overwrite'),
+      signal,
+    }),
+  );
+  if (options.flag('json')) {
+    printJson(io, report);
+  } else {
+    io.stdout.write(
+      `quantised ${report.quantizedTensors} tensors into ${report.outputDir} (${report.shards.length} weight files, ${bytes(report.bytes)}) in ${duration(report.seconds)}\n`,
     );
   }
   return 0;

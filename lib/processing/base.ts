@@ -101,7 +101,7 @@ export async function createProcessor<P extends MediaPlan>(
     async encode(input, { for: purpose, signal }): Promise<EncodedSample> {
       const sources = mediaSources(input, family);
       const decoded = await Promise.all(sources.map((source) => decodeMedia(source, { ...decode, signal })));
-      const { inputIds, labels, media } = encodeRow(
+      const { inputIds, labels, mediaSpans, media } = encodeRow(
         input,
         decoded.map(({ size }) => size),
         purpose === 'generate',
@@ -120,6 +120,7 @@ export async function createProcessor<P extends MediaPlan>(
             plan,
           };
         }),
+        mediaSpans,
         ...(input.id !== undefined && { id: input.id }),
       };
     },

@@ -373,7 +373,7 @@ TEST("a tied head that a file holds too is the embedding: trained once, saved tw
                        {"schedule", {{"type", "constant"}, {"warmupSteps", 0}, {"totalSteps", 1}}},
                        {"learningRate", 1e-2},
                        {"maxGradNorm", 0},
-                       {"gradientCheckpointing", false},
+                       {"recompute", "none"},
                        {"seed", 1}});
   const json row = {{"inputIds", 0}, {"labels", 0}, {"images", json::array()}};
   call("train.step", {{"microBatches", {json::array({row})}}});

@@ -220,6 +220,17 @@ at::Tensor SafetensorsFile::tensor(const std::string& name) {
       at::TensorOptions().dtype(info->dtype));
 }
 
+void SafetensorsFile::release(const std::string& name) const {
+  const TensorInfo* info = find(name);
+  if (info == nullptr) return;
+  // Whole pages only: the first and the last may hold a neighbour.
+  const auto page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data_ + info->begin) + page - 1) / page * page;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(data_ + info->end) / page * page;
+  // The mapping is private and never written to, so its pages can be had from the file again.
+  if (end > begin) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
 Checkpoint Checkpoint::open(const fs::path& dir) {
   Checkpoint checkpoint;
   const fs::path single = dir / "model.safetensors", index_path = dir / "model.safetensors.index.json";
@@ -298,6 +309,7 @@ Checkpoint Checkpoint::open(const fs::path& dir) {
 
 const TensorInfo& Checkpoint::info(const std::string& name) const { return *where_.at(name)->find(name); }
 at::Tensor Checkpoint::tensor(const std::string& name) const { return where_.at(name)->tensor(name); }
+void Checkpoint::release(const std::string& name) const { where_.at(name)->release(name); }
 
 namespace {
 

@@ -34,6 +34,8 @@ class SafetensorsFile : public std::enable_shared_from_this<SafetensorsFile> {
   const TensorInfo* find(const std::string& name) const;
   // A view of the mapping that keeps it alive; read only. Undefined if there is no such tensor.
   at::Tensor tensor(const std::string& name);
+  // Lets go of the pages that reading the tensor brought into memory; reading it again brings them back.
+  void release(const std::string& name) const;
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
  private:
@@ -56,6 +58,7 @@ class Checkpoint {
   const std::vector<std::string>& names() const { return names_; }
   const TensorInfo& info(const std::string& name) const;
   at::Tensor tensor(const std::string& name) const;
+  void release(const std::string& name) const;
 
  private:
   std::vector<std::shared_ptr<SafetensorsFile>> files_;
