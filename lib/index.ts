@@ -1,4 +1,5 @@
 /** The public API. Everything that is not exported here may change without notice. */
+export { convertCheckpoint } from './api/convert.js';
 export { infer } from './api/infer.js';
 export { mergeAdapter } from './api/merge.js';
 export { loadModel } from './api/model.js';
@@ -6,6 +7,8 @@ export { getSystemInfo } from './api/system-info.js';
 export { trainLoRA, trainLoRA as train } from './api/train.js';
 export type {
   ChatMessage,
+  ConvertOptions,
+  ConvertReport,
   GenerateOptions,
   GenerateResult,
   ImageSource,

@@ -17,7 +17,7 @@ import { rounded } from '../report/format.js';
 import { RunLog } from '../report/run-log.js';
 import { ARGS_FILE } from './adapter-args.js';
 import { type LogInterval, removeOldCheckpoints, type TrainerState, writeTrainerState } from './checkpoint.js';
-import { copyModelFiles } from './merge.js';
+import { copyModelFiles } from './model-folder.js';
 import { removeRun } from './output-dir.js';
 import { type LoadedRow, type LoadedStep, Prefetcher } from './prefetch.js';
 import { JobBuffers } from './samples.js';

@@ -189,6 +189,27 @@ export interface MergeReport {
   seconds: number;
 }
 
+export interface ConvertOptions {
+  /** Model folder or hub id. */
+  model: string;
+  outputDir: string;
+  /** Defaults to the dtype stored. */
+  dtype?: 'float32' | 'bfloat16' | 'float16';
+  /** Bytes or `5GB`. Defaults to `5GB`. */
+  maxShardSize?: number | string;
+  /** Write into a folder that already holds files. Defaults to false. */
+  overwrite?: boolean;
+  signal?: AbortSignal;
+  onProgress?: (progress: { done: number; total: number }) => void;
+}
+
+export interface ConvertReport {
+  outputDir: string;
+  shards: string[];
+  tensors: number;
+  seconds: number;
+}
+
 export interface InferOptions
   extends Omit<LoadModelOptions, 'adapters' | 'onProgress'>,
     Omit<GenerateOptions, 'messages' | 'images' | 'adapter'> {

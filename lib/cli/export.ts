@@ -1,4 +1,5 @@
 import { adapterBaseModel } from '../api/adapter-args.js';
+import { convertCheckpoint } from '../api/convert.js';
 import { mergeAdapter } from '../api/merge.js';
 import { duration, significant } from '../report/format.js';
 import { type OptionSpecs, usageError } from './args.js';
@@ -27,21 +28,28 @@ const OPTIONS: OptionSpecs = {
   },
   max_shard_size: { kind: 'value', placeholder: 'SIZE', help: 'largest weight file, e.g. 2GB; default 5GB' },
   overwrite: { kind: 'flag', aliases: ['exist_ok'], help: 'write into a folder that already holds files' },
+  safetensors: {
+    kind: 'flag',
+    help: "writes the model's own weights as safetensors instead (from pytorch_model*.bin); needs --model, takes no adapter",
+  },
   merge_lora: { kind: 'flag', help: 'accepted for ms-swift command lines; merging is what export does' },
 };
 
 export const command: Command = {
-  usage: 'export --adapters DIR [--model DIR|ID] [--output_dir DIR]',
+  usage:
+    'export --adapters DIR [--model DIR|ID] [--output_dir DIR] | export --safetensors --model DIR|ID --output_dir DIR',
   description: `Merges a LoRA adapter into its base model (alias: merge-lora). The result is a Hugging Face folder: merged weights, all other
-files of the base model byte for byte.`,
+files of the base model byte for byte. With --safetensors it converts a model's weights instead.`,
   options: () => OPTIONS,
-  footer: `Example:
-  martlet export --adapters out --output_dir merged`,
+  footer: `Examples:
+  martlet export --adapters out --output_dir merged
+  martlet export --safetensors --model Qwen-VL-Chat --output_dir Qwen-VL-Chat-safetensors`,
   run,
 };
 
 async function run({ options, positionals, io }: Invocation): Promise<number> {
   if (positionals.length > 0) throw usageError(`unexpected argument ${positionals[0]}.`);
+  if (options.flag('safetensors')) return convert({ options, positionals, io });
   const adapter = options.string('adapters');
   if (adapter === undefined) throw usageError('export needs --adapters DIR. --help shows more.');
   if (options.string('merge_lora') === 'false')
@@ -65,6 +73,37 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
     io.stdout.write(
       `merged ${mergedTensors} tensors into ${outputDir} (${shards.length} weight files) in ${duration(seconds)}; ` +
         `largest rounding error ${significant(maxAbsError)}\n`,
+    );
+  }
+  return 0;
+}
+
+async function convert({ options, io }: Invocation): Promise<number> {
+  const model = options.string('model');
+  const outputDir = options.string('output_dir');
+  if (model === undefined || outputDir === undefined)
+    throw usageError('export --safetensors needs --model DIR|ID and --output_dir DIR.');
+  if (options.string('adapters') !== undefined)
+    throw usageError(
+      'export --safetensors converts a model without an adapter: merging one writes safetensors anyway.',
+    );
+  const dtype = options.dtype('dtype');
+  const report = await interruptible(async (signal) =>
+    convertCheckpoint({
+      model: await resolveWithNotice(model, io, signal),
+      outputDir,
+      ...(dtype !== undefined && dtype !== 'auto' && { dtype }),
+      maxShardSize: options.string('max_shard_size'),
+      overwrite: options.flag('overwrite'),
+      signal,
+    }),
+  );
+  if (options.flag('json')) {
+    printJson(io, report);
+  } else {
+    const { shards, tensors, seconds } = report;
+    io.stdout.write(
+      `wrote ${tensors} tensors into ${outputDir} (${shards.length} weight files) in ${duration(seconds)}\n`,
     );
   }
   return 0;

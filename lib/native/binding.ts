@@ -221,6 +221,13 @@ export interface MergeResult {
   maxAbsError: number;
 }
 
+export interface ConvertArgs {
+  modelDir: string;
+  outputDir: string; // exists, empty: native code writes weight shards and the index into it
+  dtype?: Dtype; // absent = as stored
+  maxShardSize: number; // bytes
+}
+
 /** Method name → [arguments, result]. Progress events are given beside each. */
 export interface Methods {
   /** events: {type:'load', done, total, bytes} */
@@ -249,6 +256,8 @@ export interface Methods {
   'train.end': [{ keepAs?: string }, Record<string, never>];
   /** events: {type:'merge', done, total} */
   merge: [MergeArgs, MergeResult];
+  /** events: {type:'convert', done, total} */
+  convert: [ConvertArgs, { shards: string[]; tensors: number }];
   stats: [Record<string, never>, MemoryStats];
   emptyCache: [Record<string, never>, Record<string, never>];
   /** For tests only: keeps the engine busy for `ms`, honouring cancellation. */

@@ -18,7 +18,7 @@
 #include "core/base/memory.h"
 #include "core/base/runtime.h"
 #include "core/generate/generator.h"
-#include "core/io/safetensors.h"
+#include "core/io/checkpoint.h"
 #include "core/lora/adapter.h"
 #include "core/lora/merge.h"
 #include "core/models/registry.h"
@@ -433,6 +433,8 @@ Reply Session::handle(const std::string& method, const std::string& args_json, c
     if (adapter && !name.empty()) s.adapters.insert_or_assign(name, std::move(*adapter));
   } else if (method == "merge") {
     result = merge_adapter_json(v, job);
+  } else if (method == "convert") {
+    result = convert_checkpoint_json(v, job);
   } else if (method == "stats") {
     result = memory_json(memory_stats(s.device));
   } else if (method == "emptyCache") {

@@ -12,6 +12,7 @@
 #include "core/base/error.h"
 #include "core/base/json.h"
 #include "core/base/rng.h"
+#include "core/io/checkpoint.h"
 #include "core/io/safetensors.h"
 #include "core/train/loss.h"
 
