@@ -1,4 +1,5 @@
 /** The public API. Everything that is not exported here may change without notice. */
+export { type ParseBoxesOptions, parseBoxes } from './api/boxes.js';
 export { convertCheckpoint } from './api/convert.js';
 export { infer } from './api/infer.js';
 export { mergeAdapter } from './api/merge.js';
@@ -11,12 +12,14 @@ export type {
   ConvertReport,
   GenerateOptions,
   GenerateResult,
+  GroundingObjects,
   ImageSource,
   InferOptions,
   LoadModelOptions,
   MergeOptions,
   MergeReport,
   Model,
+  ParsedBox,
   PrepareResult,
   PromptOptions,
   ScoreResult,
@@ -25,6 +28,8 @@ export type {
   TrainOptions,
   TrainResult,
   TrainRun,
+  VideoSource,
+  VisionOptions,
 } from './api/types.js';
 export type { TrainConfig, TrainConfigInput } from './config/index.js';
 export { ERROR_CODES, type ErrorCode, type ErrorDetails, MartletError } from './errors.js';

@@ -4,21 +4,26 @@ import { basename, dirname, join, resolve } from 'node:path';
 import { load } from 'js-yaml';
 import { MartletError } from '../errors.js';
 import { exists } from '../files.js';
+import { checkVisionOptions, type VisionOptions, visionOptionsFromKeys } from '../processing/vision-options.js';
 
 /** The resolved config of a run, in its folder. */
 export const ARGS_FILE = 'args.yaml';
 
-/** The keys of `args.yaml` that loading and merging need. */
+/** What of `args.yaml` loading and merging need. */
 export interface AdapterArgs {
   model?: string;
   template?: 'default' | 'ms-swift';
   system?: string;
   exif_orientation?: boolean;
+  /** Pixel limits and the like; in the file under their own keys (`max_pixels`, …). */
+  vision: VisionOptions;
 }
 
 /**
  * Reads `args.yaml` in the folder of an adapter or a trained model, or above it for a checkpoint. Folders that martlet did not write have
  * none: the result is empty then.
+ *
+ * @throws ERR_MARTLET_ADAPTER for a file that cannot be read or holds a limit that is none
  */
 export async function readAdapterArgs(folder: string): Promise<AdapterArgs> {
   const isCheckpoint = /^checkpoint-\d+$/.test(basename(resolve(folder)));
@@ -39,13 +44,23 @@ export async function readAdapterArgs(folder: string): Promise<AdapterArgs> {
     if (typeof args !== 'object' || args === null) continue;
     const { model, template, system, exif_orientation } = args as Record<string, unknown>;
     return {
+      vision: savedVision(args as Record<string, unknown>, path),
       ...(typeof model === 'string' && { model }),
       ...((template === 'default' || template === 'ms-swift') && { template }),
       ...(typeof system === 'string' && { system }),
       ...(typeof exif_orientation === 'boolean' && { exif_orientation }),
     };
   }
-  return {};
+  return { vision: {} };
+}
+
+function savedVision(args: Record<string, unknown>, path: string): VisionOptions {
+  try {
+    return checkVisionOptions(visionOptionsFromKeys(args), 'snake_case');
+  } catch (cause) {
+    const { message, details } = cause as MartletError;
+    throw new MartletError('ERR_MARTLET_ADAPTER', `${path}: ${message}`, { ...details, path }, { cause });
+  }
 }
 
 /** The base model that an adapter was trained on: `args.yaml`'s, else the one in `adapter_config.json`. */

@@ -4,6 +4,7 @@ import { MartletError } from '../errors.js';
 import { exists, writeFileAtomic } from '../files.js';
 import { resolveModel } from '../hub/index.js';
 import { Engine } from '../native/engine.js';
+import { visionOptionsToKeys } from '../processing/vision-options.js';
 import { abortedError, throwIfAborted } from './abort.js';
 import { ARGS_FILE, adapterBaseModel, readAdapterArgs } from './adapter-args.js';
 import { DEFAULT_SHARD_SIZE, writeModelFolder } from './model-folder.js';
@@ -63,8 +64,9 @@ export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> 
   }
 }
 
-/** Template and system prompt that the adapter was trained with: the merged model must be asked in the same way. */
+/** Template, system prompt and pixel limits that the adapter was trained with: the merged model must be asked in the same way. */
 async function keepPromptArgs(adapter: string, target: string): Promise<void> {
-  const { model: _, ...args } = await readAdapterArgs(adapter);
+  const { model: _, vision, ...prompt } = await readAdapterArgs(adapter);
+  const args = { ...prompt, ...visionOptionsToKeys(vision) };
   if (Object.keys(args).length > 0) await writeFileAtomic(join(target, ARGS_FILE), dump(args));
 }

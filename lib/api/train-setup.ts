@@ -6,6 +6,7 @@ import type { TrainConfig } from '../config/index.js';
 import { type LoadedDataset, loadDataset, type Row, type RowProblem } from '../data/index.js';
 import { MartletError } from '../errors.js';
 import { type EncodedSample, loadProcessor, type Processor } from '../processing/index.js';
+import { checkVisionOptions, visionOptionsFromKeys, visionOptionsToKeys } from '../processing/vision-options.js';
 import { significant } from '../report/format.js';
 import { findCheckpoint, readTrainerState, type TrainerState } from './checkpoint.js';
 import { Rng } from './rng.js';
@@ -18,6 +19,8 @@ export interface TrainWarning {
 
 /** The rows of a run, and what turns them into samples. */
 export interface TrainData {
+  /** With the pixel limits and the like in force, those from the environment included: `args.yaml` gives them to inference. */
+  config: TrainConfig;
   processor: Processor;
   train: RowSet;
   evaluation: RowSet;
@@ -36,29 +39,40 @@ export interface DataOptions {
 }
 
 /** Reads and checks every row of a run. */
-export async function loadTrainingData(config: TrainConfig, { modelDir, signal }: DataOptions): Promise<TrainData> {
-  const processor = await loadProcessor(modelDir, {
-    template: config.template,
-    ...(config.system !== null && { system: config.system }),
-    exifOrientation: config.exif_orientation,
-    maxImagePixels: config.max_image_pixels,
-  });
+export async function loadTrainingData(given: TrainConfig, { modelDir, signal }: DataOptions): Promise<TrainData> {
+  const processor = await trainingProcessor(given, modelDir);
+  const config = { ...given, ...visionOptionsToKeys(processor.vision) };
   const read = (specs: TrainConfig['dataset']): Promise<LoadedDataset> =>
     loadDataset(specs, {
       onBadRow: config.on_bad_row,
       processor,
       maxLength: config.max_length ?? Number.POSITIVE_INFINITY,
       truncationStrategy: config.truncation_strategy,
-      exifOrientation: config.exif_orientation,
-      maxImagePixels: config.max_image_pixels,
       ...(signal && { signal }),
     });
   const train = await read(config.dataset);
   if (config.val_dataset.length === 0) {
-    return { processor, ...split(train, config.split_dataset_ratio, config.data_seed), skipped: train.skipped };
+    return { config, processor, ...split(train, config.split_dataset_ratio, config.data_seed), skipped: train.skipped };
   }
   const evaluation = await read(config.val_dataset);
-  return { processor, train, evaluation, skipped: [...train.skipped, ...evaluation.skipped] };
+  return { config, processor, train, evaluation, skipped: [...train.skipped, ...evaluation.skipped] };
+}
+
+/** An option that the model's family refuses is a fault of the config here. */
+async function trainingProcessor(config: TrainConfig, modelDir: string): Promise<Processor> {
+  try {
+    return await loadProcessor(modelDir, {
+      template: config.template,
+      ...(config.system !== null && { system: config.system }),
+      exifOrientation: config.exif_orientation,
+      maxImagePixels: config.max_image_pixels,
+      vision: checkVisionOptions(visionOptionsFromKeys({ ...config }), 'snake_case'),
+    });
+  } catch (error) {
+    if (!(error instanceof MartletError) || error.code !== 'ERR_MARTLET_USAGE') throw error;
+    const { key, ...details } = error.details;
+    throw new MartletError('ERR_MARTLET_CONFIG', error.message, { ...details, path: key }, { cause: error });
+  }
 }
 
 /** Sets a random share of the rows aside for evaluation; both parts keep the order of the file. */
@@ -181,8 +195,8 @@ export async function findResumePoint(
 /** Identifies the rows of a run by their content and order. Pictures count by path. */
 export async function fingerprintRows(rows: Row[]): Promise<string> {
   const hash = createHash('sha256');
-  for (const [i, { messages, images }] of rows.entries()) {
-    hash.update(JSON.stringify([messages, images]));
+  for (const [i, { messages, images, videos, objects, vision }] of rows.entries()) {
+    hash.update(JSON.stringify([messages, images, videos, objects, vision]));
     if (i % 500 === 499) await nextTurn(); // a large dataset must not hold up the event loop
   }
   return hash.digest('hex');
@@ -195,12 +209,9 @@ export function rowName({ source, id }: Row): string {
 
 /** Encodes one row for training. A failure names the row. */
 export async function encodeRow(processor: Processor, row: Row, signal?: AbortSignal): Promise<EncodedSample> {
-  const { source, id } = row;
+  const { source, id, ...input } = row;
   try {
-    const sample = await processor.encode(
-      { messages: row.messages, images: row.images, id: rowName(row) },
-      { for: 'train', ...(signal && { signal }) },
-    );
+    const sample = await processor.encode({ ...input, id: rowName(row) }, { for: 'train', ...(signal && { signal }) });
     if (sample.labels?.some((label) => label !== -100)) return sample;
     throw new MartletError(
       'ERR_MARTLET_DATASET',
@@ -218,16 +229,22 @@ export async function encodeRow(processor: Processor, row: Row, signal?: AbortSi
   }
 }
 
-/** A row as text, what is trained in [[ ]], runs of image tokens shortened. */
+/** A row as text, what is trained in [[ ]], runs of image and video tokens shortened. */
 export function markedSample(processor: Processor, { inputIds, labels }: EncodedSample): string {
   const kindOf = (i: number) =>
-    inputIds[i] === processor.imageTokenId ? 'image' : labels?.[i] === -100 ? 'plain' : 'trained';
+    inputIds[i] === processor.imageTokenId
+      ? 'image'
+      : inputIds[i] === processor.videoTokenId
+        ? 'video'
+        : labels?.[i] === -100
+          ? 'plain'
+          : 'trained';
   let text = '';
   for (let from = 0; from < inputIds.length; ) {
     const kind = kindOf(from);
     let to = from + 1;
     while (to < inputIds.length && kindOf(to) === kind) to++;
-    if (kind === 'image') text += `<image × ${to - from}>`;
+    if (kind === 'image' || kind === 'video') text += `<${kind} × ${to - from}>`;
     else {
       const part = processor.decode(inputIds.subarray(from, to), { skipSpecialTokens: false });
       text += kind === 'trained' ? `[[${part}]]` : part;

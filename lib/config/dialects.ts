@@ -1,5 +1,6 @@
 /** Two dialects in, flat keys out: the tutorial's nested YAML, and ms-swift's flat keys under any of their names. */
 import { join } from 'node:path';
+import { VISION_OPTIONS, WITHOUT_EFFECT } from '../processing/vision-options.js';
 import { nearest } from '../suggest.js';
 import { ALIASES, IGNORED, TRAIN_CONFIG_KEYS, UNSUPPORTED } from './schema.js';
 
@@ -19,12 +20,16 @@ export interface FlatConfig {
 
 /** Sections of the tutorial's YAML whose keys are flat keys. */
 const SECTIONS = new Set(['model_args', 'lora_args', 'train_args']);
+/** ms-swift's sections of environment variables. */
+const ENV_SECTIONS = new Set(['model_kwargs', 'ENV']);
+const KEY_OF_VARIABLE = new Map(Object.values(VISION_OPTIONS).flatMap(({ key, env }) => (env ? [[env, key]] : [])));
 const KNOWN_KEYS = [
   ...TRAIN_CONFIG_KEYS,
   ...Object.keys(ALIASES),
   ...Object.keys(UNSUPPORTED),
   ...Object.keys(IGNORED),
   ...SECTIONS,
+  ...ENV_SECTIONS,
 ];
 
 const MODEL_ALIASES: Record<string, string> = { 'qwen/Qwen-VL-Chat-7B': 'Qwen/Qwen-VL-Chat' };
@@ -58,7 +63,38 @@ export function flatten(raw: Record<string, unknown>): FlatConfig {
     flat.origin.set(key, path);
   };
 
+  /** `MAX_PIXELS: '1003520'`: texts, as a shell has them. */
+  const takeVariables = (given: unknown, path: string) => {
+    const value = typeof given === 'string' ? jsonOr(given) : given;
+    if (value === null) return;
+    if (!isObject(value)) {
+      flat.problems.push({
+        path,
+        message: `${path} must be a section with names of variables, not ${describe(value)}`,
+      });
+      return;
+    }
+    for (const [name, inner] of Object.entries(value)) {
+      const key = KEY_OF_VARIABLE.get(name.toUpperCase());
+      const number = typeof inner === 'string' && inner.trim() !== '' ? Number(inner) : Number.NaN;
+      if (key !== undefined) set(key, Number.isNaN(number) ? inner : number, `${path}.${name}`);
+      else if (WITHOUT_EFFECT.includes(name.toUpperCase()))
+        flat.warnings.push(`${path}.${name} has no effect: all frames of a list are taken.`);
+      else {
+        const meant = nearest(name, KEY_OF_VARIABLE.keys());
+        flat.problems.push({
+          path: `${path}.${name}`,
+          message: `${path}.${name} is not a variable that is read from here${meant ? `: did you mean ${meant}?` : ': set it in the shell'}`,
+        });
+      }
+    }
+  };
+
   const take = (written: string, value: unknown, path: string) => {
+    if (ENV_SECTIONS.has(written)) {
+      takeVariables(value, path);
+      return;
+    }
     const key = snakeCase(written);
     if (SECTIONS.has(key)) {
       if (value === null) return;
@@ -109,6 +145,14 @@ export function flatten(raw: Record<string, unknown>): FlatConfig {
     }
   }
   return flat;
+}
+
+function jsonOr(text: string): unknown {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return text;
+  }
 }
 
 /** Spellings of a value: names of dtypes, one item for a list, the tutorial's dataset section. */

@@ -2,6 +2,7 @@
 import { z } from 'zod';
 
 const positive = () => z.number().int().positive();
+const limit = (description: string) => positive().nullable().default(null).describe(description);
 const ratio = () => z.number().min(0).max(1);
 
 export const datasetSpecSchema = z.strictObject({
@@ -69,6 +70,53 @@ export const trainConfigSchema = z.strictObject({
   max_image_pixels: positive()
     .default(268_402_689)
     .describe('Larger pictures are refused (guards against decompression bombs).'),
+
+  // ---- pictures at their own size (Qwen2-VL and later)
+  max_pixels: limit(
+    "Most pixels of a picture after resizing. null = the environment's MAX_PIXELS, else the checkpoint's.",
+  ),
+  min_pixels: limit("Fewest pixels of a picture after resizing. null = MIN_PIXELS, else the checkpoint's."),
+  image_max_token_num: limit(
+    'Most image tokens of a picture: another way to say max_pixels. null = IMAGE_MAX_TOKEN_NUM.',
+  ),
+  image_min_token_num: limit(
+    'Fewest image tokens of a picture: another way to say min_pixels. null = IMAGE_MIN_TOKEN_NUM.',
+  ),
+  video_max_pixels: limit(
+    "Most pixels of one video frame after resizing. null = VIDEO_MAX_PIXELS, else the checkpoint's.",
+  ),
+  video_min_pixels: limit(
+    "Fewest pixels of one video frame after resizing. null = VIDEO_MIN_PIXELS, else the checkpoint's.",
+  ),
+  video_total_pixels: limit(
+    "Most pixels of all temporal patches of a video: lowers the frames' limit for long videos. null = VIDEO_TOTAL_PIXELS, else none.",
+  ),
+  video_max_token_num: limit(
+    'Most tokens of one video frame: another way to say video_max_pixels. null = VIDEO_MAX_TOKEN_NUM.',
+  ),
+  video_min_token_num: limit(
+    'Fewest tokens of one video frame: another way to say video_min_pixels. null = VIDEO_MIN_TOKEN_NUM.',
+  ),
+  fps: z
+    .number()
+    .positive()
+    .nullable()
+    .default(null)
+    .describe('Frames a second of videos that do not say. null = FPS, else 2.'),
+  norm_bbox: z
+    .enum(['norm1000', 'none'])
+    .nullable()
+    .default(null)
+    .describe(
+      "Coordinates of boxes: thousandths of the picture, or (`none`) pixels of the resized picture. null = the family's: none for Qwen2.5-VL.",
+    ),
+  bbox_format: z
+    .enum(['legacy', 'new'])
+    .nullable()
+    .default(null)
+    .describe(
+      '`legacy`: boxes and names between tags such as `<|box_start|>`; `new`: `[x1, y1, x2, y2]` and the plain name. null = QWENVL_BBOX_FORMAT, else legacy.',
+    ),
 
   // ---- LoRA
   lora_rank: positive().max(4096).default(8).describe('Rank r of the adapters.'),
@@ -240,9 +288,6 @@ export const UNSUPPORTED: Record<string, unknown[]> = {
   trainable_parameters: [null, []],
   trainable_parameters_regex: [null],
   lr_scheduler_kwargs: [null],
-  max_pixels: [null],
-  min_pixels: [null],
-  norm_bbox: [null],
   predict_with_generate: [false],
   metric_for_best_model: [null, 'loss'],
   load_best_model_at_end: [false],

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <map>
 
 namespace martlet {
 
@@ -39,15 +40,21 @@ at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::
     const auto split = [&](const at::Tensor& x) {
       return x.view({rows.rows(), rows.max_length, x.size(1), x.size(2)});
     };
-    return batched(split(q), split(k), split(v), causal).reshape(q.sizes());
+    return batched(split(q), split(k), split(v), causal).flatten(0, 1);
   }
-  std::vector<at::Tensor> parts;
-  parts.reserve(rows.rows());
-  for (int64_t i = 0; i < rows.rows(); ++i) {
-    const auto row = [&](const at::Tensor& x) { return x.slice(0, rows.offsets[i], rows.offsets[i + 1]).unsqueeze(0); };
-    parts.push_back(batched(row(q), row(k), row(v), causal).squeeze(0));
+  // Rows of one length are one call.
+  std::map<int64_t, std::vector<int64_t>> starts;  // by length
+  for (int64_t i = 0; i < rows.rows(); ++i) starts[rows.offsets[i + 1] - rows.offsets[i]].push_back(rows.offsets[i]);
+  std::vector<at::Tensor> parts, places;
+  for (const auto& [length, first] : starts) {
+    const at::Tensor place = (at::tensor(first, at::kLong).unsqueeze(1) + at::arange(length, at::kLong)).flatten();
+    places.push_back(place.to(q.device()));
+    const auto group = [&, n = static_cast<int64_t>(first.size()), length = length](const at::Tensor& x) {
+      return x.index_select(0, places.back()).view({n, length, x.size(1), x.size(2)});
+    };
+    parts.push_back(batched(group(q), group(k), group(v), causal).flatten(0, 1));
   }
-  return at::cat(parts, 0);
+  return at::empty(q.sizes(), q.options()).index_copy(0, at::cat(places), at::cat(parts));
 }
 
 at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <regex>
 
 #include "core/base/error.h"
 #include "core/base/json.h"
@@ -21,13 +22,11 @@ namespace {
 
 constexpr const char* kStateFile = "optimizer.safetensors";
 
-// transformers' Trainer decays everything but biases and norm weights.
-bool is_decayed(const std::string& name) {
-  const auto ends_with = [&](const std::string& tail) {
-    return name.size() >= tail.size() && name.compare(name.size() - tail.size(), tail.size(), tail) == 0;
-  };
-  return !ends_with("bias") && !ends_with("norm.weight") && !ends_with("layernorm.weight") &&
-         !ends_with("layer_norm1.weight") && !ends_with("layer_norm2.weight") && !ends_with("layrnorm.weight");
+// transformers' Trainer (get_decay_parameter_names): no decay for LayerNorm modules, nor for names with bias,
+// layernorm, rmsnorm, or a part that is `norm` or ends in `_norm`.
+bool is_decayed(const Module& module, const std::string& name) {
+  static const std::regex spared("bias|layernorm|rmsnorm|(^|\\.|_)norm(\\.|$)", std::regex::icase);
+  return dynamic_cast<const LayerNorm*>(&module) == nullptr && !std::regex_search(name, spared);
 }
 
 }  // namespace
@@ -50,8 +49,11 @@ Trainer::Trainer(VisionLanguageModel& model, const Family& family, std::string m
                                 : trainable_.language) += slot->numel();
   };
   if (options_.full) {
-    model_.visit_parameters([&](const std::string& name, Parameter& parameter) {
-      if (!options_.freeze.frozen(model_.part_of(name))) add(name, name, &parameter.value, is_decayed(name));
+    model_.visit([&](const std::string& path, Module& module) {
+      for (Parameter* parameter : module.own_parameters()) {
+        const std::string name = join_path(path, parameter->name);
+        if (!options_.freeze.frozen(model_.part_of(name))) add(name, name, &parameter->value, is_decayed(module, name));
+      }
     });
     if (trained.empty())
       fail(code::kConfig, "Nothing is left to train: freeze_vit, freeze_aligner and freeze_llm are all true.");
@@ -117,14 +119,10 @@ StepResult Trainer::run(const std::vector<MicroBatch>& micro_batches, bool train
       options.dropout = train ? &dropout_ : nullptr;
       options.recompute = train && options_.recompute;
       options.job = &job;
-      at::Tensor hidden = embed(model_, batch, options, vision_trains);
+      DecoderInput input = embed(model_, batch, options, vision_trains);  // outlives the backward pass
       // Recomputed layers need an input that requires grad even where nothing before them is trained.
-      if (options.recompute && !hidden.requires_grad()) hidden.requires_grad_(true);
-      DecoderPass pass;  // outlives the backward pass, which runs recomputed layers again
-      pass.rows = &batch.rows;
-      pass.rotary = model_.decoder().rotary(batch.positions, hidden.scalar_type());
-      pass.options = options;
-      hidden = model_.decoder().forward(hidden, pass);
+      if (options.recompute && !input.hidden.requires_grad()) input.hidden.requires_grad_(true);
+      const at::Tensor hidden = model_.decoder().forward(input.hidden, input.pass);
       const at::Tensor selected = model_.decoder().norm.forward(hidden.index_select(0, batch.predict_rows));
       const LossOutput loss = chunked_cross_entropy(selected, model_.head_weight(), batch.targets, scale);
       correct.add_(loss.correct);
