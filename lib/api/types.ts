@@ -26,6 +26,8 @@ export interface LoadModelOptions extends VisionOptions {
   adapters?: Record<string, string>;
   /** `default` = the checkpoint's own chat template; `ms-swift` = its registered template. Defaults to what an adapter's `args.yaml` says, else `default`. */
   template?: 'default' | 'ms-swift';
+  /** What `score` and `prepare` label: `default` = the answers with their end; `official` = as the model's authors trained it (Qwen-VL-Chat). Defaults to `default`. */
+  labels?: 'default' | 'official';
   /** System prompt used when the messages have none. */
   system?: string;
   /** Turn pictures as their EXIF orientation says. Defaults to true. */

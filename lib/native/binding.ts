@@ -57,9 +57,10 @@ export interface ImagePlan {
   rescale: number;
   /**
    * Cut into patches, [grid.t · grid.h · grid.w, 3 · temporal · size · size], `merge`² neighbours one after the other (Qwen2-VL's order); a
-   * last temporal patch that is not full repeats its last frame. Absent: one [3, H, W].
+   * last temporal patch that is not full repeats its last frame. `sideBySide`: one after the other to the right instead, [3, size, size · patches]
+   * (MiniCPM-V's; what the network is fed is the same). Absent: one [3, H, W].
    */
-  patches?: { size: number; temporal: number; merge: number };
+  patches?: { size: number; temporal: number; merge: number; sideBySide?: boolean };
   mean: [number, number, number];
   std: [number, number, number];
 }

@@ -3,6 +3,8 @@ import { join } from 'node:path';
 import { MartletError } from '../errors.js';
 import { readJsonFile } from './json.js';
 import { createLlavaProcessor } from './llava.js';
+import { createMiniCpmVProcessor } from './minicpm_v.js';
+import { createQwenVlChatProcessor } from './qwen_vl.js';
 import { createQwen25VlProcessor } from './qwen2_5_vl.js';
 import { createQwen2VlProcessor } from './qwen2_vl.js';
 import { createQwen3VlProcessor } from './qwen3_vl.js';
@@ -17,6 +19,9 @@ export type ProcessorFactory = (
 
 const FAMILIES: Record<string, ProcessorFactory> = {
   llava: createLlavaProcessor,
+  minicpmv: createMiniCpmVProcessor,
+  minicpmv4_6: createMiniCpmVProcessor, // refused by its version
+  qwen: createQwenVlChatProcessor,
   qwen2_vl: createQwen2VlProcessor,
   qwen2_5_vl: createQwen25VlProcessor,
   qwen3_vl: createQwen3VlProcessor,

@@ -45,12 +45,10 @@ test('grid, sizes and patches of every size in the table', () => {
 });
 
 test('ties that only the last bit of a logarithm decides', () => {
-  // With Python's math.log; JavaScript's Math.log gives 6 × 2 for the third.
+  // With Python's math.log; JavaScript's Math.log gives 6 × 2 for the second.
   const cases: [number, number, number, [number, number]][] = [
     [1143, 1143, 9, [3, 2]],
-    [2048, 512, 9, [8, 1]],
-    [2 * 1143, 1143, 36, [4, 3]],
-    [1143, 2 * 1143, 36, [3, 4]],
+    [2110, 1055, 16, [4, 3]],
   ];
   for (const [width, height, maxSliceNums, [columns, rows]] of cases)
     assert.deepEqual(slicePicture({ width, height }, { ...options, maxSliceNums }).grid, { columns, rows });
