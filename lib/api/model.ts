@@ -60,7 +60,12 @@ export async function loadModel(dirOrId: string, options: LoadModelOptions = {})
   try {
     const { result: loaded } = await engine.call(
       'load',
-      { modelDir, device: options.device ?? 'auto', dtype: options.dtype ?? 'auto' },
+      {
+        modelDir,
+        device: options.device ?? 'auto',
+        dtype: options.dtype ?? 'auto',
+        imageTokenId: processor.imageTokenId,
+      },
       {
         signal,
         onEvent: (event) => onProgress?.(event as { done: number; total: number; bytes: number }),

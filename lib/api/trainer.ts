@@ -73,7 +73,12 @@ export async function runTrainer(input: TrainerInput, control: RunControl): Prom
   try {
     const { result: loaded } = await engine.call(
       'load',
-      { modelDir, device: config.device, dtype: config.torch_dtype },
+      {
+        modelDir,
+        device: config.device,
+        dtype: config.torch_dtype,
+        imageTokenId: input.data.processor.imageTokenId,
+      },
       { signal },
     );
     checkModelType(config, loaded);

@@ -95,6 +95,8 @@ export interface LoadArgs {
   device: string;
   /** 'auto' = the checkpoint's own dtype on CUDA; on the CPU too (bfloat16 is computed in bfloat16). */
   dtype: 'auto' | Dtype;
+  /** The id that marks a picture's places, for families whose config.json does not say it. */
+  imageTokenId?: number;
 }
 
 export interface LoadResult {

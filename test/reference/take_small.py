@@ -69,6 +69,8 @@ def minicpm_v() -> None:
     dump(target / "tokens.json", rows, system=case["system"])
     dump(target / "tokens_only.json", json.loads((source / "expected" / "tokens_only.json").read_text()))
     copy(source / "expected", target, ["pictures.json"])
+    buckets = json.loads((source / "position_buckets.json").read_text())
+    dump(target / "position_buckets.json", buckets.pop("rows"), **buckets)
 
 
 def main() -> None:

@@ -109,7 +109,7 @@ TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std
   model.visit([&](const std::string& path, Module& module) {
     if (!module.own_parameters().empty()) weighted.push_back(path);
     auto* linear = dynamic_cast<Linear*>(&module);
-    if (linear == nullptr || path == "lm_head") return;
+    if (linear == nullptr || path.substr(path.rfind('.') + 1) == "lm_head") return;
     linears.emplace_back(path, linear);
     last_names.insert(path.substr(path.rfind('.') + 1));
   });

@@ -57,8 +57,9 @@ class VisionLanguageModel : public Module {
 };
 
 // transformers 5: tied only if the config says so; a head that is in the file is kept all the same.
-inline bool has_own_head(const DecoderConfig& text, const std::function<bool(const std::string&)>& has_key) {
-  return !text.tie_word_embeddings || has_key("lm_head.weight");
+inline bool has_own_head(const DecoderConfig& text, const std::function<bool(const std::string&)>& has_key,
+                         const char* head = "lm_head.weight") {
+  return !text.tie_word_embeddings || has_key(head);
 }
 
 struct Family {

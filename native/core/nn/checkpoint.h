@@ -13,6 +13,7 @@ namespace martlet {
 struct ForwardOptions {
   DropoutSource* dropout = nullptr;  // training only
   bool recompute = false;            // keep only each layer's input, run the layer again in the backward pass
+  bool training = false;             // some models read long rows otherwise at inference
   const JobContext* job = nullptr;   // asked for cancellation at each layer, forward and backward
 };
 

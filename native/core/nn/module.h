@@ -14,7 +14,8 @@ namespace martlet {
 struct Parameter {
   std::string name;  // within its module
   std::vector<int64_t> shape;
-  at::Tensor value;  // undefined until loaded
+  at::Tensor value;    // undefined until loaded
+  bool fixed = false;  // a table of the checkpoint that is never trained
 };
 
 // Gives the tensor stored under a canonical name, or an undefined tensor.

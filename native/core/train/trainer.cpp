@@ -52,7 +52,8 @@ Trainer::Trainer(VisionLanguageModel& model, const Family& family, std::string m
     model_.visit([&](const std::string& path, Module& module) {
       for (Parameter* parameter : module.own_parameters()) {
         const std::string name = join_path(path, parameter->name);
-        if (!options_.freeze.frozen(model_.part_of(name))) add(name, name, &parameter->value, is_decayed(module, name));
+        if (parameter->fixed || options_.freeze.frozen(model_.part_of(name))) continue;
+        add(name, name, &parameter->value, is_decayed(module, name));
       }
     });
     if (trained.empty())
@@ -118,6 +119,7 @@ StepResult Trainer::run(const std::vector<MicroBatch>& micro_batches, bool train
       ForwardOptions options;
       options.dropout = train ? &dropout_ : nullptr;
       options.recompute = train && options_.recompute;
+      options.training = train;
       options.job = &job;
       DecoderInput input = embed(model_, batch, options, vision_trains);  // outlives the backward pass
       // Recomputed layers need an input that requires grad even where nothing before them is trained.
