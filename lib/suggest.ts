@@ -5,7 +5,8 @@ export function nearest(
   limit = Math.max(2, Math.floor(name.length / 3)),
 ): string | undefined {
   let best: string | undefined;
-  let bestDistance = limit + 1;
+  // a name of two letters is not near to every name of one
+  let bestDistance = Math.min(limit, name.length - 1) + 1;
   for (const candidate of candidates) {
     const distance = editDistance(name.toLowerCase(), candidate.toLowerCase());
     if (distance < bestDistance) {

@@ -72,6 +72,8 @@ export async function loadModel(dirOrId: string, options: LoadModelOptions = {})
       },
     );
     for (const [name, dir] of adapters) await engine.call('adapter.load', { name, dir }, { signal });
+    // an abort that came too late for native code, such as one by the last onProgress
+    throwIfAborted(signal);
     return new LoadedModel(
       engine,
       processor,

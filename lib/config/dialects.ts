@@ -1,8 +1,9 @@
 /** Two dialects in, flat keys out: the tutorial's nested YAML, and ms-swift's flat keys under any of their names. */
 import { join } from 'node:path';
+import type { z } from 'zod';
 import { VISION_OPTIONS, WITHOUT_EFFECT } from '../processing/vision-options.js';
 import { nearest } from '../suggest.js';
-import { ALIASES, IGNORED, TRAIN_CONFIG_KEYS, UNSUPPORTED } from './schema.js';
+import { ALIASES, IGNORED, TRAIN_CONFIG_KEYS, type TrainConfig, trainConfigSchema, UNSUPPORTED } from './schema.js';
 
 export interface Problem {
   /** Path in the file as written, e.g. `train_args.learning_rat`. */
@@ -19,7 +20,7 @@ export interface FlatConfig {
 }
 
 /** Sections of the tutorial's YAML whose keys are flat keys. */
-const SECTIONS = new Set(['model_args', 'lora_args', 'train_args']);
+export const SECTIONS = new Set(['model_args', 'lora_args', 'train_args']);
 /** ms-swift's sections of environment variables. */
 const ENV_SECTIONS = new Set(['model_kwargs', 'ENV']);
 const KEY_OF_VARIABLE = new Map(Object.values(VISION_OPTIONS).flatMap(({ key, env }) => (env ? [[env, key]] : [])));
@@ -29,6 +30,9 @@ const KNOWN_KEYS = [
   ...Object.keys(UNSUPPORTED),
   ...Object.keys(IGNORED),
   ...SECTIONS,
+  'fp16',
+  'bf16',
+  'strict',
   ...ENV_SECTIONS,
 ];
 
@@ -45,6 +49,9 @@ const snakeCase = (key: string) =>
   key.replaceAll(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`).replaceAll('-', '_');
 const isObject = (value: unknown): value is Record<string, unknown> =>
   typeof value === 'object' && value !== null && !Array.isArray(value);
+/** A name's other spelling, if it is in the table: names come from outside, so `constructor` must not find Object's. */
+const spelling = (table: Record<string, string>, name: string) =>
+  Object.hasOwn(table, name) ? (table[name] as string) : name;
 const sameValue = (a: unknown, b: unknown) => JSON.stringify(a) === JSON.stringify(b);
 
 export function flatten(raw: Record<string, unknown>): FlatConfig {
@@ -109,10 +116,15 @@ export function flatten(raw: Record<string, unknown>): FlatConfig {
       else if (value) precision.push({ path, dtype: key === 'fp16' ? 'float16' : 'bfloat16' });
       return;
     }
-    const target = ALIASES[key] ?? key;
+    if (key === 'strict' && typeof value === 'boolean') {
+      set('on_bad_row', value ? 'error' : 'skip', path);
+      return;
+    }
+    const target = spelling(ALIASES, key);
     if ((TRAIN_CONFIG_KEYS as string[]).includes(target)) {
       if (value === undefined) return;
-      set(target, convert(target, value, path, flat), path);
+      const nested = target === 'dataset' && isObject(value) && 'train' in value;
+      set(target, convert(target, value, path, flat), nested ? `${path}.train` : path);
     } else if (Object.hasOwn(UNSUPPORTED, key)) {
       if (!UNSUPPORTED[key]?.some((fallback) => sameValue(fallback, value))) {
         flat.problems.push({
@@ -147,6 +159,14 @@ export function flatten(raw: Record<string, unknown>): FlatConfig {
   return flat;
 }
 
+/** What a key's value must be, by any of the key's names. */
+export function schemaOf(name: string): z.ZodType | undefined {
+  const target = spelling(ALIASES, snakeCase(name));
+  return Object.hasOwn(trainConfigSchema.shape, target)
+    ? trainConfigSchema.shape[target as keyof TrainConfig]
+    : undefined;
+}
+
 function jsonOr(text: string): unknown {
   try {
     return JSON.parse(text);
@@ -159,7 +179,7 @@ function jsonOr(text: string): unknown {
 function convert(key: string, value: unknown, path: string, flat: FlatConfig): unknown {
   switch (key) {
     case 'model':
-      return typeof value === 'string' ? (MODEL_ALIASES[value] ?? value) : value;
+      return typeof value === 'string' ? spelling(MODEL_ALIASES, value) : value;
     case 'torch_dtype': {
       if (value === null) return 'auto';
       if (value === 'int8' || value === 'int4' || value === 'nf4') {
@@ -170,7 +190,7 @@ function convert(key: string, value: unknown, path: string, flat: FlatConfig): u
         return 'auto';
       }
       const name = typeof value === 'string' ? value.replace(/^torch\./, '') : value;
-      return typeof name === 'string' ? (DTYPES[name] ?? name) : name;
+      return typeof name === 'string' ? spelling(DTYPES, name) : name;
     }
     case 'sft_type':
       if (value === 'qlora') {
@@ -196,6 +216,8 @@ function convert(key: string, value: unknown, path: string, flat: FlatConfig): u
     case 'report_to':
       return value === null ? [] : Array.isArray(value) ? value : [value];
     case 'target_modules':
+      // A plain name as a regular expression over whole paths would match nothing.
+      if (typeof value === 'string' && /^[\w.]+$/.test(value)) return [value];
       return Array.isArray(value) && value.length === 1 && value[0] === 'all-linear' ? 'all-linear' : value;
     case 'dataset':
       if (isObject(value) && ('train' in value || 'eval' in value)) {

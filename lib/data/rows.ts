@@ -264,7 +264,7 @@ function parseObjects(given: unknown): GroundingObjects | undefined {
       throw new RowError(`objects is text, but not JSON: ${(error as Error).message}`, 'objects');
     }
   }
-  if (value === undefined || value === null) return undefined;
+  if (value === undefined || value === null || (Array.isArray(value) && value.length === 0)) return undefined;
   if (!isObject(value)) throw new RowError('objects must hold ref, bbox, bbox_type or image_id', 'objects');
   const { ref, bbox, bbox_type, image_id, ...rest } = value;
   refuseUnknown(Object.keys(rest), 'objects', ['ref', 'bbox', 'bbox_type', 'image_id']);

@@ -159,7 +159,10 @@ function malformed(what: string, found: string): MartletError {
 function jsonBoxes(text: string): ParsedBox[] | undefined {
   if (!/"(bbox_2d|point_2d)"/.test(text)) return undefined;
   const fenced = /```(?:json)?\s*([\s\S]*?)(?:```|$)/.exec(text)?.[1];
-  const json = (fenced ?? text).trim();
+  const around = fenced ?? text;
+  const begin = Math.max(0, around.search(/\[\s*\{|\{/));
+  const end = Math.max(around.lastIndexOf(']'), around.lastIndexOf('}')) + 1;
+  const json = around.slice(begin, end > begin ? end : undefined);
   let value: unknown;
   try {
     value = JSON.parse(json);

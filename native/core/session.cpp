@@ -217,7 +217,11 @@ json Session::Impl::load(const json& args, JobContext& job) {
            {{"keys", {stored[canonical], name}}});
     }
   }
-  auto fresh = family->create(config, [&](const std::string& name) { return stored.count(name) > 0; });
+  const WeightSource weights = [&](const std::string& name) {
+    const auto it = stored.find(name);
+    return it == stored.end() ? at::Tensor() : checkpoint.tensor(it->second);
+  };
+  auto fresh = family->create(config, weights);
 
   const std::string wanted = args.at("dtype").get<std::string>();
   std::set<std::string> used;
@@ -251,13 +255,12 @@ json Session::Impl::load(const json& args, JobContext& job) {
   const at::NoGradGuard no_grad;
   fresh->load(
       [&](const std::string& name) {
-        const auto it = stored.find(name);
-        if (it == stored.end()) return at::Tensor();
         used.insert(name);
-        return checkpoint.tensor(it->second);
+        return weights(name);
       },
       options);
   fresh->verify();
+  if (fresh->has_tied_head()) used.insert(fresh->info().head_key);  // a copy of the embedding
   std::vector<std::string> unexpected;
   for (const auto& [canonical, name] : stored) {
     if (!used.count(canonical) && !family->is_unused_key(config, canonical)) unexpected.push_back(name);
@@ -372,7 +375,7 @@ Session::~Session() {
 }
 
 Reply Session::handle(const std::string& method, const std::string& args_json, const std::vector<BufferView>& buffers,
-                      JobContext& job) {
+                      JobContext& job) try {
   const Args args{json::parse(args_json), buffers};
   const json& v = args.values;
   Reply reply;
@@ -465,6 +468,10 @@ Reply Session::handle(const std::string& method, const std::string& args_json, c
   }
   reply.result = result.dump();
   return reply;
+} catch (const c10::OutOfMemoryError&) {
+  // What the job held is free by now: it goes back to the device, and the model stays usable.
+  empty_cache(impl_->device);
+  throw;
 }
 
 }  // namespace martlet

@@ -43,7 +43,7 @@ json config() {
 }
 
 std::unique_ptr<VisionLanguageModel> create() {
-  return family_for(config(), "").create(config(), [](const std::string&) { return true; });
+  return family_for(config(), "").create(config(), [](const std::string&) { return at::Tensor(); });
 }
 
 // Random weights for every parameter, by canonical name.

@@ -63,7 +63,7 @@ json minicpm_v(double version = 2.6) {
 }
 
 std::unique_ptr<VisionLanguageModel> create(const json& config) {
-  return family_for(config, "").create(config, [](const std::string&) { return true; });
+  return family_for(config, "").create(config, [](const std::string&) { return at::Tensor(); });
 }
 
 std::unique_ptr<VisionLanguageModel> loaded(const json& config) {

@@ -27,6 +27,7 @@ describe('parseBoxes', () => {
       'Here it is:\n```json\n[{"bbox_2d": [100, 250, 500, 750], "label": "a dog"}]\n```',
       DOG,
     ],
+    ['JSON between text', 'Here: [{"bbox_2d": [100, 250, 500, 750], "label": "a dog"}], as asked.', DOG],
     ['JSON, one object with a point', '{"point_2d": [500, 500], "label": "eye"}', [{ label: 'eye', bbox: [320, 240] }]],
     ['tags left out of the text', 'a dog(100,250),(500,750)', [{ bbox: [64, 120, 320, 360] }]],
     ['a plain list', 'It is at [100, 250, 500, 750].', [{ bbox: [64, 120, 320, 360] }]],

@@ -109,7 +109,7 @@ TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std
   model.visit([&](const std::string& path, Module& module) {
     if (!module.own_parameters().empty()) weighted.push_back(path);
     auto* linear = dynamic_cast<Linear*>(&module);
-    if (linear == nullptr || path.substr(path.rfind('.') + 1) == "lm_head") return;
+    if (linear == nullptr || model.info().is_head(path)) return;
     linears.emplace_back(path, linear);
     last_names.insert(path.substr(path.rfind('.') + 1));
   });
@@ -198,7 +198,7 @@ Adapter attach_adapter(VisionLanguageModel& model, AdapterWeights weights,
                        at::Device device, const std::string& dir) {
   std::map<std::string, Linear*> linears;
   model.visit([&](const std::string& path, Module& module) {
-    if (auto* linear = dynamic_cast<Linear*>(&module); linear != nullptr && path != "lm_head")
+    if (auto* linear = dynamic_cast<Linear*>(&module); linear != nullptr && !model.info().is_head(path))
       linears.emplace(path, linear);
   });
   if (!weights.saved_modules.empty()) {

@@ -23,6 +23,10 @@ struct ModelInfo {
   int64_t max_positions = 0;
   int64_t image_token_id = -1;
   int64_t video_token_id = -1;  // −1: no videos
+  // Canonical names of the two weights that may be one.
+  std::string embedding_key = "model.language_model.embed_tokens.weight", head_key = "lm_head.weight";
+  // The output layer's module: adapters leave it as it is.
+  bool is_head(const std::string& path) const { return path + ".weight" == head_key; }
   bool is_placeholder(int64_t id) const { return id == image_token_id || id == video_token_id; }
 };
 
@@ -54,13 +58,11 @@ class VisionLanguageModel : public Module {
   virtual const Decoder& decoder() const = 0;
   // [vocab, hidden]
   virtual const at::Tensor& head_weight() const = 0;
+  bool has_tied_head() const { return &head_weight() == &decoder().embed_tokens.weight.value; }
 };
 
-// transformers 5: tied only if the config says so; a head that is in the file is kept all the same.
-inline bool has_own_head(const DecoderConfig& text, const std::function<bool(const std::string&)>& has_key,
-                         const char* head = "lm_head.weight") {
-  return !text.tie_word_embeddings || has_key(head);
-}
+// transformers 5: the head is the embedding if the config says so, unless the file holds a head that differs from it.
+bool has_own_head(const DecoderConfig& text, const ModelInfo& info, const WeightSource& stored);
 
 struct Family {
   const char* name;
@@ -69,9 +71,8 @@ struct Family {
   std::string (*canonical_key)(const std::string& key);
   // Keys that a checkpoint may hold and the model never reads.
   bool (*is_unused_key)(const nlohmann::json& config, const std::string& canonical);
-  // `has_key` tells whether the checkpoint holds a canonical name (a tied head may be left out).
-  std::unique_ptr<VisionLanguageModel> (*create)(const nlohmann::json& config,
-                                                 const std::function<bool(const std::string&)>& has_key);
+  // `stored`: the checkpoint's tensors by canonical name.
+  std::unique_ptr<VisionLanguageModel> (*create)(const nlohmann::json& config, const WeightSource& stored);
 };
 
 }  // namespace martlet

@@ -6,6 +6,13 @@
 #include <map>
 
 namespace martlet {
+namespace {
+
+// FlashAttention 2 is asked for by name: the choice of scaled_dot_product_attention may fall on cuDNN, which plans anew
+// for each length that it sees. It takes heads of a multiple of 8, which all published models have.
+bool uses_flash(const at::Tensor& q) { return q.is_cuda() && q.scalar_type() != at::kFloat && q.size(-1) % 8 == 0; }
+
+}  // namespace
 
 SequenceLengths SequenceLengths::from_lengths(const std::vector<int64_t>& lengths, at::Device device) {
   SequenceLengths rows;
@@ -36,7 +43,7 @@ at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::
 
 at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                             const SequenceLengths& q_rows, const SequenceLengths& k_rows, bool causal) {
-  if (q.is_cuda() && q.scalar_type() != at::kFloat) {
+  if (uses_flash(q)) {
     const std::optional<double> scale = std::nullopt;
     return std::get<0>(at::_flash_attention_forward(q, k, v, q_rows.cu_seqlens, k_rows.cu_seqlens, q_rows.max_length,
                                                     k_rows.max_length, 0.0, causal, /*return_debug_mask=*/false,
@@ -71,7 +78,12 @@ at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::
 }
 
 at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  return batched(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), /*causal=*/false).squeeze(0);
+  const at::Tensor query = q.unsqueeze(0), keys = k.unsqueeze(0), values = v.unsqueeze(0);
+  if (!uses_flash(q)) return batched(query, keys, values, /*causal=*/false).squeeze(0);
+  const std::optional<double> scale = std::nullopt;
+  return std::get<0>(at::_flash_attention_forward(query, keys, values, std::nullopt, std::nullopt, 1, k.size(0), 0.0,
+                                                  /*is_causal=*/false, /*return_debug_mask=*/false, scale))
+      .squeeze(0);
 }
 
 }  // namespace martlet

@@ -10,7 +10,7 @@ namespace {
 // θ^(−2i/dim), [dim/2] float32
 at::Tensor inverse_frequencies(int64_t dim, double theta, at::Device device) {
   const auto f32 = at::TensorOptions().dtype(at::kFloat).device(device);
-  return at::pow(theta, at::arange(0, dim, 2, at::kLong).to(f32) / static_cast<double>(dim)).reciprocal();
+  return at::pow(theta, at::arange(0, dim, 2, f32) / static_cast<double>(dim)).reciprocal();
 }
 
 // angle: [T, d/2]

@@ -213,6 +213,7 @@ std::vector<std::string> Trainer::save_full(const std::string& dir, int64_t max_
   std::map<std::string, at::Tensor> values;
   for (size_t i = 0; i < parameters_->parameters().size(); ++i)
     values[parameters_->parameters()[i].name] = parameters_->master_view(i);
+  const ModelInfo& own = model_.info();
   const Checkpoint base = Checkpoint::open(model_dir_);
   ShardPlan plan;
   for (const std::string& name : base.names()) plan.push_back(base.info(name));
@@ -220,7 +221,8 @@ std::vector<std::string> Trainer::save_full(const std::string& dir, int64_t max_
   for (const std::string& name : base.names()) {
     job.check();
     const TensorInfo& info = base.info(name);
-    const auto it = values.find(family_.canonical_key(name));
+    const std::string key = family_.canonical_key(name);
+    const auto it = values.find(key == own.head_key && model_.has_tied_head() ? own.embedding_key : key);
     if (it == values.end()) {
       writer.add(name, base.tensor(name));
     } else {

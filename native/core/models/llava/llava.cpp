@@ -118,10 +118,9 @@ class Llava : public VisionLanguageModel {
   std::optional<Linear> lm_head_;
 };
 
-std::unique_ptr<VisionLanguageModel> create(const nlohmann::json& config,
-                                            const std::function<bool(const std::string&)>& has_key) {
+std::unique_ptr<VisionLanguageModel> create(const nlohmann::json& config, const WeightSource& stored) {
   const Config parsed = parse_config(config);
-  return std::make_unique<Llava>(parsed, has_own_head(parsed.text, has_key));
+  return std::make_unique<Llava>(parsed, has_own_head(parsed.text, parsed.info, stored));
 }
 
 }  // namespace

@@ -124,6 +124,8 @@ Config parse_config(const json& config) {
   c.info.family = "minicpm_v";
   c.info.vocab_size = c.text.vocab_size;
   c.info.max_positions = c.text.max_positions;
+  c.info.embedding_key = "llm.model.embed_tokens.weight";
+  c.info.head_key = "llm.lm_head.weight";
   c.info.image_token_id = field<int64_t>(config, "image_token_id", 128244);  // <unk>
   return c;
 }
@@ -209,10 +211,9 @@ class MiniCpmV : public VisionLanguageModel {
   Resampler resampler_;
 };
 
-std::unique_ptr<VisionLanguageModel> create(const json& config,
-                                            const std::function<bool(const std::string&)>& has_key) {
+std::unique_ptr<VisionLanguageModel> create(const json& config, const WeightSource& stored) {
   const Config parsed = parse_config(config);
-  return std::make_unique<MiniCpmV>(parsed, has_own_head(parsed.text, has_key, "llm.lm_head.weight"));
+  return std::make_unique<MiniCpmV>(parsed, has_own_head(parsed.text, parsed.info, stored));
 }
 
 }  // namespace

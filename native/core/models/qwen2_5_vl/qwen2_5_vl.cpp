@@ -34,9 +34,8 @@ qwen_vl_common::Config parse_config(const nlohmann::json& config) {
   return c;
 }
 
-std::unique_ptr<VisionLanguageModel> create(const nlohmann::json& config,
-                                            const std::function<bool(const std::string&)>& has_key) {
-  return qwen_vl_common::create(parse_config(config), has_key);
+std::unique_ptr<VisionLanguageModel> create(const nlohmann::json& config, const WeightSource& stored) {
+  return qwen_vl_common::create(parse_config(config), stored);
 }
 
 }  // namespace

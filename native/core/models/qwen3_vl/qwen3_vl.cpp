@@ -1,7 +1,6 @@
 #include "core/models/qwen3_vl/qwen3_vl.h"
 
 #include <algorithm>
-#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "core/models/config_fields.h"
@@ -72,9 +71,8 @@ qwen_vl_common::Config parse_config(const json& config) {
   return c;
 }
 
-std::unique_ptr<VisionLanguageModel> create(const json& config,
-                                            const std::function<bool(const std::string&)>& has_key) {
-  return qwen_vl_common::create(parse_config(config), has_key);
+std::unique_ptr<VisionLanguageModel> create(const json& config, const WeightSource& stored) {
+  return qwen_vl_common::create(parse_config(config), stored);
 }
 
 }  // namespace

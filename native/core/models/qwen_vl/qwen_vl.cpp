@@ -144,6 +144,7 @@ Config parse_config(const json& config) {
   c.info.family = "qwen_vl";
   c.info.vocab_size = c.text.vocab_size;
   c.info.max_positions = c.text.max_positions;
+  c.info.embedding_key = "transformer.wte.weight";
   // <img>, </img> and <imgpad> follow one another.
   c.info.image_token_id = field<int64_t>(visual, "image_start_id", 151857) + 2;
   return c;
@@ -224,7 +225,7 @@ class QwenVl : public VisionLanguageModel {
   Linear lm_head_;
 };
 
-std::unique_ptr<VisionLanguageModel> create(const json& config, const std::function<bool(const std::string&)>&) {
+std::unique_ptr<VisionLanguageModel> create(const json& config, const WeightSource&) {
   return std::make_unique<QwenVl>(parse_config(config));
 }
 

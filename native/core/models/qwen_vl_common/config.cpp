@@ -1,8 +1,6 @@
 #include "core/models/qwen_vl_common/config.h"
 
-#include <algorithm>
 #include <nlohmann/json.hpp>
-#include <numeric>
 
 #include "core/base/error.h"
 #include "core/models/config_fields.h"

@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <utility>
@@ -217,8 +219,8 @@ bool is_unused_key(const nlohmann::json&, const std::string& canonical) {
   return canonical.find(".inv_freq") != std::string::npos;  // a buffer that old versions saved
 }
 
-std::unique_ptr<VisionLanguageModel> create(Config config, const std::function<bool(const std::string&)>& has_key) {
-  const bool own_head = has_own_head(config.text, has_key);
+std::unique_ptr<VisionLanguageModel> create(Config config, const WeightSource& stored) {
+  const bool own_head = has_own_head(config.text, config.info, stored);
   return std::make_unique<QwenVl>(std::move(config), own_head);
 }
 

@@ -32,6 +32,6 @@ struct Config {
 std::string canonical_key(const std::string& key);
 bool is_unused_key(const nlohmann::json& config, const std::string& canonical);
 
-std::unique_ptr<VisionLanguageModel> create(Config config, const std::function<bool(const std::string&)>& has_key);
+std::unique_ptr<VisionLanguageModel> create(Config config, const WeightSource& stored);
 
 }  // namespace martlet::qwen_vl_common
