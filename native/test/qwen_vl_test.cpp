@@ -9,6 +9,7 @@
 #include "check.h"
 #include "core/base/fs.h"
 #include "core/base/json.h"
+#include "core/io/checkpoint.h"
 #include "core/io/safetensors.h"
 #include "core/lora/adapter.h"
 #include "core/models/qwen_vl_common/config.h"
@@ -321,7 +322,8 @@ TEST("decoding goes on at the row's next position and gives what one pass over t
     for (const int64_t id : {11, 3, 16}) {
       DecoderPass pass;
       pass.cache = &cache;
-      pass.rotary = model->decoder().rotary(at::tensor({position++}, at::kLong), at::kFloat);
+      model->decoder().place(pass, at::tensor({position}, at::kLong), {{1, position + 1, cache.length()}}, at::kFloat);
+      ++position;
       parts.push_back(model->decoder().forward(model->decoder().embed(at::tensor({id}, at::kLong)), pass));
       whole.input_ids.push_back(id);
     }

@@ -104,7 +104,7 @@ std::vector<std::string> nearest_names(const std::string& name, const std::set<s
 std::map<std::string, Linear*> linears_of(VisionLanguageModel& model) {
   std::map<std::string, Linear*> linears;
   model.visit([&](const std::string& path, Module& module) {
-    if (auto* linear = dynamic_cast<Linear*>(&module); linear != nullptr && path != "lm_head")
+    if (auto* linear = dynamic_cast<Linear*>(&module); linear != nullptr && !model.info().is_head(path))
       linears.emplace(path, linear);
   });
   return linears;
@@ -126,7 +126,7 @@ TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std
   model.visit([&](const std::string& path, Module& module) {
     if (!module.own_parameters().empty()) weighted.push_back(path);
     auto* linear = dynamic_cast<Linear*>(&module);
-    if (linear == nullptr || path == "lm_head") return;
+    if (linear == nullptr || model.info().is_head(path)) return;
     linears.emplace_back(path, linear);
     last_names.insert(path.substr(path.rfind('.') + 1));
   });

@@ -11,6 +11,7 @@
 #include "core/base/dtype.h"
 #include "core/base/error.h"
 #include "core/base/json.h"
+#include "core/io/checkpoint.h"
 #include "core/io/safetensors.h"
 #include "core/lora/adapter_io.h"
 #include "core/models/quantization.h"

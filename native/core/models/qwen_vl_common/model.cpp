@@ -220,7 +220,7 @@ bool is_unused_key(const nlohmann::json&, const std::string& canonical) {
 }
 
 std::unique_ptr<VisionLanguageModel> create(Config config, const WeightSource& stored) {
-  const bool own_head = has_own_head(config.text, stored);
+  const bool own_head = has_own_head(config.text, config.info, stored);
   return std::make_unique<QwenVl>(std::move(config), own_head);
 }
 
