@@ -3,12 +3,14 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "core/base/dtype.h"
 #include "core/base/error.h"
 #include "core/base/json.h"
 #include "core/base/runtime.h"
+#include "core/io/safetensors.h"
 #include "core/models/registry.h"
 #include "core/nn/linear.h"
 #include "core/quant/nf4.h"
@@ -96,9 +98,12 @@ json quantize_checkpoint_json(const json& args, JobContext& job) {
   const at::Device device = parse_device(args.at("device").get<std::string>());
   const at::ScalarType dtype = parse_dtype(args.at("dtype").get<std::string>());
 
-  std::set<std::string> canonical;
-  for (const std::string& name : base.names()) canonical.insert(family.canonical_key(name));
-  const auto model = family.create(config, [&](const std::string& name) { return canonical.count(name) > 0; });
+  std::map<std::string, std::string> stored;  // canonical → as in the file
+  for (const std::string& name : base.names()) stored.emplace(family.canonical_key(name), name);
+  const auto model = family.create(config, [&](const std::string& name) {
+    const auto it = stored.find(name);
+    return it == stored.end() ? at::Tensor() : base.tensor(it->second);
+  });
   const std::set<std::string> chosen = quantizable_weights(*model);
 
   const auto is_chosen = [&](const std::string& name) { return chosen.count(family.canonical_key(name)) > 0; };

@@ -18,10 +18,10 @@ struct Parameter {
   std::string name;  // within its module
   std::vector<int64_t> shape;
   at::Tensor value;        // undefined until loaded, and where `quantized` stands for it
-  bool fixed = false;      // a table of the checkpoint that is never trained
   QuantizedPtr quantized;  // null = kept in full
   // The model's own value while an adapter's fully trained one stands in its place.
   std::optional<at::Tensor> replaced;
+  bool fixed = false;  // a table of the checkpoint that is never trained
 
   int64_t numel() const;
   bool loaded() const { return value.defined() || quantized != nullptr; }
