@@ -1,4 +1,5 @@
 /** The public API. Everything that is not exported here may change without notice. */
+export { type ParseBoxesOptions, parseBoxes } from './api/boxes.js';
 export { infer } from './api/infer.js';
 export { mergeAdapter } from './api/merge.js';
 export { loadModel } from './api/model.js';
@@ -10,12 +11,14 @@ export type {
   ChatMessage,
   GenerateOptions,
   GenerateResult,
+  GroundingObjects,
   ImageSource,
   InferOptions,
   LoadModelOptions,
   MergeOptions,
   MergeReport,
   Model,
+  ParsedBox,
   PrepareResult,
   PromptOptions,
   QuantizeOptions,
@@ -26,6 +29,8 @@ export type {
   TrainOptions,
   TrainResult,
   TrainRun,
+  VideoSource,
+  VisionOptions,
 } from './api/types.js';
 export type { TrainConfig, TrainConfigInput } from './config/index.js';
 export { ERROR_CODES, type ErrorCode, type ErrorDetails, MartletError } from './errors.js';

@@ -1,7 +1,12 @@
-/** "Did you mean": the candidate nearest to a misspelt name, if any is near enough to be meant. */
-export function nearest(name: string, candidates: Iterable<string>): string | undefined {
+/** "Did you mean": the candidate nearest to a misspelt name, if any is within `limit` edits. */
+export function nearest(
+  name: string,
+  candidates: Iterable<string>,
+  limit = Math.max(2, Math.floor(name.length / 3)),
+): string | undefined {
   let best: string | undefined;
-  let bestDistance = Math.max(2, Math.floor(name.length / 3)) + 1;
+  // a name of two letters is not near to every name of one
+  let bestDistance = Math.min(limit, name.length - 1) + 1;
   for (const candidate of candidates) {
     const distance = editDistance(name.toLowerCase(), candidate.toLowerCase());
     if (distance < bestDistance) {

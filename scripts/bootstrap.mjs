@@ -2,12 +2,15 @@
  * Makes a clone ready: checks the tools, then npm packages, TypeScript, libtorch, native addon; each only if something changed since. Plain Node,
  * no dependency. `node scripts/bootstrap.mjs [--tests]`; --tests also builds the C++ tests.
  */
-import { execFileSync, spawnSync } from 'node:child_process';
+import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { existsSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs';
+import { createRequire } from 'node:module';
+import { availableParallelism } from 'node:os';
 import { join, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
+const require = createRequire(import.meta.url);
 const root = fileURLToPath(new URL('..', import.meta.url));
 const at = (...parts) => join(root, ...parts);
 
@@ -23,48 +26,55 @@ function checkTools() {
       `Node ${process.versions.node} is too old: 20.19 or later is needed. Install it: https://nodejs.org, or nvm install 20`,
     );
   }
-  const need = (command, args, install) => {
-    const { status, stdout } = spawnSync(command, args, { encoding: 'utf8' });
-    if (status !== 0)
-      problems.push(
-        `${[command, ...args.filter((arg) => !arg.startsWith('--'))].join(' ')} is missing. Install it: ${install}`,
-      );
+  const need = (tool, args, install) => {
+    const [command, ...first] = tool.split(' ');
+    const { status, stdout } = spawnSync(command, [...first, ...args], { encoding: 'utf8' });
+    if (status !== 0) problems.push(`${tool} is missing. Install it: ${install}`);
     return status === 0 ? stdout : '';
   };
+  need('npm', ['--version'], 'apt-get install npm, or https://nodejs.org, which brings it');
   const compiler = process.env.CXX ?? 'g++';
   const version = Number.parseInt(need(compiler, ['-dumpversion'], 'apt-get install g++'), 10);
   if (compiler === 'g++' && version < 11)
     problems.push(`g++ ${version} is too old: 11 or later is needed (C++20). Install it: apt-get install g++-12`);
-  need('cmake', ['--version'], 'apt-get install cmake');
-  if (spawnSync('ninja', ['--version']).status !== 0)
-    need('make', ['--version'], 'apt-get install make (or ninja-build)');
+  const [, cmakeMajor, cmakeMinor] =
+    /(\d+)\.(\d+)/.exec(need('cmake', ['--version'], 'apt-get install cmake'))?.map(Number) ?? [];
+  if (cmakeMajor < 3 || (cmakeMajor === 3 && cmakeMinor < 22))
+    problems.push(
+      `cmake ${cmakeMajor}.${cmakeMinor} is too old: 3.22 or later is needed. Install it: python3 -m pip install cmake`,
+    );
+  if (!hasNinja()) need('make', ['--version'], 'apt-get install make (or ninja-build)');
   // Only to fetch libtorch.
-  if (!process.env.LIBTORCH && spawnSync('python3', ['-m', 'pip', '--version']).status !== 0) {
-    need('python3', ['-m', 'pip', '--version'], 'apt-get install python3 python3-pip');
-  }
+  if (!process.env.LIBTORCH && process.env.LIBTORCH_USE_PYTORCH !== '1')
+    need('python3 -m pip', ['--version'], 'apt-get install python3 python3-pip');
   if (problems.length > 0) throw new SetupError(problems.join('\n'));
 }
 
-function run(command, args, env = {}) {
+export function run(command, args, env = {}) {
   const { status, error } = spawnSync(command, args, { cwd: root, stdio: 'inherit', env: { ...process.env, ...env } });
   if (error) throw new SetupError(`${command} could not be started: ${error.message}`);
   if (status !== 0) throw new SetupError(`failed: ${[command, ...args].join(' ')}`);
 }
 
-/** Newest modification time (ms) of the files under `paths`. */
-function newest(...paths) {
+/** Changes when a file of that kind under `paths` is written, added or removed. */
+function stateOf(kind, ...paths) {
+  let count = 0;
   let latest = 0;
-  for (const path of paths) {
+  const visit = (path) => {
     const stat = statSync(path, { throwIfNoEntry: false });
-    if (!stat) continue; // a package without tests or benchmarks
-    if (stat.isDirectory()) for (const name of readdirSync(path)) latest = Math.max(latest, newest(join(path, name)));
-    else latest = Math.max(latest, stat.mtimeMs);
-  }
-  return latest;
+    if (stat?.isDirectory()) for (const name of readdirSync(path)) visit(join(path, name));
+    // a folder that is not there is no file
+    else if (stat && kind.test(path)) {
+      count++;
+      latest = Math.max(latest, stat.mtimeMs);
+    }
+  };
+  paths.forEach(visit);
+  return `${count} files, ${latest}`;
 }
 
 /** Runs `make` unless the stamp in build/stamps holds `key`. */
-function step(name, key, isThere, make) {
+export function step(name, key, isThere, make) {
   const stamp = at('build', 'stamps', name);
   if (isThere() && existsSync(stamp) && readFileSync(stamp, 'utf8') === key) return;
   console.log(`\n▸ ${name}`);
@@ -101,7 +111,7 @@ export function bootstrap({ tests = false } = {}) {
   );
   step(
     'TypeScript',
-    String(newest(at('lib'), at('test'), at('examples'), at('bench'), at('tsconfig.json'))),
+    stateOf(/\.(c|m)?ts$|tsconfig\.json$/, at('lib'), at('test'), at('examples'), at('bench'), at('tsconfig.json')),
     () => existsSync(at('dist/lib/index.js')),
     () => run(process.execPath, [at('node_modules/typescript/bin/tsc'), '-p', '.']),
   );
@@ -130,7 +140,7 @@ export function bootstrap({ tests = false } = {}) {
   const withTests = tests || existsSync(at('build', 'stamps', 'with-tests'));
   step(
     'native addon (about two minutes when built for the first time)',
-    [newest(at('native'), at('cmake'), at('CMakeLists.txt')), readFileSync(where, 'utf8'), withTests].join(' '),
+    [stateOf(/./, at('native'), at('cmake'), at('CMakeLists.txt')), readFileSync(where, 'utf8'), withTests].join(' '),
     () => existsSync(at('build/Release/martlet.node')),
     () => {
       checkTools();
@@ -140,26 +150,13 @@ export function bootstrap({ tests = false } = {}) {
   );
 }
 
-/** CMake through cmake-js, which knows Node's headers. Ninja if it is there, else make on every core. */
-export function buildNative({ tests = false } = {}) {
-  const cmakeJs = at('node_modules/cmake-js/bin/cmake-js');
-  const options = [
-    ...['--directory', root, '--out', at('build/cmake'), '--config', 'Release'],
-    `--CDCMAKE_LIBRARY_OUTPUT_DIRECTORY=${at('build/Release')}`,
-    `--CDMARTLET_TESTS=${tests ? 'ON' : 'OFF'}`,
-  ];
-  run(process.execPath, [cmakeJs, 'configure', ...options]);
-  run(process.execPath, [cmakeJs, 'build', ...options]);
+/** The addon, in build/Release. */
+function buildNative({ tests = false } = {}) {
+  const { buildAddon } = require('./build-addon.cjs');
+  if (buildAddon({ tests }) !== 0) throw new SetupError('the native addon could not be built; the reason stands above');
 }
 
-function hasNinja() {
-  try {
-    execFileSync('ninja', ['--version'], { stdio: 'ignore' });
-    return true;
-  } catch {
-    return false;
-  }
-}
+const hasNinja = () => spawnSync('ninja', ['--version']).status === 0;
 
 /** Core and C++ tests with AddressSanitizer and UndefinedBehaviorSanitizer, in build/asan. */
 export function buildSanitized() {
@@ -168,14 +165,15 @@ export function buildSanitized() {
     ...['-S', root, '-B', dir, ...(hasNinja() ? ['-G', 'Ninja'] : [])],
     ...['-DMARTLET_ADDON=OFF', '-DMARTLET_TESTS=ON', '-DMARTLET_SANITIZE=ON'],
   ]);
-  run('cmake', ['--build', dir, '--parallel']);
+  run('cmake', ['--build', dir, '--parallel', String(availableParallelism())]);
+  return dir;
 }
 
 /** Runs `main` as a script's body: a SetupError is its message and exit code 1. */
-export function asScript(url, main) {
+export async function asScript(url, main) {
   if (process.argv[1] === undefined || resolve(process.argv[1]) !== fileURLToPath(url)) return;
   try {
-    main(process.argv.slice(2));
+    await main(process.argv.slice(2));
   } catch (error) {
     if (!(error instanceof SetupError)) throw error;
     console.error(`\n${error.message}`);
@@ -185,6 +183,5 @@ export function asScript(url, main) {
 
 asScript(import.meta.url, (args) => {
   if (args.includes('--native')) buildNative({ tests: args.includes('--tests') });
-  else if (args.includes('--sanitized')) buildSanitized();
   else bootstrap({ tests: args.includes('--tests') });
 });

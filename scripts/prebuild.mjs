@@ -1,25 +1,40 @@
-/** `npm run prebuild`: the addon for publishing, in prebuilds/torch<minor>/prebuilds/<platform>-<arch>/. Carries no libtorch. */
+/**
+ * `npm run prebuild`: the addon for publishing, in prebuilds/torch<minor>/prebuilds/<platform>-<arch>/. Carries no libtorch. It is compiled from what
+ * `npm pack` packs, in a folder of its own: node-gyp, which prebuildify calls, empties build/.
+ */
 import { spawnSync } from 'node:child_process';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { findLibtorch } from '../dist/lib/native/libtorch.js';
+import { asScript, bootstrap, run } from './bootstrap.mjs';
 
-const libtorch = findLibtorch();
-if (libtorch?.version === undefined) throw new Error('no libtorch: npx martlet libtorch install');
-const minor = libtorch.version.split('.').slice(0, 2).join('.');
 const root = fileURLToPath(new URL('..', import.meta.url));
-const { status } = spawnSync(
-  process.execPath,
-  // Without -t prebuildify takes the newest Node and downloads its headers.
-  [
-    'node_modules/prebuildify/bin.js',
-    '--napi',
-    '--strip',
-    '--tag-libc',
-    '-t',
-    process.versions.node,
-    '--out',
-    `prebuilds/torch${minor}`,
-  ],
-  { cwd: root, stdio: 'inherit', env: { ...process.env, MARTLET_PREBUILD: '1' } },
-);
-process.exitCode = status ?? 1;
+
+asScript(import.meta.url, async () => {
+  bootstrap();
+  const { findLibtorch } = await import('../dist/lib/native/libtorch.js');
+  const minor = findLibtorch().version.split('.').slice(0, 2).join('.');
+  // In the project, whose node_modules are found from there.
+  const temporary = mkdtempSync(join(root, 'build', 'prebuild-'));
+  try {
+    const pack = ['pack', '--ignore-scripts', '--silent', '--pack-destination', temporary];
+    const { stdout } = spawnSync('npm', pack, { cwd: root, encoding: 'utf8' });
+    run('tar', ['-xzf', join(temporary, stdout.trim()), '-C', temporary]);
+    run(process.execPath, [
+      join(root, 'node_modules/prebuildify/bin.js'),
+      ...[
+        '--cwd',
+        join(temporary, 'package'),
+        '--out',
+        join(root, 'prebuilds', `torch${minor}`),
+        '--napi',
+        '--strip',
+        '--tag-libc',
+      ],
+      // Without -t prebuildify takes the newest Node and downloads its headers.
+      ...['-t', process.versions.node],
+    ]);
+  } finally {
+    rmSync(temporary, { recursive: true, force: true });
+  }
+});

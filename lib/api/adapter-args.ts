@@ -4,11 +4,12 @@ import { basename, dirname, join, resolve } from 'node:path';
 import { load } from 'js-yaml';
 import { MartletError } from '../errors.js';
 import { exists } from '../files.js';
+import { checkVisionOptions, type VisionOptions, visionOptionsFromKeys } from '../processing/vision-options.js';
 
 /** The resolved config of a run, in its folder. */
 export const ARGS_FILE = 'args.yaml';
 
-/** The keys of `args.yaml` that loading and merging need. */
+/** What of `args.yaml` loading and merging need. */
 export interface AdapterArgs {
   model?: string;
   template?: 'default' | 'ms-swift';
@@ -18,11 +19,15 @@ export interface AdapterArgs {
   quant_bits?: number;
   bnb_4bit_use_double_quant?: boolean;
   torch_dtype?: 'auto' | 'float32' | 'bfloat16' | 'float16';
+  /** Pixel limits and the like; in the file under their own keys (`max_pixels`, …). */
+  vision: VisionOptions;
 }
 
 /**
  * Reads `args.yaml` in the folder of an adapter or a trained model, or above it for a checkpoint. Folders that martlet did not write have
  * none: the result is empty then.
+ *
+ * @throws ERR_MARTLET_ADAPTER for a file that cannot be read or holds a limit that is none
  */
 export async function readAdapterArgs(folder: string): Promise<AdapterArgs> {
   const isCheckpoint = /^checkpoint-\d+$/.test(basename(resolve(folder)));
@@ -45,6 +50,7 @@ export async function readAdapterArgs(folder: string): Promise<AdapterArgs> {
       args as Record<string, unknown>;
     const dtype = (['auto', 'float32', 'bfloat16', 'float16'] as const).find((name) => name === torch_dtype);
     return {
+      vision: savedVision(args as Record<string, unknown>, path),
       ...(typeof model === 'string' && { model }),
       ...((template === 'default' || template === 'ms-swift') && { template }),
       ...(typeof system === 'string' && { system }),
@@ -54,7 +60,16 @@ export async function readAdapterArgs(folder: string): Promise<AdapterArgs> {
       ...(dtype !== undefined && { torch_dtype: dtype }),
     };
   }
-  return {};
+  return { vision: {} };
+}
+
+function savedVision(args: Record<string, unknown>, path: string): VisionOptions {
+  try {
+    return checkVisionOptions(visionOptionsFromKeys(args), 'snake_case');
+  } catch (cause) {
+    const { message, details } = cause as MartletError;
+    throw new MartletError('ERR_MARTLET_ADAPTER', `${path}: ${message}`, { ...details, path }, { cause });
+  }
 }
 
 /** The base model that an adapter was trained on: `args.yaml`'s, else the one in `adapter_config.json`. */

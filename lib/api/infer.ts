@@ -1,3 +1,4 @@
+import { pickVisionOptions } from '../processing/vision-options.js';
 import { loadModel } from './model.js';
 import type { GenerateResult, InferOptions } from './types.js';
 
@@ -6,8 +7,8 @@ import type { GenerateResult, InferOptions } from './types.js';
  * keeps the model from {@link loadModel}.
  */
 export async function infer(options: InferOptions): Promise<GenerateResult> {
-  const { model, adapter, image, text, device, dtype, quantization, template, system, exifOrientation, ...generation } =
-    options;
+  const { model, adapter, image, videos = [], text, ...rest } = options;
+  const { device, dtype, quantization, template, system, exifOrientation, ...generation } = rest;
   const images = image === undefined ? [] : Array.isArray(image) ? image : [image];
   const loaded = await loadModel(model, {
     device,
@@ -16,18 +17,21 @@ export async function infer(options: InferOptions): Promise<GenerateResult> {
     template,
     system,
     exifOrientation,
+    ...pickVisionOptions(options),
     ...(adapter !== undefined && { adapters: { default: adapter } }),
     signal: generation.signal,
   });
   try {
-    return await loaded.generate({ ...generation, messages: [userMessage(text, images.length)], images });
+    const messages = [userMessage(text, images.length, videos.length)];
+    return await loaded.generate({ ...generation, messages, images, videos });
   } finally {
     await loaded.dispose();
   }
 }
 
-/** A question about `images` pictures. Marks that the text lacks are put in front of it, each on its own line as the training data has them. */
-export function userMessage(text: string, images: number): { role: 'user'; content: string } {
-  const marks = text.split('<image>').length - 1;
-  return { role: 'user', content: '<image>\n'.repeat(Math.max(0, images - marks)) + text };
+/** A question about pictures and videos. Marks that the text lacks are put in front of it, each on its own line as the training data has them. */
+export function userMessage(text: string, images: number, videos = 0): { role: 'user'; content: string } {
+  const missing = (mark: string, wanted: number) =>
+    `${mark}\n`.repeat(Math.max(0, wanted - (text.split(mark).length - 1)));
+  return { role: 'user', content: missing('<image>', images) + missing('<video>', videos) + text };
 }

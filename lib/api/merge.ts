@@ -6,6 +6,7 @@ import { copyFileAtomic, exists, isDirectory, listDir, makeDir, writeDirAtomic, 
 import { resolveModel } from '../hub/index.js';
 import type { MergeArgs, MergeResult } from '../native/binding.js';
 import { Engine } from '../native/engine.js';
+import { visionOptionsToKeys } from '../processing/vision-options.js';
 import { abortedError, throwIfAborted } from './abort.js';
 import { ARGS_FILE, adapterBaseModel, readAdapterArgs } from './adapter-args.js';
 import { parseSize } from './size.js';
@@ -104,15 +105,17 @@ async function dropQuantizationConfig(path: string): Promise<void> {
   await writeFileAtomic(path, `${JSON.stringify(config, null, 2)}\n`);
 }
 
-/** Template and system prompt that the adapter was trained with: the merged model must be asked in the same way. */
+/** Template, system prompt and pixel limits that the adapter was trained with: the merged model must be asked in the same way. */
 async function keepPromptArgs(adapter: string, target: string): Promise<void> {
   const {
     model: _,
     quant_bits: __,
     bnb_4bit_use_double_quant: ___,
     torch_dtype: ____,
-    ...args
+    vision,
+    ...prompt
   } = await readAdapterArgs(adapter);
+  const args = { ...prompt, ...visionOptionsToKeys(vision) };
   if (Object.keys(args).length > 0) await writeFileAtomic(join(target, ARGS_FILE), dump(args));
 }
 

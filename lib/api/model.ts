@@ -5,7 +5,8 @@ import { exists, isDirectory } from '../files.js';
 import { resolveModel } from '../hub/index.js';
 import type { LoadResult, MemoryStats, Methods } from '../native/binding.js';
 import { Engine } from '../native/engine.js';
-import { type EncodedSample, loadProcessor, type Processor } from '../processing/index.js';
+import { type EncodedSample, loadProcessor, type ParsedBox, type Processor } from '../processing/index.js';
+import { pickVisionOptions } from '../processing/vision-options.js';
 import { abortedError, throwIfAborted } from './abort.js';
 import { readAdapterArgs } from './adapter-args.js';
 import { JobBuffers } from './samples.js';
@@ -50,6 +51,8 @@ export async function loadModel(dirOrId: string, options: LoadModelOptions = {})
     template: options.template ?? saved.template ?? 'default',
     system: options.system ?? saved.system,
     exifOrientation: options.exifOrientation ?? saved.exif_orientation ?? true,
+    vision: pickVisionOptions(options),
+    savedVision: saved.vision,
   });
 
   const engine = new Engine();
@@ -63,6 +66,8 @@ export async function loadModel(dirOrId: string, options: LoadModelOptions = {})
       },
     );
     for (const [name, dir] of adapters) await engine.call('adapter.load', { name, dir }, { signal });
+    // an abort that came too late for native code, such as one by the last onProgress
+    throwIfAborted(signal);
     return new LoadedModel(
       engine,
       processor,
@@ -130,9 +135,10 @@ class LoadedModel implements Model {
     const stop = stopStrings(options.stop);
     if (stop.length === 0) {
       const run = await generation.start();
-      return generation.result(run.tokenIds, this.#processor.decode(run.tokenIds), run.finishReason, run);
+      const text = this.#processor.decode(run.tokenIds, decodeOptions(options));
+      return generation.result(run.tokenIds, text, run.finishReason, run);
     }
-    const text = new TokenText(this.#processor.createStreamDecoder(), stop);
+    const text = new TokenText(this.#processor.createStreamDecoder(decodeOptions(options)), stop);
     const chunks: StreamChunk[] = [];
     const run = await generation.start((id) => {
       chunks.push(...text.push(id));
@@ -149,7 +155,7 @@ class LoadedModel implements Model {
 
   async *stream(options: GenerateOptions): AsyncGenerator<StreamChunk, undefined> {
     const generation = await this.#prepareGeneration(options);
-    const text = new TokenText(this.#processor.createStreamDecoder(), stopStrings(options.stop));
+    const text = new TokenText(this.#processor.createStreamDecoder(decodeOptions(options)), stopStrings(options.stop));
     const ready: StreamChunk[] = [];
     let left = false;
     let wake = () => {};
@@ -220,15 +226,26 @@ class LoadedModel implements Model {
         { images },
         { buffers: job.buffers, signal: options.signal },
       );
+      const patched = images.some(({ plan }) => plan.patches !== undefined);
       const names = new Set(result.pixels.map(({ name }) => name));
       for (const name of names) {
         const parts = result.pixels
           .filter((pixel) => pixel.name === name)
           .map(({ shape, buffer }) => ({ data: new Float32Array(buffers[buffer] as ArrayBuffer), shape }));
-        Object.assign(pixels, stack(name, parts));
+        Object.assign(pixels, (patched ? concatenate : stack)(name, parts));
       }
+      const seconds = images.flatMap(({ secondsPerGrid }) => secondsPerGrid ?? []);
+      if (seconds.length > 0) pixels.second_per_grid_ts = { data: Float32Array.from(seconds), shape: [seconds.length] };
     }
     return { inputIds: sample.inputIds, ...(sample.labels && { labels: sample.labels }), pixels };
+  }
+
+  parseBoxes(
+    answer: string | ArrayLike<number>,
+    { width, height, ...limits }: Parameters<Model['parseBoxes']>[1],
+  ): ParsedBox[] {
+    const text = typeof answer === 'string' ? answer : this.#processor.decode(answer, { skipSpecialTokens: false });
+    return this.#processor.parseBoxes(text, { width, height, vision: pickVisionOptions(limits) });
   }
 
   async loadAdapter(name: string, dir: string): Promise<void> {
@@ -300,16 +317,14 @@ class LoadedModel implements Model {
     );
   }
 
-  async #encode(
-    options: Pick<PromptOptions, 'messages' | 'images' | 'signal'>,
-    purpose: 'train' | 'generate',
-  ): Promise<EncodedSample> {
+  async #encode(options: Omit<PromptOptions, 'adapter'>, purpose: 'train' | 'generate'): Promise<EncodedSample> {
     this.#checkOpen();
-    throwIfAborted(options.signal);
+    const { messages, images = [], videos, objects, signal } = options;
+    throwIfAborted(signal);
     try {
       return await this.#processor.encode(
-        { messages: options.messages, images: options.images ?? [] },
-        { for: purpose, signal: options.signal },
+        { messages, images, videos, objects, vision: pickVisionOptions(options) },
+        { for: purpose, signal },
       );
     } catch (error) {
       throw abortedError(error, options.signal);
@@ -357,6 +372,18 @@ class LoadedModel implements Model {
   }
 }
 
+/** Patches and grids of all pictures, one after the other along the first dimension, as transformers' processors give them. */
+function concatenate(name: string, parts: { data: Float32Array; shape: number[] }[]): PrepareResult['pixels'] {
+  const [, ...inner] = (parts[0] as (typeof parts)[0]).shape;
+  const data = new Float32Array(parts.reduce((sum, part) => sum + part.data.length, 0));
+  let offset = 0;
+  for (const part of parts) {
+    data.set(part.data, offset);
+    offset += part.data.length;
+  }
+  return { [name]: { data, shape: [parts.reduce((sum, { shape }) => sum + (shape[0] as number), 0), ...inner] } };
+}
+
 /** Tensors of one size become one with a leading dimension; of several sizes, `name.0`, `name.1`, …. */
 function stack(name: string, parts: { data: Float32Array; shape: number[] }[]): PrepareResult['pixels'] {
   const [first, ...rest] = parts as [(typeof parts)[0], ...typeof parts];
@@ -375,6 +402,10 @@ function disposedError(cause?: unknown): MartletError {
     {},
     { cause },
   );
+}
+
+function decodeOptions({ skipSpecialTokens = true }: GenerateOptions): { skipSpecialTokens: boolean } {
+  return { skipSpecialTokens };
 }
 
 function stopStrings(stop: string | string[] | undefined): string[] {

@@ -11,7 +11,8 @@ export class JobBuffers {
   }
 
   image(image: RgbImage): ImageArg {
-    return { buffer: this.add(image.data), width: image.width, height: image.height, plan: image.plan };
+    const { data, ...rest } = image;
+    return { buffer: this.add(data), ...rest };
   }
 
   sample(sample: EncodedSample, id?: string): SampleArg {

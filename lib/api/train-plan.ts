@@ -59,5 +59,5 @@ export async function outlineTraining(
     sample: markedSample(data.processor, await encodeRow(data.processor, first, config, signal)),
     warnings: [...warnings, ...trainingWarnings(config, data, steps).map(({ message }) => message)],
   };
-  return { config, plan };
+  return { config: data.config, plan };
 }

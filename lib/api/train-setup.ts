@@ -7,6 +7,7 @@ import { type LoadedDataset, loadDataset, type Row, type RowProblem } from '../d
 import { cutSample, isTrained } from '../data/truncate.js';
 import { MartletError } from '../errors.js';
 import { type EncodedSample, loadProcessor, type Processor } from '../processing/index.js';
+import { checkVisionOptions, visionOptionsFromKeys, visionOptionsToKeys } from '../processing/vision-options.js';
 import { significant } from '../report/format.js';
 import { findCheckpoint, readTrainerState, type TrainerState } from './checkpoint.js';
 import { Rng } from './rng.js';
@@ -19,6 +20,8 @@ export interface TrainWarning {
 
 /** The rows of a run, and what turns them into samples. */
 export interface TrainData {
+  /** With the pixel limits and the like in force, those from the environment included: `args.yaml` gives them to inference. */
+  config: TrainConfig;
   processor: Processor;
   train: RowSet;
   evaluation: RowSet;
@@ -37,29 +40,40 @@ export interface DataOptions {
 }
 
 /** Reads and checks every row of a run. */
-export async function loadTrainingData(config: TrainConfig, { modelDir, signal }: DataOptions): Promise<TrainData> {
-  const processor = await loadProcessor(modelDir, {
-    template: config.template,
-    ...(config.system !== null && { system: config.system }),
-    exifOrientation: config.exif_orientation,
-    maxImagePixels: config.max_image_pixels,
-  });
+export async function loadTrainingData(given: TrainConfig, { modelDir, signal }: DataOptions): Promise<TrainData> {
+  const processor = await trainingProcessor(given, modelDir);
+  const config = { ...given, ...visionOptionsToKeys(processor.vision) };
   const read = (specs: TrainConfig['dataset']): Promise<LoadedDataset> =>
     loadDataset(specs, {
       onBadRow: config.on_bad_row,
       processor,
       maxLength: config.max_length ?? Number.POSITIVE_INFINITY,
       truncationStrategy: config.truncation_strategy,
-      exifOrientation: config.exif_orientation,
-      maxImagePixels: config.max_image_pixels,
       ...(signal && { signal }),
     });
   const train = await read(config.dataset);
   if (config.val_dataset.length === 0) {
-    return { processor, ...split(train, config.split_dataset_ratio, config.data_seed), skipped: train.skipped };
+    return { config, processor, ...split(train, config.split_dataset_ratio, config.data_seed), skipped: train.skipped };
   }
   const evaluation = await read(config.val_dataset);
-  return { processor, train, evaluation, skipped: [...train.skipped, ...evaluation.skipped] };
+  return { config, processor, train, evaluation, skipped: [...train.skipped, ...evaluation.skipped] };
+}
+
+/** An option that the model's family refuses is a fault of the config here. */
+async function trainingProcessor(config: TrainConfig, modelDir: string): Promise<Processor> {
+  try {
+    return await loadProcessor(modelDir, {
+      template: config.template,
+      ...(config.system !== null && { system: config.system }),
+      exifOrientation: config.exif_orientation,
+      maxImagePixels: config.max_image_pixels,
+      vision: checkVisionOptions(visionOptionsFromKeys({ ...config }), 'snake_case'),
+    });
+  } catch (error) {
+    if (!(error instanceof MartletError) || error.code !== 'ERR_MARTLET_USAGE') throw error;
+    const { key, ...details } = error.details;
+    throw new MartletError('ERR_MARTLET_CONFIG', error.message, { ...details, path: key }, { cause: error });
+  }
 }
 
 /** Sets a random share of the rows aside for evaluation; both parts keep the order of the file. */
@@ -189,8 +203,8 @@ export async function findResumePoint(
 /** Identifies the rows of a run by their content and order. Pictures count by path. */
 export async function fingerprintRows(rows: Row[]): Promise<string> {
   const hash = createHash('sha256');
-  for (const [i, { messages, images, piece }] of rows.entries()) {
-    hash.update(JSON.stringify(piece === undefined ? [messages, images] : [messages, images, piece]));
+  for (const [i, { messages, images, videos, objects, vision, piece }] of rows.entries()) {
+    hash.update(JSON.stringify([messages, images, videos, objects, vision, piece]));
     if (i % 500 === 499) await nextTurn(); // a large dataset must not hold up the event loop
   }
   return hash.digest('hex');
@@ -209,16 +223,13 @@ export async function encodeRow(
   { max_length, truncation_strategy }: Pick<TrainConfig, 'max_length' | 'truncation_strategy'>,
   signal?: AbortSignal,
 ): Promise<EncodedSample> {
-  const { source, id } = row;
+  const { source, id, piece, ...input } = row;
   try {
-    const whole = await processor.encode(
-      { messages: row.messages, images: row.images, id: rowName(row) },
-      { for: 'train', ...(signal && { signal }) },
-    );
+    const whole = await processor.encode({ ...input, id: rowName(row) }, { for: 'train', ...(signal && { signal }) });
     const sample =
-      row.piece === undefined || truncation_strategy === 'delete' || truncation_strategy === 'raise'
+      piece === undefined || truncation_strategy === 'delete' || truncation_strategy === 'raise'
         ? whole
-        : cutSample(whole, max_length as number, truncation_strategy)[row.piece];
+        : cutSample(whole, max_length as number, truncation_strategy)[piece];
     if (sample && isTrained(sample)) return sample;
     throw new MartletError(
       'ERR_MARTLET_DATASET',
@@ -236,16 +247,22 @@ export async function encodeRow(
   }
 }
 
-/** A row as text, what is trained in [[ ]], runs of image tokens shortened. */
+/** A row as text, what is trained in [[ ]], runs of image and video tokens shortened. */
 export function markedSample(processor: Processor, { inputIds, labels }: EncodedSample): string {
   const kindOf = (i: number) =>
-    inputIds[i] === processor.imageTokenId ? 'image' : labels?.[i] === -100 ? 'plain' : 'trained';
+    inputIds[i] === processor.imageTokenId
+      ? 'image'
+      : inputIds[i] === processor.videoTokenId
+        ? 'video'
+        : labels?.[i] === -100
+          ? 'plain'
+          : 'trained';
   let text = '';
   for (let from = 0; from < inputIds.length; ) {
     const kind = kindOf(from);
     let to = from + 1;
     while (to < inputIds.length && kindOf(to) === kind) to++;
-    if (kind === 'image') text += `<image × ${to - from}>`;
+    if (kind === 'image' || kind === 'video') text += `<${kind} × ${to - from}>`;
     else {
       const part = processor.decode(inputIds.subarray(from, to), { skipSpecialTokens: false });
       text += kind === 'trained' ? `[[${part}]]` : part;
@@ -256,9 +273,9 @@ export function markedSample(processor: Processor, { inputIds, labels }: Encoded
 }
 
 /** Whether a row shows the model anything. */
-export function hasPicture({ images, messages }: Row): boolean {
+export function hasPicture({ images, videos, messages }: Row): boolean {
   return (
-    images.length > 0 ||
+    images.length + (videos?.length ?? 0) > 0 ||
     messages.some(({ content }) => typeof content !== 'string' && content.some(({ type }) => type !== 'text'))
   );
 }

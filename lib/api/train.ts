@@ -55,7 +55,7 @@ async function run(input: string | TrainConfigInput, options: TrainOptions, cont
   try {
     await removeUnfinished(outputDir);
     const data = await loadTrainingData(config, { modelDir, signal });
-    return await runTrainer({ config, modelDir, outputDir, data, warnings }, control);
+    return await runTrainer({ config: data.config, modelDir, outputDir, data, warnings }, control);
   } finally {
     await unlock();
   }

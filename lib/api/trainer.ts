@@ -533,8 +533,9 @@ class Trainer {
     const lines: { id?: string; row: string; answer: string; reference: string }[] = [];
     for (const row of rows) {
       const last = row.messages.at(-1) as Row['messages'][0];
+      const { source: _, id: __, piece: ___, ...input } = row;
       const sample = await data.processor.encode(
-        { messages: row.messages.slice(0, -1), images: row.images, id: rowName(row) },
+        { ...input, messages: row.messages.slice(0, -1), id: rowName(row) },
         { for: 'generate', signal },
       );
       const job = new JobBuffers();

@@ -1,11 +1,21 @@
 import type { TrainConfig } from '../config/index.js';
 import type { MemoryStats } from '../native/binding.js';
-import type { ChatMessage, ImageSource } from '../processing/types.js';
+import type {
+  ChatMessage,
+  GroundingObjects,
+  ImageSource,
+  ParsedBox,
+  VideoSource,
+  VisionOptions,
+} from '../processing/types.js';
 
-export type { ChatMessage, ImageSource };
+export type { ChatMessage, GroundingObjects, ImageSource, ParsedBox, VideoSource, VisionOptions };
 
-/** Options of {@link loadModel}. */
-export interface LoadModelOptions {
+/**
+ * Options of {@link loadModel}. Pixel limits and the like win over the environment (`MAX_PIXELS`, …), which wins over what an adapter was trained
+ * with, which wins over the checkpoint; families without them refuse them.
+ */
+export interface LoadModelOptions extends VisionOptions {
   /** Defaults to `auto`: the first CUDA device, else the CPU. A CUDA device that is absent is `ERR_MARTLET_CUDA_UNAVAILABLE`. */
   device?: 'auto' | 'cpu' | 'cuda' | `cuda:${number}`;
   /** Defaults to `auto`: as stored in the checkpoint. */
@@ -24,10 +34,15 @@ export interface LoadModelOptions {
   onProgress?: (progress: { done: number; total: number; bytes: number }) => void;
 }
 
-export interface PromptOptions {
+/** Pixel limits and the like are those of this call alone, and win over the model's. */
+export interface PromptOptions extends Omit<VisionOptions, 'normBbox' | 'bboxFormat'> {
   messages: ChatMessage[];
   /** In the order of the `<image>` marks. Defaults to none. */
   images?: ImageSource[];
+  /** In the order of the `<video>` marks, each a list of frames. Defaults to none. */
+  videos?: VideoSource[];
+  /** Take the places of `<ref-object>` and `<bbox>` in the messages. */
+  objects?: GroundingObjects;
   /** Name of a loaded adapter; without it the base model answers, or the only adapter if exactly one was loaded by `loadModel`. `null` = base model. */
   adapter?: string | null;
   signal?: AbortSignal;
@@ -45,6 +60,8 @@ export interface GenerateOptions extends PromptOptions {
   seed?: number;
   /** The answer ends before the first of these strings. */
   stop?: string | string[];
+  /** Leave tokens such as `<|box_start|>` out of the text. Defaults to true. */
+  skipSpecialTokens?: boolean;
 }
 
 export interface GenerateResult {
@@ -93,6 +110,14 @@ export interface Model extends AsyncDisposable {
   stream(options: GenerateOptions): AsyncIterableIterator<StreamChunk>;
   score(options: PromptOptions & { logits?: boolean }): Promise<ScoreResult>;
   prepare(options: Omit<PromptOptions, 'adapter'> & { for?: 'train' | 'generate' }): Promise<PrepareResult>;
+  /**
+   * The boxes of an answer in pixels of its picture; the model's limits give the size that the network saw. `answer`: text, or token ids (which keep
+   * the tags that `text` leaves out). Throws `ERR_MARTLET_USAGE` when a box begins and is none, or the family has no form for boxes.
+   */
+  parseBoxes(
+    answer: string | ArrayLike<number>,
+    picture: { width: number; height: number } & Omit<VisionOptions, 'normBbox' | 'bboxFormat'>,
+  ): ParsedBox[];
   loadAdapter(name: string, dir: string): Promise<void>;
   unloadAdapter(name: string): Promise<void>;
   memory(): Promise<MemoryStats>;
@@ -248,9 +273,11 @@ export interface QuantizeReport {
 
 export interface InferOptions
   extends Omit<LoadModelOptions, 'adapters' | 'onProgress'>,
-    Omit<GenerateOptions, 'messages' | 'images' | 'adapter'> {
+    Omit<GenerateOptions, 'messages' | 'images' | 'videos' | 'adapter'> {
   model: string;
   adapter?: string;
   image?: ImageSource | ImageSource[];
+  /** Each a list of frames. */
+  videos?: VideoSource[];
   text: string;
 }

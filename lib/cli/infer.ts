@@ -1,5 +1,5 @@
 import { createReadStream } from 'node:fs';
-import { dirname, resolve } from 'node:path';
+import { dirname, join, resolve } from 'node:path';
 import { createInterface } from 'node:readline';
 import { adapterBaseModel } from '../api/adapter-args.js';
 import { userMessage } from '../api/infer.js';
@@ -11,12 +11,30 @@ import type {
   ImageSource,
   LoadModelOptions,
   Model,
+  VideoSource,
 } from '../api/types.js';
+import { trainConfigSchema } from '../config/schema.js';
 import { MartletError } from '../errors.js';
-import { exists, ioError } from '../files.js';
+import { exists, ioError, isDirectory, listDir } from '../files.js';
+import {
+  checkVisionOptions,
+  VISION_OPTION_NAMES,
+  VISION_OPTIONS,
+  type VisionOptions,
+  visionOptionsFromKeys,
+} from '../processing/vision-options.js';
 import { type OptionSpecs, type Options, usageError } from './args.js';
 import { type CliIo, type Command, type Invocation, printJson } from './command.js';
 import { interruptible, resolveWithNotice } from './jobs.js';
+
+/** `--max_pixels` and the like: the keys of a training config. */
+const VISION_SPECS: OptionSpecs = Object.fromEntries(
+  VISION_OPTION_NAMES.map((name) => {
+    const { key, kind } = VISION_OPTIONS[name];
+    const help = trainConfigSchema.shape[key as 'max_pixels'].description?.replace(/ null = .*/, '');
+    return [key, { kind: 'value', placeholder: typeof kind === 'string' ? 'N' : kind.join('|'), help }];
+  }),
+);
 
 const OPTIONS: OptionSpecs = {
   model: {
@@ -44,16 +62,23 @@ const OPTIONS: OptionSpecs = {
     placeholder: 'PATH|URL',
     help: 'an image; may be repeated',
   },
+  video: {
+    kind: 'value',
+    aliases: ['videos'],
+    multiple: true,
+    placeholder: 'DIR|FRAME,FRAME…',
+    help: 'a video: a folder with its frames (in order of their names), or their paths;\nmay be repeated',
+  },
   multi_modal_inputs: {
     kind: 'value',
     placeholder: 'JSON',
-    help: `both as JSON: '{"image": "cat.jpg", "text": "What is this?"}'`,
+    help: `all as JSON: '{"image": "cat.jpg", "text": "What is this?"}'`,
   },
   input: {
     kind: 'value',
     aliases: ['val_dataset'],
     placeholder: 'FILE',
-    help: 'a JSONL file, one item a line: {"image", "text"} or {"messages", "images"};\nprints one line of JSON an item; an item that fails gives a line with "error"',
+    help: 'a JSONL file, one item a line: {"image", "text"} or {"messages", "images", "videos"};\nprints one line of JSON an item; an item that fails gives a line with "error"',
   },
   system: { kind: 'value', placeholder: 'TEXT', help: 'system prompt' },
   template: { kind: 'value', placeholder: 'default|ms-swift', help: "chat template; the adapter's own by default" },
@@ -70,6 +95,8 @@ const OPTIONS: OptionSpecs = {
     placeholder: 'TEXT',
     help: 'the answer ends before this text; may be repeated',
   },
+  keep_special_tokens: { kind: 'flag', help: 'leave tokens such as <|box_start|> in the answer' },
+  ...VISION_SPECS,
   stream: { kind: 'flag', help: 'print the answer as it comes' },
   device: { kind: 'value', aliases: ['device_map'], placeholder: 'auto|cpu|cuda|cuda:N', help: 'default auto' },
   torch_dtype: {
@@ -98,6 +125,7 @@ In a conversation each <image> in a line asks for a path; "clear" forgets what w
 interface Question {
   messages: ChatMessage[];
   images: ImageSource[];
+  videos: VideoSource[];
 }
 
 async function run({ options, positionals, io }: Invocation): Promise<number> {
@@ -108,7 +136,7 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
       { option: 'vllm' },
     );
   }
-  const question = oneQuestion(options);
+  const question = await oneQuestion(options);
   const input = options.string('input');
   if (question && input !== undefined) throw usageError('--input and --text exclude each other.');
   if (options.flag('json') && options.flag('stream')) throw usageError('--stream and --json exclude each other.');
@@ -153,10 +181,19 @@ function loadOptions(options: Options): LoadModelOptions {
         }),
     template: options.choice('template', ['default', 'ms-swift']),
     system: options.string('system'),
+    ...visionOptions(options),
   };
 }
 
-function generationSettings(options: Options): Omit<GenerateOptions, 'messages' | 'images'> {
+function visionOptions(options: Options): VisionOptions {
+  const given = VISION_OPTION_NAMES.map((name) => VISION_OPTIONS[name]).map(({ key, kind }) => [
+    key,
+    typeof kind === 'string' ? options.number(key) : options.choice(key, kind),
+  ]);
+  return checkVisionOptions(visionOptionsFromKeys(Object.fromEntries(given)), 'snake_case');
+}
+
+function generationSettings(options: Options): Omit<GenerateOptions, 'messages' | 'images' | 'videos'> {
   const stop = options.strings('stop');
   return {
     maxNewTokens: options.number('max_new_tokens'),
@@ -166,17 +203,19 @@ function generationSettings(options: Options): Omit<GenerateOptions, 'messages' 
     repetitionPenalty: options.number('repetition_penalty'),
     seed: options.number('seed'),
     ...(stop.length > 0 && { stop }),
+    ...(options.flag('keep_special_tokens') && { skipSpecialTokens: false }),
   };
 }
 
 /** The question on the command line, if there is one. */
-function oneQuestion(options: Options): Question | undefined {
+async function oneQuestion(options: Options): Promise<Question | undefined> {
   const json = options.string('multi_modal_inputs');
   const text = options.string('text');
   const images = options.strings('image');
+  const videos = await Promise.all(options.strings('video').map(frames));
   if (json !== undefined) {
-    if (text !== undefined || images.length > 0)
-      throw usageError('--multi_modal_inputs and --image/--text exclude each other.');
+    if (text !== undefined || images.length > 0 || videos.length > 0)
+      throw usageError('--multi_modal_inputs and --image/--video/--text exclude each other.');
     let item: unknown;
     try {
       item = JSON.parse(json);
@@ -187,21 +226,44 @@ function oneQuestion(options: Options): Question | undefined {
     }
     return toQuestion(item, '--multi_modal_inputs');
   }
-  if (text === undefined && images.length > 0)
-    throw usageError('--image needs --text: what should be answered about it?');
-  return text === undefined ? undefined : { messages: [userMessage(text, images.length)], images };
+  if (text === undefined && images.length + videos.length > 0) {
+    const option = images.length > 0 ? '--image' : '--video';
+    throw usageError(`${option} needs --text: what should be answered about it?`);
+  }
+  return text === undefined
+    ? undefined
+    : { messages: [userMessage(text, images.length, videos.length)], images, videos };
 }
 
-/** `{image, text}` or `{messages, images}` as a question. */
+/** A folder's pictures in the order of their names, or the paths of a list. */
+async function frames(video: string): Promise<string[]> {
+  if (!(await isDirectory(video))) return video.split(',');
+  const names = (await listDir(video)).filter((name) => /\.(png|jpe?g|webp|gif|tiff?|avif)$/i.test(name));
+  if (names.length === 0) throw usageError(`--video ${video}: the folder holds no pictures.`, { option: 'video' });
+  const inOrder = new Intl.Collator('en', { numeric: true }).compare; // 2.png before 10.png
+  return names.sort(inOrder).map((name) => join(video, name));
+}
+
+/** `{image, video, text}` or `{messages, images, videos}` as a question. */
 function toQuestion(item: unknown, where: string): Question {
-  const { image, images, text, messages } = (item ?? {}) as Record<string, unknown>;
+  const { image, images, video, videos, text, messages } = (item ?? {}) as Record<string, unknown>;
   const sources = [image ?? images ?? []].flat();
   if (!sources.every((source): source is string => typeof source === 'string')) {
     throw usageError(`${where}: "image" must be a path, a URL or a list of them.`, { field: 'image' });
   }
-  if (Array.isArray(messages)) return { messages: messages as ChatMessage[], images: sources };
+  const clips = video === undefined ? (videos ?? []) : [video];
+  if (
+    !Array.isArray(clips) ||
+    !clips.every((clip) => Array.isArray(clip) && clip.every((f) => typeof f === 'string'))
+  ) {
+    throw usageError(`${where}: "video" must be a list of frames (paths or URLs), "videos" a list of such lists.`, {
+      field: 'video',
+    });
+  }
+  const question = { images: sources, videos: clips as string[][] };
+  if (Array.isArray(messages)) return { messages: messages as ChatMessage[], ...question };
   if (typeof text !== 'string') throw usageError(`${where}: "text" is missing.`, { field: 'text' });
-  return { messages: [userMessage(text, sources.length)], images: sources };
+  return { messages: [userMessage(text, sources.length, clips.length)], ...question };
 }
 
 function outcome({ text, tokenIds, finishReason, usage }: GenerateResult) {
@@ -239,8 +301,10 @@ async function batch(model: Model, file: string, settings: Settings, io: CliIo):
       if (content.trim() === '') continue;
       try {
         const question = toQuestion(parseLine(content, file, line), `${file} line ${line}`);
-        const images = await Promise.all(question.images.map((image) => besideFile(image as string, file)));
-        printJson(io, outcome(await model.generate({ ...settings, ...question, images })));
+        const beside = (paths: ImageSource[]) => Promise.all(paths.map((path) => besideFile(path as string, file)));
+        const images = await beside(question.images);
+        const videos = await Promise.all(question.videos.map((clip) => beside(clip as ImageSource[])));
+        printJson(io, outcome(await model.generate({ ...settings, ...question, images, videos })));
       } catch (error) {
         if (!(error instanceof MartletError) || error.code === 'ERR_MARTLET_ABORTED') throw error;
         failed++;
@@ -283,7 +347,7 @@ async function converse(model: Model, settings: Settings, io: CliIo): Promise<nu
     if (terminal) lines.setPrompt(prompt);
     if (terminal) lines.prompt();
   };
-  let history: Question = { messages: [], images: [] };
+  let history: Question = { messages: [], images: [], videos: [] };
   /** The line whose <image> marks still wait for their paths. */
   let open: { text: string; images: string[]; wanted: number } | undefined;
   ask('<<< ');
@@ -293,7 +357,7 @@ async function converse(model: Model, settings: Settings, io: CliIo): Promise<nu
       if (line !== '') open.images.push(line);
     } else {
       if (line === 'exit' || line === 'quit') break;
-      if (line === 'clear') history = { messages: [], images: [] };
+      if (line === 'clear') history = { messages: [], images: [], videos: [] };
       else if (line !== '') open = { text: raw, images: [], wanted: raw.split('<image>').length - 1 };
     }
     if (open && open.images.length < open.wanted) {
@@ -304,6 +368,7 @@ async function converse(model: Model, settings: Settings, io: CliIo): Promise<nu
       const question: Question = {
         messages: [...history.messages, { role: 'user', content: open.text }],
         images: [...history.images, ...open.images],
+        videos: [],
       };
       open = undefined;
       const said = await say(model, question, settings, io);

@@ -20,7 +20,10 @@ const OWN_OPTIONS: OptionSpecs = {
 };
 /** Every spelling of a key that a config file may use; the config's own check judges keys and values. */
 const CONFIG_OPTIONS: OptionSpecs = Object.fromEntries([
-  ...['fp16', 'bf16', ...[ALIASES, UNSUPPORTED, IGNORED].flatMap(Object.keys)].map((key) => [key, { kind: 'config' }]),
+  ...['fp16', 'bf16', 'strict', 'model_kwargs', ...[ALIASES, UNSUPPORTED, IGNORED].flatMap(Object.keys)].map((key) => [
+    key,
+    { kind: 'config' },
+  ]),
   ...Object.entries(trainConfigSchema.shape).map(([key, { description }]) => [
     key,
     { kind: 'config', help: description },

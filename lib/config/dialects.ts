@@ -1,7 +1,9 @@
 /** Two dialects in, flat keys out: the tutorial's nested YAML, and ms-swift's flat keys under any of their names. */
 import { join } from 'node:path';
+import type { z } from 'zod';
+import { VISION_OPTIONS, WITHOUT_EFFECT } from '../processing/vision-options.js';
 import { nearest } from '../suggest.js';
-import { ALIASES, IGNORED, TRAIN_CONFIG_KEYS, UNSUPPORTED } from './schema.js';
+import { ALIASES, IGNORED, TRAIN_CONFIG_KEYS, type TrainConfig, trainConfigSchema, UNSUPPORTED } from './schema.js';
 
 export interface Problem {
   /** Path in the file as written, e.g. `train_args.learning_rat`. */
@@ -20,13 +22,20 @@ export interface FlatConfig {
 }
 
 /** Sections of the tutorial's YAML whose keys are flat keys. */
-const SECTIONS = new Set(['model_args', 'lora_args', 'train_args']);
+export const SECTIONS = new Set(['model_args', 'lora_args', 'train_args']);
+/** ms-swift's sections of environment variables. */
+const ENV_SECTIONS = new Set(['model_kwargs', 'ENV']);
+const KEY_OF_VARIABLE = new Map(Object.values(VISION_OPTIONS).flatMap(({ key, env }) => (env ? [[env, key]] : [])));
 const KNOWN_KEYS = [
   ...TRAIN_CONFIG_KEYS,
   ...Object.keys(ALIASES),
   ...Object.keys(UNSUPPORTED),
   ...Object.keys(IGNORED),
   ...SECTIONS,
+  'fp16',
+  'bf16',
+  'strict',
+  ...ENV_SECTIONS,
 ];
 
 const MODEL_ALIASES: Record<string, string> = { 'qwen/Qwen-VL-Chat-7B': 'Qwen/Qwen-VL-Chat' };
@@ -45,6 +54,9 @@ const isObject = (value: unknown): value is Record<string, unknown> =>
 /** `all` is LLaMA-Factory's word for it. */
 const isAllLinear = (value: unknown) =>
   ['all', 'all-linear'].includes((Array.isArray(value) && value.length === 1 ? value[0] : value) as string);
+/** A name's other spelling, if it is in the table: names come from outside, so `constructor` must not find Object's. */
+const spelling = (table: Record<string, string>, name: string) =>
+  Object.hasOwn(table, name) ? (table[name] as string) : name;
 const sameValue = (a: unknown, b: unknown) => JSON.stringify(a) === JSON.stringify(b);
 
 export function flatten(raw: Record<string, unknown>): FlatConfig {
@@ -65,7 +77,38 @@ export function flatten(raw: Record<string, unknown>): FlatConfig {
     flat.origin.set(key, path);
   };
 
+  /** `MAX_PIXELS: '1003520'`: texts, as a shell has them. */
+  const takeVariables = (given: unknown, path: string) => {
+    const value = typeof given === 'string' ? jsonOr(given) : given;
+    if (value === null) return;
+    if (!isObject(value)) {
+      flat.problems.push({
+        path,
+        message: `${path} must be a section with names of variables, not ${describe(value)}`,
+      });
+      return;
+    }
+    for (const [name, inner] of Object.entries(value)) {
+      const key = KEY_OF_VARIABLE.get(name.toUpperCase());
+      const number = typeof inner === 'string' && inner.trim() !== '' ? Number(inner) : Number.NaN;
+      if (key !== undefined) set(key, Number.isNaN(number) ? inner : number, `${path}.${name}`);
+      else if (WITHOUT_EFFECT.includes(name.toUpperCase()))
+        flat.warnings.push(`${path}.${name} has no effect: all frames of a list are taken.`);
+      else {
+        const meant = nearest(name, KEY_OF_VARIABLE.keys());
+        flat.problems.push({
+          path: `${path}.${name}`,
+          message: `${path}.${name} is not a variable that is read from here${meant ? `: did you mean ${meant}?` : ': set it in the shell'}`,
+        });
+      }
+    }
+  };
+
   const take = (written: string, value: unknown, path: string) => {
+    if (ENV_SECTIONS.has(written)) {
+      takeVariables(value, path);
+      return;
+    }
     const key = snakeCase(written);
     if (SECTIONS.has(key)) {
       if (value === null) return;
@@ -80,7 +123,11 @@ export function flatten(raw: Record<string, unknown>): FlatConfig {
       else if (value) precision.push({ path, dtype: key === 'fp16' ? 'float16' : 'bfloat16' });
       return;
     }
-    const target = ALIASES[key] ?? key;
+    if (key === 'strict' && typeof value === 'boolean') {
+      set('on_bad_row', value ? 'error' : 'skip', path);
+      return;
+    }
+    const target = spelling(ALIASES, key);
     if ((TRAIN_CONFIG_KEYS as string[]).includes(target)) {
       if (value === undefined) return;
       if (key === 'lora_target') {
@@ -90,7 +137,8 @@ export function flatten(raw: Record<string, unknown>): FlatConfig {
       } else if (target === 'target_modules' && loraTarget !== undefined && isAllLinear(flat.values[target])) {
         flat.origin.delete(target);
       }
-      set(target, convert(target, value, path, flat), path);
+      const nested = target === 'dataset' && isObject(value) && 'train' in value;
+      set(target, convert(target, value, path, flat), nested ? `${path}.train` : path);
     } else if (Object.hasOwn(UNSUPPORTED, key)) {
       if (!UNSUPPORTED[key]?.some((fallback) => sameValue(fallback, value))) {
         flat.problems.push({
@@ -138,11 +186,27 @@ export function flatten(raw: Record<string, unknown>): FlatConfig {
   return flat;
 }
 
+/** What a key's value must be, by any of the key's names. */
+export function schemaOf(name: string): z.ZodType | undefined {
+  const target = spelling(ALIASES, snakeCase(name));
+  return Object.hasOwn(trainConfigSchema.shape, target)
+    ? trainConfigSchema.shape[target as keyof TrainConfig]
+    : undefined;
+}
+
+function jsonOr(text: string): unknown {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return text;
+  }
+}
+
 /** Spellings of a value: names of dtypes, one item for a list, the tutorial's dataset section. */
 function convert(key: string, value: unknown, path: string, flat: FlatConfig): unknown {
   switch (key) {
     case 'model':
-      return typeof value === 'string' ? (MODEL_ALIASES[value] ?? value) : value;
+      return typeof value === 'string' ? spelling(MODEL_ALIASES, value) : value;
     case 'torch_dtype': {
       if (value === null) return 'auto';
       // the tutorial: quantised weights, and with them qlora
@@ -151,13 +215,13 @@ function convert(key: string, value: unknown, path: string, flat: FlatConfig): u
         return 'auto';
       }
       const name = typeof value === 'string' ? value.replace(/^torch\./, '') : value;
-      return typeof name === 'string' ? (DTYPES[name] ?? name) : name;
+      return typeof name === 'string' ? spelling(DTYPES, name) : name;
     }
     case 'quant_bits':
       return value === 0 ? null : value;
     case 'lora_dtype': {
       const name = typeof value === 'string' ? value.replace(/^torch\./, '') : value;
-      return typeof name === 'string' ? (DTYPES[name] ?? name) : name;
+      return typeof name === 'string' ? spelling(DTYPES, name) : name;
     }
     case 'optim':
       return value === null ? undefined : value;
@@ -192,7 +256,9 @@ function convert(key: string, value: unknown, path: string, flat: FlatConfig): u
     case 'report_to':
       return value === null ? [] : Array.isArray(value) ? value : [value];
     case 'target_modules':
-      return isAllLinear(value) ? 'all-linear' : value;
+      if (isAllLinear(value)) return 'all-linear';
+      // A plain name as a regular expression over whole paths would match nothing.
+      return typeof value === 'string' && /^[\w.]+$/.test(value) ? [value] : value;
     case 'dataset':
       if (isObject(value) && ('train' in value || 'eval' in value)) {
         for (const [name, files] of Object.entries(value)) {

@@ -1,10 +1,10 @@
 /** YAML, JSON or an object → one validated {@link TrainConfig}. */
 import { readFile, stat } from 'node:fs/promises';
 import { dump } from 'js-yaml';
-import { z } from 'zod';
+import type { z } from 'zod';
 import { MartletError } from '../errors.js';
 import { contradictions } from './contradictions.js';
-import { describe, flatten, type Problem } from './dialects.js';
+import { describe, flatten, type Problem, schemaOf } from './dialects.js';
 import { type TrainConfig, type TrainConfigInput, trainConfigSchema } from './schema.js';
 import { type Position, parseYaml, YamlSyntaxError } from './yaml.js';
 
@@ -129,14 +129,25 @@ function issueMessage(issue: z.core.$ZodIssue, path: string, values: Record<stri
     (value, key) => (value as Record<PropertyKey, unknown> | undefined)?.[key],
     values,
   );
+  const nameless = /^(.*)\.path$/.exec(path)?.[1];
+  if (given === undefined && nameless !== undefined) return `${nameless} names no file: give it a file_name or path`;
   if (given === undefined) return `${path} is missing`;
+  if (
+    typeof given === 'string' &&
+    given.trim() !== '' &&
+    Number.isFinite(Number(given)) &&
+    /number/.test(issue.message)
+  )
+    return `${path} is ${describe(given)}: write the number without quotes`;
   if (issue.code === 'invalid_union') return `${path} is ${describe(given)}, which is not of a form that it takes`;
-  return `${path} is ${describe(given)}: ${issue.message.replace(/^Invalid (input|option|string): /, '')}`;
+  return `${path} is ${describe(given)}: ${issue.message.replace(/^(Invalid (input|option|string)|Too (small|big)): /, '')}`;
 }
 
 /** `a.b=c` (the value is YAML) or an object, as flat keys. */
 function overrides(given: LoadConfigOptions['overrides']) {
-  const raw: Record<string, unknown> = {};
+  // without a prototype, so that `__proto__.x=1` is an unknown key and nothing more
+  const section = (): Record<string, unknown> => Object.create(null);
+  const raw = section();
   const problems: Problem[] = [];
   if (Array.isArray(given)) {
     for (const item of given) {
@@ -156,9 +167,10 @@ function overrides(given: LoadConfigOptions['overrides']) {
         });
         continue;
       }
+      value = asText(keys.at(-1) as string, item.slice(at + 1), value);
       let target = raw;
       for (const key of keys.slice(0, -1)) {
-        if (typeof target[key] !== 'object' || target[key] === null) target[key] = {};
+        if (typeof target[key] !== 'object' || target[key] === null) target[key] = section();
         target = target[key] as Record<string, unknown>;
       }
       target[keys.at(-1) as string] = value;
@@ -177,6 +189,13 @@ function overrides(given: LoadConfigOptions['overrides']) {
   };
 }
 
+/** `--set output_dir=2024` and `--system "Answer: briefly"` are not YAML's number and section: where only text will do, text is meant. */
+function asText(key: string, text: string, value: unknown): unknown {
+  const schema = schemaOf(key);
+  if (!schema || value === null || schema.safeParse(value).success) return value;
+  return schema.safeParse(text).success ? text : value;
+}
+
 function problemsError(problems: Problem[], { file, positions }: Where): MartletError {
   const placed = problems.map((problem) => {
     const position = positionOf(problem.path, positions);
@@ -186,6 +205,7 @@ function problemsError(problems: Problem[], { file, positions }: Where): Martlet
       text: `${[file, position?.line, position?.column].filter((part) => part !== undefined).join(':')}${file ? ': ' : ''}${problem.message}.`,
     };
   });
+  placed.sort((a, b) => (a.line ?? 0) - (b.line ?? 0) || (a.column ?? 0) - (b.column ?? 0));
   const lines = placed.slice(0, SHOWN_PROBLEMS).map(({ text }) => text);
   if (placed.length > SHOWN_PROBLEMS) lines.push(`… and ${placed.length - SHOWN_PROBLEMS} more (details.problems)`);
   const first = placed[0];
@@ -231,9 +251,4 @@ export function quantizationOf({ quant_bits }: Pick<TrainConfig, 'quant_bits'>):
 /** The text of args.yaml: a config file that gives this config again. */
 export function configToYaml(config: TrainConfig): string {
   return dump(config, { lineWidth: -1 });
-}
-
-/** JSON Schema (draft 2020-12) of the flat dialect, for editors. */
-export function trainConfigJsonSchema(): object {
-  return { title: 'martlet training config', ...z.toJSONSchema(trainConfigSchema, { io: 'input' }) };
 }

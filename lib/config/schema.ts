@@ -25,6 +25,7 @@ export const SCHEDULES = [
 ] as const;
 
 const positive = () => z.number().int().positive();
+const limit = (description: string) => positive().nullable().default(null).describe(description);
 const ratio = () => z.number().min(0).max(1);
 
 export const datasetSpecSchema = z.strictObject({
@@ -123,6 +124,53 @@ export const trainConfigSchema = z.strictObject({
   max_image_pixels: positive()
     .default(268_402_689)
     .describe('Larger pictures are refused (guards against decompression bombs).'),
+
+  // ---- pictures at their own size (Qwen2-VL and later)
+  max_pixels: limit(
+    "Most pixels of a picture after resizing. null = the environment's MAX_PIXELS, else the checkpoint's.",
+  ),
+  min_pixels: limit("Fewest pixels of a picture after resizing. null = MIN_PIXELS, else the checkpoint's."),
+  image_max_token_num: limit(
+    'Most image tokens of a picture: another way to say max_pixels. null = IMAGE_MAX_TOKEN_NUM.',
+  ),
+  image_min_token_num: limit(
+    'Fewest image tokens of a picture: another way to say min_pixels. null = IMAGE_MIN_TOKEN_NUM.',
+  ),
+  video_max_pixels: limit(
+    "Most pixels of one video frame after resizing. null = VIDEO_MAX_PIXELS, else the checkpoint's.",
+  ),
+  video_min_pixels: limit(
+    "Fewest pixels of one video frame after resizing. null = VIDEO_MIN_PIXELS, else the checkpoint's.",
+  ),
+  video_total_pixels: limit(
+    "Most pixels of all temporal patches of a video: lowers the frames' limit for long videos. null = VIDEO_TOTAL_PIXELS, else none.",
+  ),
+  video_max_token_num: limit(
+    'Most tokens of one video frame: another way to say video_max_pixels. null = VIDEO_MAX_TOKEN_NUM.',
+  ),
+  video_min_token_num: limit(
+    'Fewest tokens of one video frame: another way to say video_min_pixels. null = VIDEO_MIN_TOKEN_NUM.',
+  ),
+  fps: z
+    .number()
+    .positive()
+    .nullable()
+    .default(null)
+    .describe('Frames a second of videos that do not say. null = FPS, else 2.'),
+  norm_bbox: z
+    .enum(['norm1000', 'none'])
+    .nullable()
+    .default(null)
+    .describe(
+      "Coordinates of boxes: thousandths of the picture, or (`none`) pixels of the resized picture. null = the family's: none for Qwen2.5-VL.",
+    ),
+  bbox_format: z
+    .enum(['legacy', 'new'])
+    .nullable()
+    .default(null)
+    .describe(
+      '`legacy`: boxes and names between tags such as `<|box_start|>`; `new`: `[x1, y1, x2, y2]` and the plain name. null = QWENVL_BBOX_FORMAT, else legacy.',
+    ),
 
   // ---- LoRA
   lora_rank: positive().max(4096).default(8).describe('Rank r of the adapters.'),
@@ -363,6 +411,8 @@ export const ALIASES: Record<string, keyof TrainConfig> = {
   device_map: 'device',
   template_type: 'template',
   adapter_name_or_path: 'adapters',
+  run_name: 'experiment_name',
+  full_determinism: 'deterministic',
   train_dataset: 'dataset',
   eval_dataset: 'val_dataset',
   dataset_test_ratio: 'split_dataset_ratio',
@@ -383,15 +433,19 @@ export const ALIASES: Record<string, keyof TrainConfig> = {
 
 /** Options of ms-swift that martlet does not do yet: their default is accepted, anything else is an error. */
 export const UNSUPPORTED: Record<string, unknown[]> = {
+  tuner_backend: ['peft'],
+  model_revision: [null, 'main', 'master'],
+  model_kwargs: [null, {}],
+  columns: [null, {}],
+  val_dataset_shuffle: [false],
+  dataloader_drop_last: [false],
+  acc_strategy: ['token'],
   target_parameters: [null, []],
   sequence_parallel_size: [1],
   streaming: [false],
   optimizer: [null],
   optimizer_type: [null],
   loss_scale: ['default', null],
-  max_pixels: [null],
-  min_pixels: [null],
-  norm_bbox: [null],
   load_best_model_at_end: [false],
   deepspeed: [null],
   fsdp: [null, ''],
@@ -405,10 +459,17 @@ export const IGNORED: Record<string, string> = {
   type: 'the form of a data file is recognised',
   dataloader_num_workers: 'rows are always prepared ahead of the step',
   dataloader_pin_memory: 'rows are always prepared ahead of the step',
+  dataloader_prefetch_factor: 'rows are always prepared ahead of the step',
+  dataloader_persistent_workers: 'rows are always prepared ahead of the step',
   dataset_num_proc: 'rows are always prepared ahead of the step',
   lazy_tokenize: 'rows are always prepared ahead of the step',
   load_from_cache_file: 'nothing is cached',
   padding_free: 'batches never hold padding',
+  use_logits_to_keep: 'logits are made for trained tokens only, always',
+  gradient_checkpointing_kwargs: 'there is one way to recompute',
+  remove_unused_columns: 'columns that are not used are never read',
+  ddp_find_unused_parameters: 'one process trains',
+  ddp_timeout: 'one process trains',
   attn_impl: 'the attention kernel is chosen by device and dtype',
   use_hf: 'the model is looked for on disk, in the Hugging Face cache and on the hub',
   add_version: 'output_dir is used as it is',

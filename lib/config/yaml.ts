@@ -32,10 +32,11 @@ export class YamlSyntaxError extends Error {
   }
 }
 
-/** YAML 1.2 core types: `no` is a string, `1e-4` a number. */
+/** YAML 1.2 core types: `no` is a string, `1e-4` a number. A text without a document (comments at most) is undefined. */
 export function parseYaml(text: string): YamlDocument {
   try {
-    return { value: load(text), positions: keyPositions(text) };
+    const positions = keyPositions(text);
+    return positions ? { value: load(text), positions } : { value: undefined, positions: new Map() };
   } catch (error) {
     if (!(error instanceof YAMLException)) throw error;
     const mark = error.mark as { line: number; column: number } | undefined;
@@ -51,7 +52,7 @@ interface Frame {
   key: string | undefined;
 }
 
-function keyPositions(text: string): Map<string, Position> {
+function keyPositions(text: string): Map<string, Position> | undefined {
   const lineStarts = [0];
   for (let i = text.indexOf('\n'); i >= 0; i = text.indexOf('\n', i + 1)) lineStarts.push(i + 1);
   const place = (offset: number): Position => {
@@ -95,5 +96,5 @@ function keyPositions(text: string): Map<string, Position> {
       inDocument = true;
     }
   }
-  return inDocument ? positions : new Map();
+  return inDocument ? positions : undefined;
 }

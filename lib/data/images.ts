@@ -1,7 +1,8 @@
-/** Where a row's picture is. */
+/** Where a row's pictures are. */
 import { access } from 'node:fs/promises';
 import { dirname, isAbsolute, join, relative, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import type { ChatMessage, VideoSource } from '../processing/types.js';
 import { RowError } from './rows.js';
 import type { DatasetSpec } from './types.js';
 
@@ -46,5 +47,26 @@ export class ImageResolver {
       }
     }
     throw new RowError(`the picture ${source} does not exist; looked for ${inside.join(', ')}`, 'image');
+  }
+
+  /** Every frame of a video. */
+  async video(source: VideoSource): Promise<VideoSource> {
+    const { frames, ...rest } = Array.isArray(source) ? { frames: source } : source;
+    const paths = await Promise.all(frames.map((frame) => this.resolve(frame as string)));
+    return Array.isArray(source) ? paths : { ...rest, frames: paths };
+  }
+
+  /** The pictures and videos inside content parts. */
+  async message(message: ChatMessage): Promise<ChatMessage> {
+    if (typeof message.content === 'string') return message;
+    const content = await Promise.all(
+      message.content.map(async (part) => {
+        if (part.type === 'image' && typeof part.image === 'string')
+          return { ...part, image: await this.resolve(part.image) };
+        if (part.type === 'video' && part.video !== undefined) return { ...part, video: await this.video(part.video) };
+        return part;
+      }),
+    );
+    return { ...message, content };
   }
 }

@@ -1,7 +1,6 @@
 /** Data files → rows, all of them checked before training starts. */
 
 import { MartletError } from '../errors.js';
-import { imageSize } from '../processing/image.js';
 import type { Processor } from '../processing/types.js';
 import { ImageResolver } from './images.js';
 import { readRows, Yielder } from './read.js';
@@ -22,8 +21,6 @@ export interface LoadDatasetOptions {
   maxLength: number;
   /** A longer row: `delete` lists it under `skipped`, `raise` makes it a bad row; `left`, `right` and `split` keep pieces of it. */
   truncationStrategy: 'delete' | 'raise' | CutStrategy;
-  exifOrientation: boolean;
-  maxImagePixels: number;
   signal?: AbortSignal;
   onProgress?: (rows: number) => void;
 }
@@ -102,25 +99,28 @@ async function checkRow(
   const id = rowId(raw.value);
   try {
     if (raw.error !== undefined) throw new RowError(`not valid JSON: ${raw.error}`);
-    const parsed = parseRow(raw.value);
-    const images = await Promise.all(parsed.images.map((image) => resolver.resolve(image)));
-    const messages = await Promise.all(
-      parsed.messages.map(async (message) => ({
-        ...message,
-        content:
-          typeof message.content === 'string'
-            ? message.content
-            : await Promise.all(
-                message.content.map(async (part) =>
-                  part.type === 'image' && typeof part.image === 'string'
-                    ? { ...part, image: await resolver.resolve(part.image) }
-                    : part,
-                ),
-              ),
-      })),
+    const { videoTokenId } = options.processor;
+    const parsed = parseRow(raw.value, { takesVideos: videoTokenId !== undefined });
+    const [messages, images, videos] = await Promise.all([
+      Promise.all(parsed.messages.map((message) => resolver.message(message))),
+      Promise.all(parsed.images.map((image) => resolver.resolve(image))),
+      Promise.all(parsed.videos.map((video) => resolver.video(video))),
+    ]);
+    const { objects, vision } = parsed;
+    const row: Row = {
+      messages,
+      images,
+      ...(videos.length > 0 && { videos }),
+      ...(objects && { objects }),
+      ...(vision && { vision }),
+      ...(id !== undefined && { id }),
+      source,
+    };
+    // Reads the pictures' headers: a missing or broken one is found here, before training.
+    const length = await options.processor.countTokens(
+      { messages, images, videos, objects, vision },
+      options.signal ? { signal: options.signal } : {},
     );
-    const row: Row = { messages, images, ...(id !== undefined && { id }), source };
-    const length = await rowLength(row, options);
     if (length <= options.maxLength) return { row, length };
     if (options.truncationStrategy !== 'delete' && options.truncationStrategy !== 'raise') {
       return await cutRow(row, options.truncationStrategy, options);
@@ -133,7 +133,7 @@ async function checkRow(
   } catch (error) {
     if (error instanceof MartletError && error.code === 'ERR_MARTLET_ABORTED') throw error;
     if (!(error instanceof RowError || error instanceof MartletError)) throw error;
-    const field = error instanceof RowError ? error.field : undefined;
+    const field = error instanceof RowError ? error.field : (error.details.field as string | undefined);
     return {
       problem: {
         ...source,
@@ -160,25 +160,6 @@ async function cutRow(row: Row, strategy: CutStrategy, options: LoadDatasetOptio
     );
   }
   return { pieces: kept.map((piece) => piece.row), lengths: kept.map((piece) => piece.length) };
-}
-
-/** Reads the pictures' headers: a missing or broken one is found here, before training. */
-async function rowLength(row: Row, options: LoadDatasetOptions): Promise<number> {
-  const decode = {
-    exifOrientation: options.exifOrientation,
-    maxPixels: options.maxImagePixels,
-    ...(options.signal && { signal: options.signal }),
-  };
-  const listed = [...row.images];
-  const sources = row.messages.flatMap(({ content }) =>
-    typeof content === 'string'
-      ? Array.from({ length: content.split('<image>').length - 1 }, () => listed.shift() as string)
-      : content.flatMap((part) =>
-          part.type === 'image' ? [(part.image as string | undefined) ?? (listed.shift() as string)] : [],
-        ),
-  );
-  const imageSizes = await Promise.all(sources.map((source) => imageSize(source, decode)));
-  return options.processor.countTokens({ messages: row.messages, imageSizes });
 }
 
 function badRows(problems: RowProblem[]): MartletError {

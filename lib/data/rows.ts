@@ -1,5 +1,6 @@
 /** The forms of a row that LLaVA, ShareGPT, ms-swift, OpenAI and Alpaca data come in → messages and picture sources. */
-import type { ChatMessage, ContentPart } from '../processing/types.js';
+import type { ChatMessage, ContentPart, GroundingObjects, VideoSource, VisionOptions } from '../processing/types.js';
+import { nearest } from '../suggest.js';
 
 /** A row that is not of a known form. */
 export class RowError extends Error {
@@ -14,6 +15,9 @@ export class RowError extends Error {
 export interface ParsedRow {
   messages: ChatMessage[];
   images: string[];
+  videos: VideoSource[];
+  objects?: GroundingObjects;
+  vision?: VisionOptions;
 }
 
 type Json = Record<string, unknown>;
@@ -28,22 +32,13 @@ const ROLES: Record<string, ChatMessage['role']> = {
 };
 const QUERY_KEYS = ['query', 'prompt', 'question', 'problem'];
 const RESPONSE_KEYS = ['response', 'answer', 'output', 'target', 'solution', 'completion'];
-const UNSUPPORTED = [
-  'videos',
-  'video',
-  'audios',
-  'audio',
-  'objects',
-  'tools',
-  'rejected_response',
-  'rejected_images',
-  'label',
-];
+const UNSUPPORTED = ['audios', 'audio', 'tools', 'rejected_response', 'rejected_images', 'label'];
 
 const isObject = (value: unknown): value is Json =>
   typeof value === 'object' && value !== null && !Array.isArray(value);
 
-export function parseRow(value: unknown): ParsedRow {
+/** `takesVideos`: `<video>` is a mark; else it is text like any other. */
+export function parseRow(value: unknown, { takesVideos }: { takesVideos: boolean }): ParsedRow {
   if (!isObject(value))
     throw new RowError(
       `the row is ${value === null ? 'null' : Array.isArray(value) ? 'a list' : `a ${typeof value}`}, not an object`,
@@ -59,7 +54,17 @@ export function parseRow(value: unknown): ParsedRow {
   }
   checkOrder(messages);
   const images = parseImages(value);
-  return { messages: placeImages(messages, images.length), images };
+  const videos = parseVideos(value);
+  const objects = parseObjects(value.objects);
+  const vision = parseVision(value.chat_template_kwargs);
+  const placed = placeMedia(messages, 'image', images.length);
+  return {
+    messages: takesVideos ? placeMedia(placed, 'video', videos.length) : placed,
+    images,
+    videos,
+    ...(objects && { objects }),
+    ...(vision && { vision }),
+  };
 }
 
 /** The id that the row gives itself, whatever else is wrong with it. */
@@ -164,8 +169,12 @@ function parsePart(part: unknown, field: string): ContentPart {
       };
     return { type: 'image', image: text(part.image ?? part.url ?? part.path, `${field}.image`) };
   }
+  if (part.type === 'video') {
+    if (part.video === undefined) return { type: 'video' };
+    return { type: 'video', video: parseVideo(part.video, `${field}.video`, part.fps) };
+  }
   throw new RowError(
-    `unknown content part ${JSON.stringify(part.type ?? null)}: known are text, image, image_url`,
+    `unknown content part ${JSON.stringify(part.type ?? null)}: known are text, image, image_url, video`,
     `${field}.type`,
   );
 }
@@ -215,28 +224,118 @@ function parseImages(row: Json): string[] {
   return images;
 }
 
-/** As ms-swift: pictures without any mark go before the first question; any other mismatch is an error. Literal marks count. */
-function placeImages(messages: ChatMessage[], images: number): ChatMessage[] {
-  const parts = messages.flatMap(({ content }) =>
-    typeof content === 'string' ? [] : content.filter((part) => part.type === 'image'),
+/** `videos`: one list of frames each; `video`: one list of frames. */
+function parseVideos(row: Json): VideoSource[] {
+  const videos: VideoSource[] = [];
+  for (const field of ['video', 'videos']) {
+    const value = row[field];
+    if (value === undefined || value === null || value === '') continue;
+    const single = field === 'video' && !(Array.isArray(value) && value.some(Array.isArray));
+    for (const [i, entry] of (single || !Array.isArray(value) ? [value] : value).entries())
+      videos.push(parseVideo(entry, single ? field : `${field}.${i}`));
+  }
+  return videos;
+}
+
+function parseVideo(value: unknown, field: string, rate?: unknown): VideoSource {
+  const frames = isObject(value) ? value.frames : value;
+  const fps = isObject(value) ? (value.fps ?? rate) : rate;
+  if (typeof frames === 'string') {
+    throw new RowError(
+      `${frames.slice(0, 100)} is a video file, and video files are not decoded: extract its frames (for example ffmpeg -i video.mp4 -vf fps=2 frames/%04d.png) and list them, as in "videos": [["frames/0001.png", "frames/0002.png"]]`,
+      field,
+    );
+  }
+  if (!Array.isArray(frames) || frames.length === 0)
+    throw new RowError('a video must be a list of at least one frame', field);
+  if (fps !== undefined && !(typeof fps === 'number' && Number.isFinite(fps) && fps > 0))
+    throw new RowError(`fps must be a number above 0, not ${JSON.stringify(fps)}`, `${field}.fps`);
+  const paths = frames.map((frame, i) => text(isObject(frame) ? (frame.path ?? frame.url) : frame, `${field}.${i}`));
+  return fps === undefined ? paths : { frames: paths, fps };
+}
+
+/** ms-swift's grounding; also as JSON in a string, which keeps the columns of a table of one type. */
+function parseObjects(given: unknown): GroundingObjects | undefined {
+  let value = given;
+  if (typeof value === 'string') {
+    try {
+      value = JSON.parse(value);
+    } catch (error) {
+      throw new RowError(`objects is text, but not JSON: ${(error as Error).message}`, 'objects');
+    }
+  }
+  if (value === undefined || value === null || (Array.isArray(value) && value.length === 0)) return undefined;
+  if (!isObject(value)) throw new RowError('objects must hold ref, bbox, bbox_type or image_id', 'objects');
+  const { ref, bbox, bbox_type, image_id, ...rest } = value;
+  refuseUnknown(Object.keys(rest), 'objects', ['ref', 'bbox', 'bbox_type', 'image_id']);
+  const present = { ref, bbox, bboxType: bbox_type, imageId: image_id };
+  // What the lists hold is checked where they are filled in.
+  return Object.fromEntries(
+    Object.entries(present).filter(([, entry]) => entry !== undefined && entry !== null),
+  ) as GroundingObjects;
+}
+
+/** qwen_vl_utils' names in a row; its pixel limits are those of pictures and of video frames. */
+function parseVision(value: unknown): VisionOptions | undefined {
+  if (value === undefined || value === null) return undefined;
+  const field = 'chat_template_kwargs';
+  if (!isObject(value)) throw new RowError(`${field} must be an object`, field);
+  const known = ['max_pixels', 'min_pixels', 'total_pixels', 'fps'];
+  const given = Object.fromEntries(Object.entries(value).filter(([, entry]) => entry !== null));
+  refuseUnknown(
+    Object.keys(given).filter((key) => !known.includes(key)),
+    field,
+    known,
   );
-  const own = parts.filter((part) => part.type === 'image' && part.image !== undefined).length;
+  for (const [key, entry] of Object.entries(given)) {
+    const right = key === 'fps' ? Number.isFinite(entry) : Number.isSafeInteger(entry);
+    if (!right || (entry as number) <= 0)
+      throw new RowError(
+        `${key} must be a ${key === 'fps' ? '' : 'whole '}number above 0, not ${JSON.stringify(entry)}`,
+        `${field}.${key}`,
+      );
+  }
+  const { max_pixels: max, min_pixels: min, total_pixels: total, fps } = given as Record<string, number>;
+  return {
+    ...(max !== undefined && { maxPixels: max, videoMaxPixels: max }),
+    ...(min !== undefined && { minPixels: min, videoMinPixels: min }),
+    ...(total !== undefined && { videoTotalPixels: total }),
+    ...(fps !== undefined && { fps }),
+  };
+}
+
+function refuseUnknown([key]: string[], field: string, known: string[]): void {
+  if (key === undefined) return;
+  const meant = nearest(key, known);
+  throw new RowError(
+    `${field}.${key} is not known${meant ? `: did you mean ${meant}?` : `: known are ${known.join(', ')}`}`,
+    `${field}.${key}`,
+  );
+}
+
+/** As ms-swift: pictures without any mark go before the first question; any other mismatch is an error. Literal marks count. */
+function placeMedia(messages: ChatMessage[], kind: 'image' | 'video', given: number): ChatMessage[] {
+  const mark = `<${kind}>`;
+  const parts = messages.flatMap(({ content }) =>
+    typeof content === 'string' ? [] : content.filter((part) => part.type === kind),
+  );
+  const own = parts.filter((part) => (part as Record<string, unknown>)[kind] !== undefined).length;
   const marks = messages.reduce(
-    (sum, { content }) => sum + (typeof content === 'string' ? content.split('<image>').length - 1 : 0),
+    (sum, { content }) => sum + (typeof content === 'string' ? content.split(mark).length - 1 : 0),
     0,
   );
   const open = marks + parts.length - own;
-  if (open === images) return messages;
+  if (open === given) return messages;
   if (open === 0) {
     const first = messages.findIndex(({ role }) => role === 'user');
     return messages.map((message, i) => {
       if (i !== first) return message;
       const content =
         typeof message.content === 'string'
-          ? '<image>\n'.repeat(images) + message.content
-          : [...Array.from({ length: images }, () => ({ type: 'image' as const })), ...message.content];
+          ? `${mark}\n`.repeat(given) + message.content
+          : [...Array.from({ length: given }, () => ({ type: kind })), ...message.content];
       return { ...message, content };
     });
   }
-  throw new RowError(`${open} <image> mark(s) but ${images} image(s): each mark needs one image`, 'images');
+  throw new RowError(`${open} ${mark} mark(s) but ${given} ${kind}(s): each mark needs one ${kind}`, `${kind}s`);
 }

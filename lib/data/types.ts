@@ -1,4 +1,4 @@
-import type { ChatMessage } from '../processing/types.js';
+import type { ChatMessage, GroundingObjects, VideoSource, VisionOptions } from '../processing/types.js';
 
 export type { DatasetSpec } from '../config/index.js';
 
@@ -7,6 +7,11 @@ export interface Row {
   messages: ChatMessage[];
   /** Absolute paths, or URLs and data URIs as written. */
   images: string[];
+  /** Frames as `images`. */
+  videos?: VideoSource[];
+  objects?: GroundingObjects;
+  /** Pixel limits and the like of this row alone (`chat_template_kwargs`). */
+  vision?: VisionOptions;
   id?: string;
   source: RowSource;
   /** Of a row longer than max_length: which of its pieces this is, from 0. */

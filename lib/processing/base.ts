@@ -1,40 +1,65 @@
-/** What every family's processor does alike: segments → ids, pictures → RGB, generation_config.json, decoding. */
+/** What every family's processor does alike: segments → ids, pictures and videos → RGB, generation_config.json, decoding. */
 import { join } from 'node:path';
 import { MartletError } from '../errors.js';
 import type { ImagePlan } from '../native/binding.js';
-import { DEFAULT_MAX_IMAGE_PIXELS, decodeImage } from './image.js';
+import { fillObjects, type GroundingForm, type GroundingPicture, parseBoxes } from './grounding.js';
+import { DEFAULT_MAX_IMAGE_PIXELS, type DecodedImage, decodeImage, imageLabel, imageSize } from './image.js';
 import { readJsonFile } from './json.js';
-import { contentParts, countImages, encodeSegments, type SegmentRenderer, withSystem } from './template.js';
+import { contentParts, type EncodedText, type Segment, type SegmentRenderer, withSystem } from './template.js';
 import type { Tokenizer } from './tokenizer.js';
 import type {
-  ChatMessage,
   EncodedSample,
   GenerationDefaults,
   ImageSource,
   Processor,
   ProcessorInput,
   ProcessorOptions,
-  RgbImage,
+  VideoSource,
+  VisionOptions,
 } from './types.js';
 
+/** A picture, or a video's frames. */
+export interface MediaSize {
+  /** Present = a video. */
+  video?: { frames: number; fps?: number };
+  width: number;
+  height: number;
+  /** Names it in messages. */
+  label: string;
+}
+
+/** What becomes of one picture or video. Families add what their tokens depend on. */
+export interface MediaPlan {
+  plan: ImagePlan;
+  secondsPerGrid?: number;
+}
+
 /** The part that differs by family. */
-export interface FamilyProcessing {
+export interface FamilyProcessing<P extends MediaPlan> {
   family: string;
   tokenizer: Tokenizer;
   imageTokenId: number;
+  /** Absent: the family takes no videos. */
+  videoTokenId?: number;
+  /** Ends an answer. */
+  endToken: string;
   renderer: SegmentRenderer;
-  /** What native code does to a picture of this size. */
-  planImage(width: number, height: number): ImagePlan;
-  /** Tokens that a picture of this size takes in the text. */
-  imageTokens(width: number, height: number): number;
+  /** The options in force. */
+  vision: VisionOptions;
+  /** What native code does to a picture or video; `vision` are the row's own options. */
+  planMedia(media: MediaSize, vision: VisionOptions): P;
+  /** Absent: the family has no form for boxes. */
+  grounding?: GroundingForm;
+  /** `media` in the order of their marks. */
+  encode(segments: Segment[], media: P[]): EncodedText;
 }
 
-export async function createProcessor(
+export async function createProcessor<P extends MediaPlan>(
   modelDir: string,
-  family: FamilyProcessing,
+  family: FamilyProcessing<P>,
   options: ProcessorOptions,
 ): Promise<Processor> {
-  const { tokenizer, imageTokenId } = family;
+  const { tokenizer, imageTokenId, videoTokenId, grounding } = family;
   const generation = await readJsonFile(
     join(modelDir, 'generation_config.json'),
     'ERR_MARTLET_MODEL_NOT_FOUND',
@@ -45,88 +70,210 @@ export async function createProcessor(
     exifOrientation: options.exifOrientation ?? true,
     maxPixels: options.maxImagePixels ?? DEFAULT_MAX_IMAGE_PIXELS,
   };
-  const segmentsOf = (messages: ChatMessage[], forGeneration: boolean) =>
-    family.renderer(withSystem(messages, options.system), { forGeneration });
+
+  /** Ids of a row whose pictures have these sizes. */
+  const encodeRow = (input: ProcessorInput, sizes: MediaSize[], forGeneration: boolean) => {
+    const media = sizes.map((size) => ({ size, ...family.planMedia(size, input.vision ?? {}) }));
+    let { messages } = input;
+    if (input.objects) {
+      if (!grounding) {
+        throw new MartletError(
+          'ERR_MARTLET_DATASET',
+          `${family.family} has no form for boxes, so objects cannot be filled in: write them into the text yourself.`,
+          { field: 'objects', family: family.family },
+        );
+      }
+      const pictures = media.filter(({ size }) => size.video === undefined).map(groundingPicture);
+      messages = fillObjects(messages, input.objects, pictures, grounding);
+    }
+    const segments = family.renderer(withSystem(messages, options.system), { forGeneration });
+    return { ...family.encode(segments, media), media };
+  };
 
   return {
     family: family.family,
     imageTokenId,
-    stopTokenIds: stopTokens(generation, tokenizer),
+    ...(videoTokenId !== undefined && { videoTokenId }),
+    vision: family.vision,
+    stopTokenIds: stopTokens(generation, tokenizer, family.endToken),
     generationDefaults: generationDefaults(generation),
 
     async encode(input, { for: purpose, signal }): Promise<EncodedSample> {
-      const sources = imageSources(input);
-      const decoded = await Promise.all(sources.map((source) => decodeImage(source, { ...decode, signal })));
-      const images: RgbImage[] = decoded.map((image) => ({
-        ...image,
-        plan: family.planImage(image.width, image.height),
-      }));
-      const { inputIds, labels, mediaSpans } = encodeSegments(
-        segmentsOf(input.messages, purpose === 'generate'),
-        tokenizer,
-        imageTokenId,
-        images.map(({ width, height }) => family.imageTokens(width, height)),
+      const sources = mediaSources(input, family);
+      const decoded = await Promise.all(sources.map((source) => decodeMedia(source, { ...decode, signal })));
+      const { inputIds, labels, mediaSpans, media } = encodeRow(
+        input,
+        decoded.map(({ size }) => size),
+        purpose === 'generate',
       );
       return {
         inputIds,
         ...(purpose === 'train' && { labels }),
-        images,
+        images: decoded.map(({ data, size: { width, height, video } }, i) => {
+          const { plan, secondsPerGrid } = media[i] as MediaPlan;
+          return {
+            data,
+            width,
+            height,
+            ...(video && { frames: video.frames }),
+            ...(secondsPerGrid !== undefined && { secondsPerGrid }),
+            plan,
+          };
+        }),
         mediaSpans,
         ...(input.id !== undefined && { id: input.id }),
       };
     },
 
-    countTokens({ messages, imageSizes }) {
-      const lengths = imageSizes.map(({ width, height }) => family.imageTokens(width, height));
-      return encodeSegments(segmentsOf(messages, false), tokenizer, imageTokenId, lengths).inputIds.length;
+    async countTokens(input, { signal } = {}) {
+      const sources = mediaSources(input, family);
+      const sizes = await Promise.all(sources.map((source) => mediaSize(source, { ...decode, signal })));
+      return encodeRow(input, sizes, false).inputIds.length;
     },
 
     decode: (ids, { skipSpecialTokens = true } = {}) => tokenizer.decode(ids, skipSpecialTokens),
-    createStreamDecoder: () => tokenizer.createStreamDecoder(),
+    createStreamDecoder: ({ skipSpecialTokens = true } = {}) => tokenizer.createStreamDecoder(skipSpecialTokens),
+
+    parseBoxes(text, { width, height, vision = {} }) {
+      if (!grounding) {
+        throw new MartletError('ERR_MARTLET_USAGE', `${family.family} has no form for boxes.`, {
+          family: family.family,
+        });
+      }
+      const size = { width, height, label: 'picture' };
+      const { resized } = groundingPicture({ size, ...family.planMedia(size, vision) });
+      return parseBoxes(text, { width, height, normBbox: grounding.normBbox, resized });
+    },
   };
 }
 
-/** Pictures in the order of their marks: those inside content parts, and those listed beside the messages. */
-function imageSources({ messages, images, id }: ProcessorInput): ImageSource[] {
-  const listed = [...images];
-  const sources: ImageSource[] = [];
-  const where = id === undefined ? '' : ` (${id})`;
-  for (const { content } of messages) {
-    for (const part of contentParts(content)) {
-      if (part.type === 'text') continue;
-      const own =
-        part.type === 'image_url'
-          ? typeof part.image_url === 'string'
-            ? part.image_url
-            : part.image_url.url
-          : part.image;
-      const source = own ?? listed.shift();
-      if (source === undefined) {
-        throw new MartletError(
-          'ERR_MARTLET_IMAGE',
-          `The messages mark ${countImages(messages)} picture(s), but ${images.length} were given${where}. Each <image> needs one picture.`,
-          { marks: countImages(messages), images: images.length, id },
-        );
-      }
-      sources.push(source);
-    }
-  }
-  if (listed.length > 0) {
-    throw new MartletError(
-      'ERR_MARTLET_IMAGE',
-      `${images.length} picture(s) were given, but the messages mark ${countImages(messages)}${where}. Put one <image> into the text for each.`,
-      { marks: countImages(messages), images: images.length, id },
-    );
-  }
-  return sources;
+function groundingPicture({ size: { width, height }, plan }: { size: MediaSize; plan: ImagePlan }): GroundingPicture {
+  return { width, height, resized: plan.resize ?? { width, height } };
 }
 
-function stopTokens(generation: Record<string, unknown>, tokenizer: Tokenizer): number[] {
+type MediaSource = { image: ImageSource } | { frames: ImageSource[]; fps?: number };
+
+/** Pictures and videos in the order of their marks: those inside content parts, and those listed beside the messages. */
+function mediaSources(
+  { messages, images, videos = [], id }: ProcessorInput,
+  { family, videoTokenId }: Pick<FamilyProcessing<MediaPlan>, 'family' | 'videoTokenId'>,
+): MediaSource[] {
+  const where = id === undefined ? '' : ` (${id})`;
+  const takesVideos = videoTokenId !== undefined;
+  const parts = messages
+    .flatMap(({ content }) => contentParts(content, takesVideos))
+    .filter((part) => part.type !== 'text');
+  if (!takesVideos && (videos.length > 0 || parts.some(({ type }) => type === 'video'))) {
+    throw new MartletError(
+      'ERR_MARTLET_DATASET',
+      `${family} takes no videos${where}: give some of the frames as images.`,
+      { field: 'videos', family, id },
+    );
+  }
+  const listed = { image: [...images], video: [...videos] };
+  const sources = parts.map((part): MediaSource | undefined => {
+    if (part.type === 'video') {
+      const source = part.video ?? listed.video.shift();
+      if (source === undefined) return undefined;
+      const video = videoFrames(source, where);
+      const fps = part.fps ?? video.fps;
+      return { frames: video.frames, ...(fps !== undefined && { fps }) };
+    }
+    const own =
+      part.type === 'image_url'
+        ? typeof part.image_url === 'string'
+          ? part.image_url
+          : part.image_url.url
+        : part.image;
+    const image = own ?? listed.image.shift();
+    return image === undefined ? undefined : { image };
+  });
+  for (const [kind, given, word] of [
+    ['image', images.length, 'picture'],
+    ['video', videos.length, 'video'],
+  ] as const) {
+    const marks = parts.filter(({ type }) => (type === 'video') === (kind === 'video')).length;
+    const missing = sources.some(
+      (source, i) => source === undefined && (parts[i]?.type === 'video') === (kind === 'video'),
+    );
+    if (!missing && listed[kind].length === 0) continue;
+    throw new MartletError(
+      'ERR_MARTLET_IMAGE',
+      missing
+        ? `The messages mark ${marks} ${word}(s), but ${given} were given${where}. Each <${kind}> needs one ${word}.`
+        : `${given} ${word}(s) were given, but the messages mark ${marks}${where}. Put one <${kind}> into the text for each.`,
+      { marks, [`${kind}s`]: given, id },
+    );
+  }
+  return sources as MediaSource[];
+}
+
+function videoFrames(source: VideoSource, where: string): { frames: ImageSource[]; fps?: number } {
+  const { frames, fps }: { frames: unknown; fps?: number } = Array.isArray(source)
+    ? { frames: source }
+    : (source ?? {});
+  if (!Array.isArray(frames) || frames.length === 0) {
+    throw new MartletError(
+      'ERR_MARTLET_DATASET',
+      `A video is a list of at least one frame (pictures of one size)${where}, not ${typeof source === 'string' ? `the file ${source}: video files are not decoded. Extract frames, for example with ffmpeg -i video.mp4 -vf fps=2 frames/%04d.png` : 'an empty one'}.`,
+      { field: 'videos' },
+    );
+  }
+  if (fps !== undefined && !(Number.isFinite(fps) && fps > 0)) {
+    throw new MartletError('ERR_MARTLET_DATASET', `fps of a video must be a number above 0${where}, not ${fps}.`, {
+      field: 'videos',
+      value: fps,
+    });
+  }
+  return { frames, ...(fps !== undefined && { fps }) };
+}
+
+type DecodeMedia = Parameters<typeof decodeImage>[1];
+
+async function decodeMedia(source: MediaSource, options: DecodeMedia): Promise<{ data: Uint8Array; size: MediaSize }> {
+  if ('image' in source) {
+    const { data, width, height } = await decodeImage(source.image, options);
+    return { data, size: { width, height, label: imageLabel(source.image) } };
+  }
+  const frames: DecodedImage[] = await Promise.all(source.frames.map((frame) => decodeImage(frame, options)));
+  return { data: Buffer.concat(frames.map(({ data }) => data)), size: videoSize(source, frames) };
+}
+
+async function mediaSize(source: MediaSource, options: DecodeMedia): Promise<MediaSize> {
+  if ('image' in source) return { ...(await imageSize(source.image, options)), label: imageLabel(source.image) };
+  return videoSize(source, await Promise.all(source.frames.map((frame) => imageSize(frame, options))));
+}
+
+function videoSize(
+  { frames, fps }: { frames: ImageSource[]; fps?: number },
+  sizes: { width: number; height: number }[],
+): MediaSize {
+  const [{ width, height }] = sizes as [(typeof sizes)[0]];
+  const other = sizes.findIndex((size) => size.width !== width || size.height !== height);
+  if (other > 0) {
+    const label = imageLabel(frames[other] as ImageSource);
+    throw new MartletError(
+      'ERR_MARTLET_IMAGE',
+      `The frames of a video must have one size: ${imageLabel(frames[0] as ImageSource)} is ${width}×${height}, ${label} is ${sizes[other]?.width}×${sizes[other]?.height}.`,
+      { path: label, frame: other },
+    );
+  }
+  return {
+    width,
+    height,
+    video: { frames: frames.length, ...(fps !== undefined && { fps }) },
+    label: `video of ${frames.length} frames from ${imageLabel(frames[0] as ImageSource)}`,
+  };
+}
+
+function stopTokens(generation: Record<string, unknown>, tokenizer: Tokenizer, endToken: string): number[] {
   const ids = new Set<number>();
   const listed = generation.eos_token_id;
   for (const id of Array.isArray(listed) ? listed : [listed]) if (Number.isInteger(id)) ids.add(id as number);
-  const eos = tokenizer.special.eos_token === undefined ? undefined : tokenizer.tokenId(tokenizer.special.eos_token);
-  if (eos !== undefined) ids.add(eos);
+  for (const token of [tokenizer.special.eos_token, endToken]) {
+    const id = token === undefined ? undefined : tokenizer.tokenId(token);
+    if (id !== undefined) ids.add(id);
+  }
   return [...ids];
 }
 

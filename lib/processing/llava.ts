@@ -4,12 +4,16 @@ import { MartletError } from '../errors.js';
 import type { ImagePlan } from '../native/binding.js';
 import { createProcessor } from './base.js';
 import { readJsonFile } from './json.js';
-import { contentText, IMAGE_MARK, jinjaRenderer, type SegmentRenderer } from './template.js';
-import { loadChatTemplate, Tokenizer } from './tokenizer.js';
+import { contentText, encodeSegments, IMAGE_MARK, jinjaRenderer, type SegmentRenderer } from './template.js';
+import { requireChatTemplate, Tokenizer } from './tokenizer.js';
 import type { Processor, ProcessorOptions } from './types.js';
+import { refuseVisionOptions } from './vision-options.js';
 
 type Json = Record<string, unknown>;
 type Triple = [number, number, number];
+
+/** The image token is spelt as the mark is. */
+const MEDIA = { image: IMAGE_MARK };
 
 const CLIP_MEAN: Triple = [0.48145466, 0.4578275, 0.40821073];
 const CLIP_STD: Triple = [0.26862954, 0.26130258, 0.27577711];
@@ -28,31 +32,29 @@ export async function createLlavaProcessor(
       { path: modelDir, imageTokenId },
     );
   }
+  refuseVisionOptions('llava', options.vision);
   const endToken = tokenizer.special.eos_token ?? '</s>';
-  let renderer: SegmentRenderer;
-  if (options.template === 'ms-swift') {
-    renderer = swiftRenderer(endToken);
-  } else {
-    const source = await loadChatTemplate(modelDir, tokenizer);
-    if (source === undefined) {
-      throw new MartletError(
-        'ERR_MARTLET_TEMPLATE',
-        `${modelDir} has no chat template (chat_template.jinja, chat_template.json or tokenizer_config.json). Download it, or use template: ms-swift.`,
-        { path: modelDir },
-      );
-    }
-    renderer = jinjaRenderer(source, tokenizer, endToken, modelDir);
-  }
+  const renderer =
+    options.template === 'ms-swift'
+      ? swiftRenderer(endToken)
+      : jinjaRenderer(await requireChatTemplate(modelDir, tokenizer), tokenizer, endToken, MEDIA, modelDir);
   const images = await imageSettings(modelDir, config);
+  const imageIds = new Array<number>(images.tokens).fill(imageTokenId);
   return createProcessor(
     modelDir,
     {
       family: 'llava',
       tokenizer,
       imageTokenId,
+      endToken,
       renderer,
-      planImage: (width, height) => planImage(images, width, height),
-      imageTokens: () => images.tokens,
+      vision: {},
+      planMedia: ({ width, height }, vision) => {
+        refuseVisionOptions('llava', vision);
+        return { plan: planImage(images, width, height) };
+      },
+      encode: (segments, media) =>
+        encodeSegments(segments, tokenizer, new Map([[imageTokenId, media.map(() => imageIds)]])),
     },
     options,
   );
@@ -64,7 +66,7 @@ function swiftRenderer(endToken: string): SegmentRenderer {
     const segments = [];
     let prompt = '';
     for (const { role, content, loss } of messages) {
-      const text = contentText(content);
+      const text = contentText(content, MEDIA);
       if (role === 'assistant') {
         segments.push({ text: prompt, trained: false }, { text: text + endToken, trained: loss !== false });
         prompt = '';

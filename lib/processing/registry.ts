@@ -3,6 +3,9 @@ import { join } from 'node:path';
 import { MartletError } from '../errors.js';
 import { readJsonFile } from './json.js';
 import { createLlavaProcessor } from './llava.js';
+import { createQwen25VlProcessor } from './qwen2_5_vl.js';
+import { createQwen2VlProcessor } from './qwen2_vl.js';
+import { createQwen3VlProcessor } from './qwen3_vl.js';
 import type { Processor, ProcessorOptions } from './types.js';
 
 /** What a family's file exports: a processor for the checkpoint in `modelDir`, whose config.json is `config`. */
@@ -14,6 +17,9 @@ export type ProcessorFactory = (
 
 const FAMILIES: Record<string, ProcessorFactory> = {
   llava: createLlavaProcessor,
+  qwen2_vl: createQwen2VlProcessor,
+  qwen2_5_vl: createQwen25VlProcessor,
+  qwen3_vl: createQwen3VlProcessor,
 };
 
 /**

@@ -9,6 +9,15 @@ import type { ChatMessage, ContentPart } from './types.js';
 
 /** Marks a picture in text. */
 export const IMAGE_MARK = '<image>';
+/** Marks a video in text, where the family takes videos. */
+export const VIDEO_MARK = '<video>';
+
+/** What the model reads where a picture or a video is. */
+export interface MediaText {
+  image: string;
+  /** Absent: the family takes no videos. */
+  video?: string;
+}
 
 export interface Segment {
   text: string;
@@ -23,28 +32,26 @@ export interface RenderOptions {
 /** How one template turns messages into segments. */
 export type SegmentRenderer = (messages: ChatMessage[], options: RenderOptions) => Segment[];
 
-/** Content as parts in order; a mark in a string is an image part. */
-export function contentParts(content: ChatMessage['content']): ContentPart[] {
+/** Content as parts in order; a mark in a string is a part of its own. */
+export function contentParts(content: ChatMessage['content'], videos: boolean): ContentPart[] {
   if (typeof content !== 'string') return content;
-  const parts: ContentPart[] = [];
-  content.split(IMAGE_MARK).forEach((text, i) => {
-    if (i > 0) parts.push({ type: 'image' });
-    if (text !== '') parts.push({ type: 'text', text });
-  });
-  return parts;
+  return content
+    .split(videos ? /(<image>|<video>)/ : /(<image>)/)
+    .filter((piece) => piece !== '')
+    .map((piece) =>
+      piece === IMAGE_MARK
+        ? { type: 'image' }
+        : videos && piece === VIDEO_MARK
+          ? { type: 'video' }
+          : { type: 'text', text: piece },
+    );
 }
 
-/** Content as one string with marks. */
-export function contentText(content: ChatMessage['content']): string {
-  if (typeof content === 'string') return content;
-  return content.map((part) => (part.type === 'text' ? part.text : IMAGE_MARK)).join('');
-}
-
-export function countImages(messages: ChatMessage[]): number {
-  return messages.reduce(
-    (sum, { content }) => sum + contentParts(content).filter((part) => part.type !== 'text').length,
-    0,
-  );
+/** Content as one string, with the model's own text for pictures and videos. */
+export function contentText(content: ChatMessage['content'], media: MediaText): string {
+  return contentParts(content, media.video !== undefined)
+    .map((part) => (part.type === 'text' ? part.text : part.type === 'video' ? (media.video ?? '') : media.image))
+    .join('');
 }
 
 /** Adds the default system message where there is none. */
@@ -62,7 +69,14 @@ const CLOSE = '\uE0F1';
  * The checkpoint's own template. Each answer ends with `endToken`, also where the template forgets it; white space that the template puts between an
  * answer and the next message is then dropped.
  */
-export function jinjaRenderer(source: string, tokenizer: Tokenizer, endToken: string, path: string): SegmentRenderer {
+export function jinjaRenderer(
+  source: string,
+  tokenizer: Tokenizer,
+  endToken: string,
+  media: MediaText,
+  path: string,
+): SegmentRenderer {
+  const videos = media.video !== undefined;
   let template: Template;
   try {
     template = new Template(source);
@@ -90,14 +104,14 @@ export function jinjaRenderer(source: string, tokenizer: Tokenizer, endToken: st
   const writesNewline = render(
     [{ role: 'user', content: [{ type: 'image' }, { type: 'text', text: 'x' }] }],
     false,
-  ).includes(`${IMAGE_MARK}\n`);
+  ).includes(`${media.image}\n`);
 
   return (messages, { forGeneration }) => {
     const answers: string[] = [];
     const marked = messages.map((message) => {
       if (message.role !== 'assistant')
-        return { role: message.role, content: templateParts(message.content, writesNewline) };
-      answers.push(contentText(message.content));
+        return { role: message.role, content: templateParts(message.content, videos, writesNewline) };
+      answers.push(contentText(message.content, media));
       return { role: 'assistant', content: [{ type: 'text', text: `${OPEN}${answers.length - 1}${CLOSE}` }] };
     });
     const whole = render(marked, forGeneration);
@@ -135,12 +149,16 @@ export function jinjaRenderer(source: string, tokenizer: Tokenizer, endToken: st
 }
 
 /** Parts for the template; where it writes a newline beside the image itself, one that the row has there is dropped. */
-function templateParts(content: ChatMessage['content'], writesNewline: boolean): { type: string; text?: string }[] {
-  const parts = contentParts(content);
+function templateParts(
+  content: ChatMessage['content'],
+  videos: boolean,
+  writesNewline: boolean,
+): { type: string; text?: string }[] {
+  const parts = contentParts(content, videos);
   const out: { type: string; text?: string }[] = [];
   parts.forEach((part, i) => {
     if (part.type !== 'text') {
-      out.push({ type: 'image' });
+      out.push({ type: part.type === 'video' ? 'video' : 'image' });
       return;
     }
     let { text } = part;
@@ -153,13 +171,25 @@ function templateParts(content: ChatMessage['content'], writesNewline: boolean):
   return out;
 }
 
-/** Ids and labels of segments; neighbours of equal weight are joined first. `imageLengths`: tokens of each picture, in order. */
+export interface EncodedText {
+  inputIds: Int32Array;
+  /** −100 = not trained. */
+  labels: Int32Array;
+  /** Where the tokens of each picture and video begin and end, in order. */
+  mediaSpans: [number, number][];
+}
+
+/**
+ * Ids and labels of segments; neighbours of equal weight are joined first. `expansions`: for each token that marks a picture or a video, the ids that
+ * take its place, in order; they are never trained.
+ *
+ * @throws ERR_MARTLET_IMAGE when the text has more or fewer such tokens, which only text that spells them out can cause
+ */
 export function encodeSegments(
   segments: Segment[],
   tokenizer: Tokenizer,
-  imageTokenId: number,
-  imageLengths: number[],
-): { inputIds: Int32Array; labels: Int32Array; mediaSpans: [number, number][] } {
+  expansions: Map<number, number[][]>,
+): EncodedText {
   const joined: Segment[] = [];
   for (const segment of segments) {
     const last = joined.at(-1);
@@ -168,8 +198,8 @@ export function encodeSegments(
   }
   const ids: number[] = [];
   const labels: number[] = [];
+  const used = new Map<number, number>();
   const mediaSpans: [number, number][] = [];
-  let image = 0;
   const bos = tokenizer.special.bos_token;
   if (!(bos !== undefined && joined[0]?.text.startsWith(bos))) {
     for (const id of tokenizer.prefixIds) {
@@ -179,13 +209,30 @@ export function encodeSegments(
   }
   for (const { text, trained } of joined) {
     for (const id of tokenizer.encode(text)) {
-      const repeat = id === imageTokenId ? (imageLengths[image++] ?? 1) : 1;
-      if (id === imageTokenId) mediaSpans.push([ids.length, ids.length + repeat]);
-      for (let i = 0; i < repeat; i++) {
+      const expanded = expansions.get(id);
+      if (expanded === undefined) {
         ids.push(id);
-        labels.push(trained && id !== imageTokenId ? id : -100);
+        labels.push(trained ? id : -100);
+        continue;
+      }
+      const place = used.get(id) ?? 0;
+      used.set(id, place + 1);
+      mediaSpans.push([ids.length, ids.length + (expanded[place]?.length ?? 0)]);
+      for (const inner of expanded[place] ?? []) {
+        ids.push(inner);
+        labels.push(-100);
       }
     }
+  }
+  for (const [id, { length }] of expansions) {
+    const found = used.get(id) ?? 0;
+    if (found === length) continue;
+    const token = tokenizer.decode([id], false);
+    throw new MartletError(
+      'ERR_MARTLET_IMAGE',
+      `The text holds ${token} ${found} time(s) where ${length} come(s) from pictures and videos: mark them with <image> and <video>, and keep ${token} itself out of the text.`,
+      { token, found, expected: length },
+    );
   }
   if (labels.length > 0) labels[0] = -100;
   return { inputIds: Int32Array.from(ids), labels: Int32Array.from(labels), mediaSpans };

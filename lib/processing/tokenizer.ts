@@ -81,13 +81,13 @@ export class Tokenizer {
    * Tokens depend on what stands before them (a leading space is stripped at the start only), so each new token is decoded together with the ones
    * before it, and only what it adds is given out.
    */
-  createStreamDecoder(): StreamDecoder {
+  createStreamDecoder(skipSpecialTokens: boolean): StreamDecoder {
     const ids: number[] = [];
     let prefix = 0;
     let read = 0;
     const emit = (final: boolean): string => {
-      const before = this.decode(ids.slice(prefix, read), true);
-      const now = this.decode(ids.slice(prefix), true);
+      const before = this.decode(ids.slice(prefix, read), skipSpecialTokens);
+      const now = this.decode(ids.slice(prefix), skipSpecialTokens);
       // U+FFFD at the end is half a character whose other bytes are still to come.
       if (now.length <= before.length || (!final && now.endsWith('\uFFFD'))) return '';
       prefix = read;
@@ -104,8 +104,19 @@ export class Tokenizer {
   }
 }
 
+/** The checkpoint's chat template. @throws ERR_MARTLET_TEMPLATE when it has none */
+export async function requireChatTemplate(modelDir: string, tokenizer: Tokenizer): Promise<string> {
+  const source = await loadChatTemplate(modelDir, tokenizer);
+  if (source !== undefined) return source;
+  throw new MartletError(
+    'ERR_MARTLET_TEMPLATE',
+    `${modelDir} has no chat template (chat_template.jinja, chat_template.json or tokenizer_config.json). Download it, or use template: ms-swift.`,
+    { path: modelDir },
+  );
+}
+
 /** chat_template.jinja, chat_template.json, the processor's or the tokenizer's configuration, in this order. */
-export async function loadChatTemplate(modelDir: string, tokenizer: Tokenizer): Promise<string | undefined> {
+async function loadChatTemplate(modelDir: string, tokenizer: Tokenizer): Promise<string | undefined> {
   try {
     return await readFile(join(modelDir, 'chat_template.jinja'), 'utf8');
   } catch (error) {

@@ -64,13 +64,18 @@ std::vector<int64_t> int32_buffer(const BufferView& view) {
   return out;
 }
 
-at::Tensor parse_image(const json& image, const Args& args) {
+Picture parse_image(const json& image, const Args& args) {
   const BufferView& rgb = args.buffer(image.at("buffer"));
   const int64_t width = image.at("width").get<int64_t>(), height = image.at("height").get<int64_t>();
-  if (width < 1 || height < 1 || static_cast<size_t>(width) * static_cast<size_t>(height) * 3 != rgb.size) {
+  const int64_t frames = image.value("frames", int64_t{1});
+  if (width < 1 || height < 1 || frames < 1 ||
+      static_cast<size_t>(frames) * static_cast<size_t>(width) * static_cast<size_t>(height) * 3 != rgb.size) {
     fail(code::kImage, "A decoded picture's bytes do not fit its size.");
   }
-  return preprocess_image(rgb.data, width, height, parse_image_plan(image.at("plan")));
+  Picture picture = preprocess_image(rgb.data, frames, width, height, parse_image_plan(image.at("plan")));
+  picture.video = image.contains("frames");
+  picture.seconds_per_grid = image.value("secondsPerGrid", picture.seconds_per_grid);
+  return picture;
 }
 
 Sample parse_sample(const json& value, const Args& args) {
@@ -184,7 +189,11 @@ json Session::Impl::load(const json& args, JobContext& job) {
            {{"keys", {stored[canonical], name}}});
     }
   }
-  auto fresh = family->create(config, [&](const std::string& name) { return stored.count(name) > 0; });
+  const WeightSource weights = [&](const std::string& name) {
+    const auto it = stored.find(name);
+    return it == stored.end() ? at::Tensor() : checkpoint.tensor(it->second);
+  };
+  auto fresh = family->create(config, weights);
 
   const std::string wanted = args.at("dtype").get<std::string>();
   std::set<std::string> used;
@@ -231,13 +240,12 @@ json Session::Impl::load(const json& args, JobContext& job) {
   const at::NoGradGuard no_grad;
   fresh->load(
       [&](const std::string& name) {
-        const auto it = stored.find(name);
-        if (it == stored.end()) return at::Tensor();
         used.insert(name);
-        return checkpoint.tensor(it->second);
+        return weights(name);
       },
       options);
   fresh->verify();
+  if (fresh->has_tied_head()) used.insert(kHeadKey);  // a copy of the embedding
   std::vector<std::string> unexpected;
   for (const auto& [canonical, name] : stored) {
     if (!used.count(canonical) && !family->is_unused_key(config, canonical)) unexpected.push_back(name);
@@ -286,12 +294,9 @@ json Session::Impl::score(const Args& args, Reply& reply, JobContext& job) {
   if (batch.labelled == 0) fail(code::kConfig, "No token is labelled: score needs an assistant message.");
   const Decoder& decoder = model->decoder();
   const ForwardOptions forward = {.job = &job};
-  at::Tensor hidden = embed(*model, batch, forward, /*vision_needs_grad=*/false);
-  DecoderPass pass;
-  pass.rows = &batch.rows;
-  pass.options = forward;
-  pass.rotary = decoder.rotary(batch.positions, hidden.scalar_type());
-  hidden = decoder.norm.forward(decoder.forward(hidden, pass).index_select(0, batch.predict_rows));
+  const DecoderInput input = embed(*model, batch, forward, /*vision_needs_grad=*/false);
+  const at::Tensor states = decoder.forward(input.hidden, input.pass).index_select(0, batch.predict_rows);
+  const at::Tensor hidden = decoder.norm.forward(states);
   const at::Tensor logprobs = target_logprobs(hidden, model->head_weight(), batch.targets).to(at::kCPU);
   json result = {{"loss", -logprobs.to(at::kDouble).mean().item<double>()}, {"logprobs", add_buffer(reply, logprobs)}};
   if (args.values.value("logits", false)) {
@@ -354,7 +359,7 @@ Session::~Session() {
 }
 
 Reply Session::handle(const std::string& method, const std::string& args_json, const std::vector<BufferView>& buffers,
-                      JobContext& job) {
+                      JobContext& job) try {
   const Args args{json::parse(args_json), buffers};
   const json& v = args.values;
   Reply reply;
@@ -370,13 +375,16 @@ Reply Session::handle(const std::string& method, const std::string& args_json, c
       fail(code::kAdapter, "No adapter named " + v["name"].dump() + " is loaded.");
   } else if (method == "preprocess") {
     json pixels = json::array();
-    for (const at::Tensor& image : [&] {
-           std::vector<at::Tensor> images;
-           for (const json& entry : v.at("images")) images.push_back(parse_image(entry, args));
-           return images;
-         }()) {
-      pixels.push_back(
-          {{"name", "pixel_values"}, {"shape", image.sizes().vec()}, {"buffer", add_buffer(reply, image)}});
+    const auto add = [&](const std::string& name, const at::Tensor& values) {
+      pixels.push_back({{"name", name}, {"shape", values.sizes().vec()}, {"buffer", add_buffer(reply, values)}});
+    };
+    for (const json& entry : v.at("images")) {
+      const Picture picture = parse_image(entry, args);
+      add(picture.video ? "pixel_values_videos" : "pixel_values", picture.pixels);
+      if (picture.grid.patches() == 0) continue;
+      const PatchGrid& grid = picture.grid;
+      add(picture.video ? "video_grid_thw" : "image_grid_thw",
+          at::tensor({grid.t, grid.h, grid.w}, at::kFloat).view({1, 3}));
     }
     result["pixels"] = std::move(pixels);
   } else if (method == "generate") {
@@ -445,6 +453,10 @@ Reply Session::handle(const std::string& method, const std::string& args_json, c
   }
   reply.result = result.dump();
   return reply;
+} catch (const c10::OutOfMemoryError&) {
+  // What the job held is free by now: it goes back to the device, and the model stays usable.
+  empty_cache(impl_->device);
+  throw;
 }
 
 }  // namespace martlet

@@ -44,7 +44,7 @@ at::Tensor smooth_picture(int64_t width, int64_t height) {
 }
 
 at::Tensor preprocess(const at::Tensor& image, const ImagePlan& plan) {
-  return preprocess_image(image.const_data_ptr<uint8_t>(), image.size(1), image.size(0), plan);
+  return preprocess_image(image.const_data_ptr<uint8_t>(), 1, image.size(1), image.size(0), plan).pixels;
 }
 
 // mean 0, std 1 and no rescaling: pixel values as they are.
@@ -220,5 +220,5 @@ TEST("a plan is read from JSON; sides out of range are ERR_MARTLET_IMAGE") {
       EXPECT_THROWS_CODE(code::kImage, parse_image_plan(bad));
     }
   }
-  EXPECT_THROWS_CODE(code::kImage, preprocess_image(nullptr, 0, 4, raw_plan(true)));
+  EXPECT_THROWS_CODE(code::kImage, preprocess_image(nullptr, 1, 0, 4, raw_plan(true)));
 }

@@ -43,7 +43,7 @@ json config() {
 }
 
 std::unique_ptr<VisionLanguageModel> create() {
-  return family_for(config(), "").create(config(), [](const std::string&) { return true; });
+  return family_for(config(), "").create(config(), [](const std::string&) { return at::Tensor(); });
 }
 
 // Random weights for every parameter, by canonical name.
@@ -77,7 +77,7 @@ json load(const std::map<std::string, at::Tensor>& weights) {
 Sample sample(std::vector<int64_t> ids, int images, uint64_t seed) {
   Sample out;
   out.input_ids = std::move(ids);
-  for (int i = 0; i < images; ++i) out.images.push_back(randn({3, 8, 8}, seed + i));
+  for (int i = 0; i < images; ++i) out.images.push_back({randn({3, 8, 8}, seed + i), {}, false, 1.0});
   return out;
 }
 
@@ -88,11 +88,9 @@ at::Tensor hidden_states(const VisionLanguageModel& model, const std::vector<con
                          KvCache* cache = nullptr) {
   const at::NoGradGuard no_grad;
   const PackedBatch batch = pack(samples, model, at::kCPU);
-  DecoderPass pass;
-  pass.rows = &batch.rows;
-  pass.cache = cache;
-  pass.rotary = model.decoder().rotary(batch.positions, at::kFloat);
-  return model.decoder().forward(embed(model, batch, {}, false), pass);
+  DecoderInput input = embed(model, batch, {}, false);
+  input.pass.cache = cache;
+  return model.decoder().forward(input.hidden, input.pass);
 }
 
 }  // namespace
@@ -176,7 +174,7 @@ TEST("packed rows have the hidden states that each has alone, pictures included"
   EXPECT_CLOSE(packed, alone, 1e-5);
   // The picture must matter, or the comparison says nothing of it.
   Sample other = with_picture();
-  other.images[0].neg_();
+  other.images[0].pixels.neg_();
   EXPECT(!at::allclose(hidden_states(*model, {&other}), hidden_states(*model, {&one}), 0, 1e-3));
 }
 
@@ -218,11 +216,9 @@ TEST("every level of recompute gives the gradients of LoRA with dropout to the b
   const PackedBatch batch = pack({&row}, *model, at::kCPU);
   const auto gradients = [&](Recompute recompute) {
     DropoutSource dropout{make_generator(at::kCPU), 77};
-    DecoderPass pass;
-    pass.rows = &batch.rows;
-    pass.rotary = model->decoder().rotary(batch.positions, at::kFloat);
+    DecoderPass pass = embed(*model, batch, {}, false).pass;
     pass.options = {.dropout = &dropout, .recompute = recompute};
-    at::Tensor input = embed(*model, batch, {}, false).detach().requires_grad_(true);
+    at::Tensor input = embed(*model, batch, {}, false).hidden.detach().requires_grad_(true);
     for (auto& [path, layer] : adapter.layers) layer.a.mutable_grad() = layer.b.mutable_grad() = at::Tensor();
     torch::autograd::backward({model->decoder().forward(input, pass).pow(2).sum()});
     std::vector<at::Tensor> grads = {input.grad()};
@@ -254,6 +250,6 @@ TEST(
   EXPECT_THROWS_CODE(code::kImage, run(sample({1, kImageToken}, 0, 0)));
   EXPECT_THROWS_CODE(code::kImage, run(sample({1, kImageToken, kImageToken}, 1, 0)));
   Sample large = with_picture();
-  large.images[0] = randn({3, 12, 12}, 1);
+  large.images[0].pixels = randn({3, 12, 12}, 1);
   EXPECT_THROWS_CODE(code::kImage, run(large));
 }

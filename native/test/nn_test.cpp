@@ -140,6 +140,23 @@ TEST("rotary positions: pairs (i, i + d/2) turn by position · theta^(-2i/d); th
   EXPECT_CLOSE(dx, x.detach(), 1e-5);
 }
 
+TEST("rotary positions on several axes: each frequency turns with its axis; two axes with frequencies of their own") {
+  const at::Tensor positions = at::tensor({3, 5, 7, 11, 13, 17}, at::kLong).view({3, 2});  // [axes, T]
+  const RotaryTable table = rotary_table(positions, {0, 2, 1, 0}, 8, 100.0, at::kFloat);
+  const RotaryTable axial = axial_rotary_table(positions.narrow(0, 0, 2), 8, 100.0);
+  for (int64_t t = 0; t < 2; ++t) {
+    for (int64_t i = 0; i < 4; ++i) {
+      const double place = static_cast<double>(positions[std::vector<int64_t>{0, 2, 1, 0}[i]][t].item<int64_t>());
+      EXPECT_CLOSE(table.cos[t][0][i].item<double>(), std::cos(place * std::pow(100.0, -i / 4.0)), 1e-5);
+      const double side = static_cast<double>(positions[i / 2][t].item<int64_t>());
+      EXPECT_CLOSE(axial.sin[t][0][i].item<double>(), std::sin(side * std::pow(100.0, -(i % 2) / 2.0)), 1e-5);
+    }
+  }
+  // A table in float32 turns 16-bit activations in float32 and rounds once.
+  const at::Tensor x = randn({2, 3, 8}, 1, at::kBFloat16);
+  EXPECT_SAME(apply_rotary(x, axial), apply_rotary(x.to(at::kFloat), axial).to(at::kBFloat16));
+}
+
 TEST("RmsNorm: x / sqrt(mean x² + eps), times the weight") {
   constexpr double kEps = 1e-2;
   RmsNorm norm(16, kEps);

@@ -2,6 +2,7 @@
 # Packs what a GPU machine without Node and network needs into .gpu/: a stripped Node, the modules used at run time, headers for the addon.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+node node_modules/typescript/bin/tsc -p .
 rm -rf .gpu && mkdir -p .gpu/runtime/bin .gpu/runtime/node_modules
 cp "$(command -v node)" .gpu/runtime/bin/node
 strip .gpu/runtime/bin/node

@@ -1,12 +1,26 @@
 # Sourced on the GPU machine, in the project's folder: unpacks .gpu/runtime.tar.xz, builds the addon against python3's torch, puts node on the PATH.
+# RUNTIME (default /tmp/runtime) is where it unpacks.
 set -e
-if [ ! -d /tmp/runtime ]; then tar -C /tmp -xf .gpu/runtime.tar.xz; fi
-export PATH=/tmp/runtime/bin:$PATH LIBTORCH_USE_PYTORCH=1
+RUNTIME=${RUNTIME:-/tmp/runtime}
+packed=$(sha256sum < .gpu/runtime.tar.xz)
+if [ "$(cat "$RUNTIME/packed" 2>/dev/null)" != "$packed" ]; then
+  rm -rf "$RUNTIME" "$RUNTIME.tmp" && mkdir -p "$RUNTIME.tmp"
+  tar -C "$RUNTIME.tmp" --strip-components=1 -xf .gpu/runtime.tar.xz
+  echo "$packed" > "$RUNTIME.tmp/packed"
+  mv "$RUNTIME.tmp" "$RUNTIME"
+fi
+export PATH=$RUNTIME/bin:$PATH LIBTORCH_USE_PYTORCH=1
 rm -rf node_modules dist
-ln -sfn /tmp/runtime/node_modules node_modules
-cp -r /tmp/runtime/dist dist
+ln -sfn "$RUNTIME/node_modules" node_modules
+cp -r "$RUNTIME/dist" dist
 modules=$PWD/node_modules
-cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/build/Release" \
-  -DCMAKE_JS_INC="$modules/node-api-headers/include;$modules/node-addon-api" > /tmp/configure.log || { cat /tmp/configure.log; exit 1; }
-cmake --build build/cmake --parallel 16 > /tmp/build.log 2>&1 || { grep -E "error|Error" /tmp/build.log | head -30; exit 1; }
+# Files that were sent again may be older than what was built from their predecessors: their contents decide, not their times.
+sources=$(find native cmake CMakeLists.txt -type f -print0 | sort -z | xargs -0 sha256sum | sha256sum)
+if [ "$(cat build/sources 2>/dev/null)" != "$sources" ]; then
+  find native -type f -exec touch {} +
+  cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/build/Release" \
+    -DCMAKE_JS_INC="$modules/node-api-headers/include;$modules/node-addon-api" > /tmp/configure.log || { cat /tmp/configure.log; exit 1; }
+  cmake --build build/cmake --parallel "$(nproc)" > /tmp/build.log 2>&1 || { grep -E "error|Error" /tmp/build.log | head -30; exit 1; }
+  echo "$sources" > build/sources
+fi
 set +e

@@ -15,11 +15,12 @@ import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
-import { getSystemInfo, infer, loadModel, MartletError, mergeAdapter, trainLoRA } from '../../lib/index.js';
+import { getSystemInfo, infer, loadModel, type MartletError, mergeAdapter, trainLoRA } from '../../lib/index.js';
 import type { Attempt, Outcome } from '../process/children/attempts.js';
 import { brokenCopy, editHeader, editJson, hugePng } from '../support/broken.js';
 import { expectedJson, getCase, llava } from '../support/fixtures.js';
 import { CALM, runChild, slowConfig } from '../support/process.js';
+import { check, refusal, type Wanted } from '../support/refusal.js';
 import { digest, MODEL, smallConfig, train } from '../support/train.js';
 
 const SINGLE = join(llava, 'model-5x');
@@ -34,31 +35,6 @@ before(async () => {
 });
 after(() => rm(root, { recursive: true }));
 const folder = () => mkdtempSync(join(root, 'run-'));
-
-/** The MartletError that `attempt` ends with. */
-async function refusal(attempt: () => PromiseLike<unknown>): Promise<MartletError> {
-  try {
-    await attempt();
-  } catch (error) {
-    assert.ok(error instanceof MartletError, `not a MartletError: ${(error as Error).stack}`);
-    if (process.env.SHOW) console.log(error.code, error.message, JSON.stringify(error.details).slice(0, 300));
-    return error;
-  }
-  return assert.fail('was not refused');
-}
-
-interface Wanted {
-  code: string;
-  /** All of them are found in the message: the place, the remedy. */
-  says: RegExp[];
-  details?: Record<string, unknown>;
-}
-
-function check(error: Pick<MartletError, 'code' | 'message' | 'details'>, { code, says, details = {} }: Wanted): void {
-  assert.equal(error.code, code, error.message);
-  for (const pattern of says) assert.match(error.message, pattern);
-  for (const [key, value] of Object.entries(details)) assert.deepEqual(error.details[key], value, `details.${key}`);
-}
 
 /** Trains; the run must be refused, and leave neither weights nor checkpoints. */
 async function refusedRun(dir: string, changes: Record<string, unknown>): Promise<MartletError> {

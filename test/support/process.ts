@@ -1,8 +1,9 @@
 /** Runs the scripts of test/process/children, each in a process of its own with a time limit. */
 import { spawn } from 'node:child_process';
-import { writeFileSync } from 'node:fs';
+import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { brokenCopy, editJson } from './broken.js';
 import { projectRoot } from './fixtures.js';
 import { smallConfig } from './train.js';
 
@@ -83,6 +84,33 @@ export function childArgs<T>(): T {
   return JSON.parse(process.argv[2] as string) as T;
 }
 
+/**
+ * Starts to count. The function that it gives ends that and says how long, in ms, one thread of this process has been ready to run and had no core
+ * (the longest of all threads; Linux counts it): the part of a delay that other work on the machine is to blame for.
+ */
+export function coreWait(): () => number {
+  const start = new Map<string, number>();
+  const latest = new Map<string, number>();
+  const read = (into: Map<string, number>) => {
+    for (const thread of readdirSync('/proc/self/task')) {
+      try {
+        const [, waited] = readFileSync(`/proc/self/task/${thread}/schedstat`, 'utf8').split(' ');
+        into.set(thread, Number(waited) / 1e6);
+      } catch {
+        // it ended meanwhile
+      }
+    }
+  };
+  read(start);
+  // a thread that ends takes its count with it
+  const timer = setInterval(read, 10, latest);
+  return () => {
+    clearInterval(timer);
+    read(latest);
+    return Math.max(...[...latest].map(([thread, waited]) => waited - (start.get(thread) ?? 0)));
+  };
+}
+
 /** The last line of a child's standard output, as JSON. */
 export function lastJson<T>(stdout: string): T {
   return JSON.parse(stdout.trimEnd().split('\n').at(-1) as string) as T;
@@ -106,6 +134,20 @@ export function slowConfig(dir: string, rows = 32): Record<string, unknown> {
     gradient_accumulation_steps: 1,
     max_steps: 1000,
     save_strategy: 'no',
+  });
+}
+
+/** A copy of the embedded model with an end token that it never says: its answers fill its positions, which takes about a second. */
+export function talkative(root: string): string {
+  return brokenCopy(QUICKSTART_MODEL, root, (dir) => {
+    editJson(join(dir, 'generation_config.json'), (config) => {
+      config.eos_token_id = config.pad_token_id;
+    });
+    for (const name of ['tokenizer_config.json', 'special_tokens_map.json']) {
+      editJson(join(dir, name), (tokens) => {
+        tokens.eos_token = tokens.pad_token;
+      });
+    }
   });
 }
 

@@ -74,12 +74,18 @@ test('an event file reads back with the same scalars', async () => {
     const [version, first, second, ...rest] = records(await readFile(writer.path)).map(decode);
     assert.equal(rest.length, 0);
     assert.equal(String(version?.get(3)?.[0]), 'brain.Event:2');
-    const scalars = (event: Map<number, (Buffer | bigint)[]> | undefined) =>
-      decode(event?.get(5)?.[0] as Buffer)
+    type Message = Map<number, (Buffer | bigint)[]>;
+    const bytesOf = (message: Message | undefined, field: number): Buffer => {
+      const value = message?.get(field)?.[0];
+      assert.ok(Buffer.isBuffer(value), `field ${field}`);
+      return value;
+    };
+    const scalars = (event: Message | undefined) =>
+      decode(bytesOf(event, 5))
         .get(1)
         ?.map((value) => {
           const fields = decode(value as Buffer);
-          return [String(fields.get(1)?.[0]), (fields.get(2)?.[0] as Buffer).readFloatLE()];
+          return [String(fields.get(1)?.[0]), bytesOf(fields, 2).readFloatLE()];
         });
     assert.equal(first?.get(2)?.[0], 1n);
     assert.deepEqual(scalars(first), [
@@ -88,7 +94,7 @@ test('an event file reads back with the same scalars', async () => {
     ]);
     assert.equal(second?.get(2)?.[0], 300n);
     assert.deepEqual(scalars(second), [['eval/loss', 0.25]]);
-    const age = Date.now() / 1000 - (second?.get(1)?.[0] as Buffer).readDoubleLE();
+    const age = Date.now() / 1000 - bytesOf(second, 1).readDoubleLE();
     assert.ok(age >= 0 && age < 60, 'wall time is now');
   } finally {
     await rm(dir, { recursive: true });

@@ -1,6 +1,6 @@
 /**
  * Makes examples/quickstart/model: trains the tiny LLaVA from scratch with martlet itself (sft_type: full) on generated pictures.
- * Options: --pictures N --epochs N --batch N --lr X --device D --out DIR --work DIR. See README.md beside this file.
+ * Options: --pictures N --epochs N --batch N --lr X --device D --out DIR --work DIR, --seconds N (stops after the step then running and saves).
  */
 import { cp, mkdir, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
@@ -20,6 +20,7 @@ const { values: options } = parseArgs({
     lr: { type: 'string', default: '1.5e-3' },
     device: { type: 'string', default: 'auto' },
     dtype: { type: 'string', default: 'bfloat16' },
+    seconds: { type: 'string', default: 'Infinity' },
     out: { type: 'string', default: fileURLToPath(new URL('../model', import.meta.url)) },
     work: { type: 'string', default: join(tmpdir(), 'martlet-quickstart-base') },
   },
@@ -74,6 +75,7 @@ const run = trainLoRA({
   seed: 7,
 });
 for await (const event of run) {
+  if (performance.now() - began > 1000 * Number(options.seconds)) run.stop();
   if (event.type === 'step') {
     console.log(
       `${seconds()} s: step ${event.step} epoch ${event.epoch.toFixed(2)} loss ${event.loss.toFixed(4)} token accuracy ${event.tokenAccuracy.toFixed(4)}`,

@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <cstdio>
 #include <filesystem>
 #include <new>
 #include <nlohmann/json.hpp>
@@ -14,6 +15,18 @@ void fail(const char* code, std::string message, const nlohmann::json& details) 
 void fail(const char* code, std::string message) { throw Error(code, std::move(message)); }
 
 namespace {
+
+// Bytes of a size such as «2.00 GiB» that follows `label`; 0 when it is not there.
+int64_t size_after(const std::string& message, const std::string& label) {
+  const size_t at = message.find(label);
+  if (at == std::string::npos) return 0;
+  double value = 0;
+  char unit[8] = "";
+  if (std::sscanf(message.c_str() + at + label.size(), " %lf %7[A-Za-z]", &value, unit) != 2) return 0;
+  const std::string name = unit;
+  const int shift = name == "GiB" ? 30 : name == "MiB" ? 20 : name == "KiB" ? 10 : 0;
+  return static_cast<int64_t>(value * static_cast<double>(int64_t{1} << shift));
+}
 
 constexpr const char* kMemoryRemedy =
     " Use a smaller batch or shorter rows, gradient_checkpointing: true, dtype bfloat16, or the CPU.";
@@ -33,12 +46,17 @@ Error current_exception_as_error() {
   } catch (const Error& e) {
     return e;
   } catch (const c10::OutOfMemoryError& e) {
-    return Error(code::kOutOfMemory, first_sentences(e.what_without_backtrace()) + kMemoryRemedy,
-                 nlohmann::json{{"message", e.what_without_backtrace()}}.dump());
+    const std::string message = e.what_without_backtrace();
+    return Error(code::kOutOfMemory, first_sentences(message) + kMemoryRemedy,
+                 nlohmann::json{{"requested", size_after(message, "Tried to allocate")},
+                                {"free", size_after(message, "of which")},
+                                {"message", message}}
+                     .dump());
   } catch (const c10::Error& e) {
     const std::string message = e.what_without_backtrace();
-    // The CPU allocator raises a plain c10::Error.
+    // The CPU allocator raises a plain c10::Error; so do CUDA libraries that allocate for themselves.
     if (message.find("can't allocate memory") != std::string::npos ||
+        message.find("out of memory") != std::string::npos || message.find("ALLOC_FAILED") != std::string::npos ||
         message.find("not enough memory") != std::string::npos) {
       return Error(code::kOutOfMemory, message + kMemoryRemedy, nlohmann::json{{"message", message}}.dump());
     }

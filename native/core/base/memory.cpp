@@ -12,7 +12,6 @@
 #include <string>
 
 #include "core/base/limited_memory.h"
-#include "core/base/torch_compat.h"
 
 namespace martlet {
 namespace {
@@ -56,7 +55,10 @@ void synchronize(c10::Device device) {
 }
 
 MemoryInfo memory_info(c10::Device device) {
-  if (!device.is_cpu()) return device_memory_info(device);
+  if (!device.is_cpu()) {
+    const auto [free, total] = c10::getDeviceAllocator(device.type())->getMemoryInfo(device.index());
+    return {static_cast<int64_t>(free), static_cast<int64_t>(total)};
+  }
   return {proc_kilobytes("/proc/meminfo", "MemAvailable:"), proc_kilobytes("/proc/meminfo", "MemTotal:")};
 }
 

@@ -43,6 +43,8 @@ void initialize_runtime(const std::string& libtorch_lib, bool cuda, int threads)
   const std::lock_guard<std::mutex> lock(mutex);
   if (initialized) return;
   initialized = true;
+  // What cuBLAS wants for repeatable results; read when its first handle is made.
+  ::setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
   const std::filesystem::path library = std::filesystem::path(libtorch_lib) / "libtorch_cuda.so";
   if (!cuda) {
     cuda_error = "CUDA was switched off (MARTLET_DEVICE=cpu)";

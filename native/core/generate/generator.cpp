@@ -49,17 +49,15 @@ Generation generate(const VisionLanguageModel& model, const Sample& prompt, cons
 
   Stopwatch watch(device);
   const ForwardOptions forward = {.job = &job};
-  at::Tensor hidden = embed(model, batch, forward, /*vision_needs_grad=*/false);
+  auto [hidden, pass] = embed(model, batch, forward, /*vision_needs_grad=*/false);
   out.vision_ms = watch.lap_ms();
   job.check();
 
   KvCache cache(decoder.config().num_layers);
-  DecoderPass pass;
-  pass.rows = &batch.rows;
   pass.cache = &cache;
-  pass.options = forward;
-  pass.rotary = decoder.rotary(batch.positions, hidden.scalar_type());
   hidden = decoder.forward(hidden, pass);
+  pass.deepstack.clear();
+  int64_t next_position = batch.next_positions[0];
   const auto logits_at_end = [&](const at::Tensor& states) {
     return at::linear(decoder.norm.forward(states.narrow(0, states.size(0) - 1, 1)), model.head_weight()).squeeze(0);
   };
@@ -79,7 +77,7 @@ Generation generate(const VisionLanguageModel& model, const Sample& prompt, cons
       on_token(token);
       if (static_cast<int64_t>(out.token_ids.size()) == limit) break;
       const at::Tensor ids = at::full({1}, token, at::TensorOptions().dtype(at::kLong).device(device));
-      const at::Tensor position = at::full({1}, cache.length(), at::TensorOptions().dtype(at::kLong).device(device));
+      const at::Tensor position = at::full({1}, next_position++, at::TensorOptions().dtype(at::kLong).device(device));
       pass.rotary = decoder.rotary(position, hidden.scalar_type());
       token = sampler.next(logits_at_end(decoder.forward(decoder.embed(ids), pass)));
     }

@@ -26,10 +26,10 @@ std::pair<at::Tensor, at::Tensor> KvCache::append(int64_t layer, const at::Tenso
 }
 
 DecoderAttention::DecoderAttention(const DecoderConfig& c)
-    : q_proj(c.hidden_size, c.num_heads * c.head_dim, c.attention_bias),
-      k_proj(c.hidden_size, c.num_kv_heads * c.head_dim, c.attention_bias),
-      v_proj(c.hidden_size, c.num_kv_heads * c.head_dim, c.attention_bias),
-      o_proj(c.num_heads * c.head_dim, c.hidden_size, c.attention_bias),
+    : q_proj(c.hidden_size, c.num_heads * c.head_dim, c.qkv_bias),
+      k_proj(c.hidden_size, c.num_kv_heads * c.head_dim, c.qkv_bias),
+      v_proj(c.hidden_size, c.num_kv_heads * c.head_dim, c.qkv_bias),
+      o_proj(c.num_heads * c.head_dim, c.hidden_size, c.output_bias),
       num_heads_(c.num_heads),
       num_kv_heads_(c.num_kv_heads),
       head_dim_(c.head_dim) {
@@ -37,14 +37,18 @@ DecoderAttention::DecoderAttention(const DecoderConfig& c)
   register_module(k_proj, "k_proj");
   register_module(v_proj, "v_proj");
   register_module(o_proj, "o_proj");
+  if (!c.qk_norm) return;
+  register_module(q_norm.emplace(c.head_dim, c.norm_eps), "q_norm");
+  register_module(k_norm.emplace(c.head_dim, c.norm_eps), "k_norm");
 }
 
 at::Tensor DecoderAttention::forward(const at::Tensor& x, const DecoderPass& pass, int64_t layer) const {
   const int64_t tokens = x.size(0);
-  const at::Tensor q =
-      apply_rotary(q_proj.forward(x, pass.options.dropout).view({tokens, num_heads_, head_dim_}), pass.rotary);
-  const at::Tensor k =
-      apply_rotary(k_proj.forward(x, pass.options.dropout).view({tokens, num_kv_heads_, head_dim_}), pass.rotary);
+  const auto rotated = [&](const Linear& proj, const std::optional<RmsNorm>& norm, int64_t heads) {
+    const at::Tensor states = proj.forward(x, pass.options.dropout).view({tokens, heads, head_dim_});
+    return apply_rotary(norm ? norm->forward(states) : states, pass.rotary);
+  };
+  const at::Tensor q = rotated(q_proj, q_norm, num_heads_), k = rotated(k_proj, k_norm, num_kv_heads_);
   const at::Tensor v = v_proj.forward(x, pass.options.dropout).view({tokens, num_kv_heads_, head_dim_});
   at::Tensor mixed;
   if (pass.cache != nullptr && pass.cache->length() > 0) {
@@ -57,24 +61,9 @@ at::Tensor DecoderAttention::forward(const at::Tensor& x, const DecoderPass& pas
   return o_proj.forward(mixed.reshape({tokens, num_heads_ * head_dim_}), pass.options.dropout);
 }
 
-GatedMlp::GatedMlp(const DecoderConfig& c)
-    : gate_proj(c.hidden_size, c.intermediate_size, c.mlp_bias),
-      up_proj(c.hidden_size, c.intermediate_size, c.mlp_bias),
-      down_proj(c.intermediate_size, c.hidden_size, c.mlp_bias) {
-  register_module(gate_proj, "gate_proj");
-  register_module(up_proj, "up_proj");
-  register_module(down_proj, "down_proj");
-}
-
-at::Tensor GatedMlp::forward(const at::Tensor& x, DropoutSource* dropout) const {
-  const at::Tensor product = run_cheap([](const std::vector<at::Tensor>& in) { return swiglu(in[0], in[1]); },
-                                       {gate_proj.forward(x, dropout), up_proj.forward(x, dropout)});
-  return down_proj.forward(product, dropout);
-}
-
 DecoderLayer::DecoderLayer(const DecoderConfig& c)
     : self_attn(c),
-      mlp(c),
+      mlp(c.hidden_size, c.intermediate_size, c.mlp_bias),
       input_layernorm(c.hidden_size, c.norm_eps),
       post_attention_layernorm(c.hidden_size, c.norm_eps) {
   register_module(self_attn, "self_attn");
@@ -102,7 +91,8 @@ Decoder::Decoder(const DecoderConfig& config)
 }
 
 RotaryTable Decoder::rotary(const at::Tensor& positions, at::ScalarType dtype) const {
-  return rotary_table(positions, config_.head_dim, config_.rope_theta, dtype);
+  if (positions.dim() == 1) return rotary_table(positions, config_.head_dim, config_.rope_theta, dtype);
+  return rotary_table(positions, config_.rope_axis, config_.head_dim, config_.rope_theta, dtype);
 }
 
 at::Tensor Decoder::forward(at::Tensor hidden, const DecoderPass& pass) const {
@@ -110,6 +100,8 @@ at::Tensor Decoder::forward(at::Tensor hidden, const DecoderPass& pass) const {
     const DecoderLayer& layer = *layers[i];
     hidden =
         run_layer([&layer, &pass, i](const at::Tensor& x) { return layer.forward(x, pass, i); }, hidden, pass.options);
+    if (i < static_cast<int64_t>(pass.deepstack.size()))
+      hidden = hidden.index_add(0, pass.image_rows, pass.deepstack[i]);
   }
   if (pass.cache != nullptr) pass.cache->advance(hidden.size(0));
   return hidden;

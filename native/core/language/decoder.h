@@ -3,12 +3,13 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
-#include "core/nn/activation.h"
 #include "core/nn/attention.h"
 #include "core/nn/checkpoint.h"
 #include "core/nn/linear.h"
+#include "core/nn/mlp.h"
 #include "core/nn/norm.h"
 #include "core/nn/rope.h"
 
@@ -25,7 +26,11 @@ struct DecoderConfig {
   int64_t max_positions = 0;
   double norm_eps = 1e-6;
   double rope_theta = 10000.0;
-  bool attention_bias = false;
+  // Positions on several axes (m-rope): the axis that each of the head_dim/2 frequencies turns with. Empty: one axis.
+  std::vector<int64_t> rope_axis;
+  bool qkv_bias = false;
+  bool output_bias = false;
+  bool qk_norm = false;  // RMS norm over each head of q and k, before the rotation
   bool mlp_bias = false;
   bool tie_word_embeddings = false;
 };
@@ -52,6 +57,9 @@ class KvCache {
 struct DecoderPass {
   const SequenceLengths* rows = nullptr;
   RotaryTable rotary;
+  // Deepstack: deepstack[k], [image tokens, hidden], is added at `image_rows` to what layer k gives.
+  at::Tensor image_rows;
+  std::vector<at::Tensor> deepstack;
   KvCache* cache = nullptr;  // inference only; with a non-empty cache the pass is one new position
   ForwardOptions options;
 };
@@ -61,16 +69,10 @@ class DecoderAttention : public Module {
   explicit DecoderAttention(const DecoderConfig& config);
   at::Tensor forward(const at::Tensor& x, const DecoderPass& pass, int64_t layer) const;
   Linear q_proj, k_proj, v_proj, o_proj;
+  std::optional<RmsNorm> q_norm, k_norm;
 
  private:
   int64_t num_heads_, num_kv_heads_, head_dim_;
-};
-
-class GatedMlp : public Module {
- public:
-  explicit GatedMlp(const DecoderConfig& config);
-  at::Tensor forward(const at::Tensor& x, DropoutSource* dropout) const;
-  Linear gate_proj, up_proj, down_proj;
 };
 
 class DecoderLayer : public Module {
@@ -88,6 +90,7 @@ class Decoder : public Module {
 
   // ids: [T] → [T, hidden]
   at::Tensor embed(const at::Tensor& ids) const { return embed_tokens.forward(ids); }
+  // positions: [T], or [axes, T] where there are several (alike on all of them: [T] will do).
   RotaryTable rotary(const at::Tensor& positions, at::ScalarType dtype) const;
   // hidden: [T, hidden] → [T, hidden], before the final norm.
   at::Tensor forward(at::Tensor hidden, const DecoderPass& pass) const;

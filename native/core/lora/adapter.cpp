@@ -45,8 +45,8 @@ std::string joined(const std::vector<std::string>& names) {
 }
 
 // Fills peft_names or peft_regex. A bare `q_proj` would make PEFT put pairs into a vision tower that has modules of
-// that name too.
-void describe_for_peft(TargetSelection& selection, const std::vector<std::pair<std::string, Linear*>>& all) {
+// that name too. `all`: paths of everything with weights, since PEFT takes convolutions and embeddings as well.
+void describe_for_peft(TargetSelection& selection, const std::vector<std::string>& all) {
   std::set<std::string> chosen, names;
   for (const auto& [path, linear] : selection.linears) {
     chosen.insert(path);
@@ -54,7 +54,7 @@ void describe_for_peft(TargetSelection& selection, const std::vector<std::pair<s
   }
   const auto same_set = [&](const std::function<bool(const std::string&)>& matches) {
     return std::all_of(all.begin(), all.end(),
-                       [&](const auto& entry) { return matches(entry.first) == (chosen.count(entry.first) > 0); });
+                       [&](const std::string& path) { return matches(path) == (chosen.count(path) > 0); });
   };
   const std::vector<std::string> list(names.begin(), names.end());
   if (same_set([&](const std::string& path) { return names.count(path.substr(path.rfind('.') + 1)) > 0; })) {
@@ -121,8 +121,10 @@ int64_t Adapter::numel() const {
 TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std::string>& names,
                                const std::string& regex, const FreezeFlags& freeze) {
   std::vector<std::pair<std::string, Linear*>> linears;
+  std::vector<std::string> weighted;
   std::set<std::string> last_names;
   model.visit([&](const std::string& path, Module& module) {
+    if (!module.own_parameters().empty()) weighted.push_back(path);
     auto* linear = dynamic_cast<Linear*>(&module);
     if (linear == nullptr || path == "lm_head") return;
     linears.emplace_back(path, linear);
@@ -182,7 +184,7 @@ TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std
                   : "; the modules that did match are in a frozen part (see freeze_vit, freeze_aligner, freeze_llm)."),
          {{"path", "target_modules"}, {"asked", asked}, {"known", known}});
   }
-  describe_for_peft(out, linears);
+  describe_for_peft(out, weighted);
   return out;
 }
 

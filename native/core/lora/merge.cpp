@@ -71,10 +71,8 @@ json merge_adapter_json(const json& args, JobContext& job) {
     quantization.double_quantization = q.at("doubleQuantization").get<bool>();
     const std::string wanted = q.at("dtype").get<std::string>();
     compute_dtype = wanted == "auto" ? base.main_dtype() : parse_dtype(wanted);
-    std::set<std::string> canonical;
-    for (const std::string& name : base.names()) canonical.insert(family.canonical_key(name));
-    requantized =
-        quantizable_weights(*family.create(config, [&](const std::string& name) { return canonical.count(name) > 0; }));
+    // Built without weights, for its names.
+    requantized = quantizable_weights(*family.create(config, [](const std::string&) { return at::Tensor(); }));
   }
 
   std::set<std::string> open_modules, open_saved;

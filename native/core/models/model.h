@@ -10,6 +10,7 @@
 #include "core/language/decoder.h"
 #include "core/nn/checkpoint.h"
 #include "core/nn/module.h"
+#include "core/vision/image_ops.h"
 
 namespace martlet {
 
@@ -21,6 +22,21 @@ struct ModelInfo {
   int64_t vocab_size = 0;
   int64_t max_positions = 0;
   int64_t image_token_id = -1;
+  int64_t video_token_id = -1;  // −1: no videos
+  bool is_placeholder(int64_t id) const { return id == image_token_id || id == video_token_id; }
+};
+
+// Where the tokens of one row stand.
+struct RowPositions {
+  std::vector<std::vector<int64_t>> axes;  // for each axis of the decoder's rotary positions, one for each token
+  int64_t next = 0;                        // of the token after the row, on all axes
+};
+
+// What pictures become.
+struct VisionFeatures {
+  at::Tensor tokens;  // [image tokens, hidden], in the order of the pictures
+  // Deepstack: the same shape each; k is added to the hidden states of the image tokens after the decoder's layer k.
+  std::vector<at::Tensor> deepstack;
 };
 
 class VisionLanguageModel : public Module {
@@ -30,13 +46,23 @@ class VisionLanguageModel : public Module {
   // Modules that `all-linear` means: the language model's linears without the head (ms-swift).
   virtual bool is_default_target(const std::string& module_path) const = 0;
 
-  // Preprocessed images ([3, H, W] float32 on the CPU) → rows for the image tokens, [image tokens, hidden], in the
-  // order of the images.
-  virtual at::Tensor image_features(const std::vector<at::Tensor>& images, const ForwardOptions& options) const = 0;
+  virtual VisionFeatures image_features(const std::vector<Picture>& pictures, const ForwardOptions& options) const = 0;
+  // One axis, counted from 0, unless a family says otherwise. Placeholders that do not fit the pictures are
+  // ERR_MARTLET_IMAGE naming the row `id`.
+  virtual RowPositions positions(const std::vector<int64_t>& input_ids, const std::vector<Picture>& pictures,
+                                 const std::string& id) const;
   virtual const Decoder& decoder() const = 0;
   // [vocab, hidden]
   virtual const at::Tensor& head_weight() const = 0;
+  bool has_tied_head() const { return &head_weight() == &decoder().embed_tokens.weight.value; }
 };
+
+// Canonical names that all families share.
+inline constexpr const char* kEmbeddingKey = "model.language_model.embed_tokens.weight";
+inline constexpr const char* kHeadKey = "lm_head.weight";
+
+// transformers 5: the head is the embedding if the config says so, unless the file holds a head that differs from it.
+bool has_own_head(const DecoderConfig& text, const WeightSource& stored);
 
 struct Family {
   const char* name;
@@ -45,9 +71,8 @@ struct Family {
   std::string (*canonical_key)(const std::string& key);
   // Keys that a checkpoint may hold and the model never reads.
   bool (*is_unused_key)(const nlohmann::json& config, const std::string& canonical);
-  // `has_key` tells whether the checkpoint holds a canonical name (a tied head may be left out).
-  std::unique_ptr<VisionLanguageModel> (*create)(const nlohmann::json& config,
-                                                 const std::function<bool(const std::string&)>& has_key);
+  // `stored`: the checkpoint's tensors by canonical name.
+  std::unique_ptr<VisionLanguageModel> (*create)(const nlohmann::json& config, const WeightSource& stored);
 };
 
 }  // namespace martlet

@@ -96,9 +96,8 @@ json quantize_checkpoint_json(const json& args, JobContext& job) {
   const at::Device device = parse_device(args.at("device").get<std::string>());
   const at::ScalarType dtype = parse_dtype(args.at("dtype").get<std::string>());
 
-  std::set<std::string> canonical;
-  for (const std::string& name : base.names()) canonical.insert(family.canonical_key(name));
-  const auto model = family.create(config, [&](const std::string& name) { return canonical.count(name) > 0; });
+  // Built without weights, for its names.
+  const auto model = family.create(config, [](const std::string&) { return at::Tensor(); });
   const std::set<std::string> chosen = quantizable_weights(*model);
 
   const auto is_chosen = [&](const std::string& name) { return chosen.count(family.canonical_key(name)) > 0; };

@@ -3,8 +3,16 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <map>
 
 namespace martlet {
+namespace {
+
+// FlashAttention 2 is asked for by name: the choice of scaled_dot_product_attention may fall on cuDNN, which plans anew
+// for each length that it sees. It takes heads of a multiple of 8, which all published models have.
+bool uses_flash(const at::Tensor& q) { return q.is_cuda() && q.scalar_type() != at::kFloat && q.size(-1) % 8 == 0; }
+
+}  // namespace
 
 SequenceLengths SequenceLengths::from_lengths(const std::vector<int64_t>& lengths, at::Device device) {
   SequenceLengths rows;
@@ -30,7 +38,7 @@ at::Tensor batched(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
 
 at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceLengths& rows,
                             bool causal) {
-  if (q.is_cuda() && q.scalar_type() != at::kFloat) {
+  if (uses_flash(q)) {
     const std::optional<double> scale = std::nullopt;
     return std::get<0>(at::_flash_attention_forward(q, k, v, rows.cu_seqlens, rows.cu_seqlens, rows.max_length,
                                                     rows.max_length, 0.0, causal, /*return_debug_mask=*/false, scale));
@@ -39,19 +47,30 @@ at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::
     const auto split = [&](const at::Tensor& x) {
       return x.view({rows.rows(), rows.max_length, x.size(1), x.size(2)});
     };
-    return batched(split(q), split(k), split(v), causal).reshape(q.sizes());
+    return batched(split(q), split(k), split(v), causal).flatten(0, 1);
   }
-  std::vector<at::Tensor> parts;
-  parts.reserve(rows.rows());
-  for (int64_t i = 0; i < rows.rows(); ++i) {
-    const auto row = [&](const at::Tensor& x) { return x.slice(0, rows.offsets[i], rows.offsets[i + 1]).unsqueeze(0); };
-    parts.push_back(batched(row(q), row(k), row(v), causal).squeeze(0));
+  // Rows of one length are one call.
+  std::map<int64_t, std::vector<int64_t>> starts;  // by length
+  for (int64_t i = 0; i < rows.rows(); ++i) starts[rows.offsets[i + 1] - rows.offsets[i]].push_back(rows.offsets[i]);
+  std::vector<at::Tensor> parts, places;
+  for (const auto& [length, first] : starts) {
+    const at::Tensor place = (at::tensor(first, at::kLong).unsqueeze(1) + at::arange(length, at::kLong)).flatten();
+    places.push_back(place.to(q.device()));
+    const auto group = [&, n = static_cast<int64_t>(first.size()), length = length](const at::Tensor& x) {
+      return x.index_select(0, places.back()).view({n, length, x.size(1), x.size(2)});
+    };
+    parts.push_back(batched(group(q), group(k), group(v), causal).flatten(0, 1));
   }
-  return at::cat(parts, 0);
+  return at::empty(q.sizes(), q.options()).index_copy(0, at::cat(places), at::cat(parts));
 }
 
 at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  return batched(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), /*causal=*/false).squeeze(0);
+  const at::Tensor query = q.unsqueeze(0), keys = k.unsqueeze(0), values = v.unsqueeze(0);
+  if (!uses_flash(q)) return batched(query, keys, values, /*causal=*/false).squeeze(0);
+  const std::optional<double> scale = std::nullopt;
+  return std::get<0>(at::_flash_attention_forward(query, keys, values, std::nullopt, std::nullopt, 1, k.size(0), 0.0,
+                                                  /*is_causal=*/false, /*return_debug_mask=*/false, scale))
+      .squeeze(0);
 }
 
 }  // namespace martlet

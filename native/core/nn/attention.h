@@ -20,8 +20,8 @@ struct SequenceLengths {
 };
 
 // q: [T, heads, d], k and v: [T, kv_heads, d] → [T, heads, d]; each row attends to itself only. Scale 1/√d, softmax in
-// float32. CUDA with 16-bit numbers: one FlashAttention call (cu_seqlens). Elsewhere rows of one length are one batched
-// call, others one call a row.
+// float32. CUDA with 16-bit numbers: one FlashAttention call (cu_seqlens). Elsewhere one batched call for each length
+// that occurs.
 at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceLengths& rows,
                             bool causal);
 

@@ -4,6 +4,11 @@
 
 namespace martlet {
 
+std::unique_ptr<Norm> make_norm(NormType type, int64_t dim, double eps) {
+  if (type == NormType::kRms) return std::make_unique<RmsNorm>(dim, eps);
+  return std::make_unique<LayerNorm>(dim, eps);
+}
+
 RmsNorm::RmsNorm(int64_t dim, double eps) : dim_(dim), eps_(eps) { register_parameter(weight, "weight", {dim}); }
 
 at::Tensor RmsNorm::forward(const at::Tensor& x) const {

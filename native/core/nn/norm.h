@@ -1,15 +1,26 @@
 #pragma once
 
+#include <memory>
+
 #include "core/nn/checkpoint.h"
 #include "core/nn/module.h"
 
 namespace martlet {
 
+enum class NormType { kLayer, kRms };
+
+class Norm : public Module {
+ public:
+  virtual at::Tensor forward(const at::Tensor& x) const = 0;
+};
+
+std::unique_ptr<Norm> make_norm(NormType type, int64_t dim, double eps);
+
 // Llama's order: normalise in float32, round to the input's dtype, then times the weight (transformers LlamaRMSNorm).
-class RmsNorm : public Module {
+class RmsNorm : public Norm {
  public:
   RmsNorm(int64_t dim, double eps);
-  at::Tensor forward(const at::Tensor& x) const;
+  at::Tensor forward(const at::Tensor& x) const override;
   Parameter weight;
 
  private:
@@ -17,10 +28,10 @@ class RmsNorm : public Module {
   double eps_;
 };
 
-class LayerNorm : public Module {
+class LayerNorm : public Norm {
  public:
   LayerNorm(int64_t dim, double eps);
-  at::Tensor forward(const at::Tensor& x) const;
+  at::Tensor forward(const at::Tensor& x) const override;
   Parameter weight;
   Parameter bias;
 
@@ -30,8 +41,7 @@ class LayerNorm : public Module {
 };
 
 // norm(x) for linears to read: not kept where cheap parts are computed again.
-template <typename Norm>
-at::Tensor run_norm(const Norm& norm, const at::Tensor& x) {
+inline at::Tensor run_norm(const Norm& norm, const at::Tensor& x) {
   return run_cheap([&norm](const std::vector<at::Tensor>& in) { return norm.forward(in[0]); }, {x});
 }
 

@@ -5,12 +5,37 @@
 
 namespace martlet {
 
+namespace {
+
+// θ^(−2i/dim), [dim/2] float32
+at::Tensor inverse_frequencies(int64_t dim, double theta, at::Device device) {
+  const auto f32 = at::TensorOptions().dtype(at::kFloat).device(device);
+  return at::pow(theta, at::arange(0, dim, 2, f32) / static_cast<double>(dim)).reciprocal();
+}
+
+// angle: [T, d/2]
+RotaryTable from_angles(const at::Tensor& angle, at::ScalarType dtype) {
+  const at::Tensor each_head = angle.unsqueeze(1);
+  return {each_head.cos().to(dtype), each_head.sin().to(dtype)};
+}
+
+}  // namespace
+
 RotaryTable rotary_table(const at::Tensor& positions, int64_t head_dim, double theta, at::ScalarType dtype) {
-  const auto f32 = at::TensorOptions().dtype(at::kFloat).device(positions.device());
-  const at::Tensor inv_freq =
-      at::pow(theta, at::arange(0, head_dim, 2, at::kLong).to(f32) / static_cast<double>(head_dim)).reciprocal();
-  const at::Tensor angle = (positions.to(at::kFloat).unsqueeze(-1) * inv_freq).unsqueeze(1);  // [T, 1, d/2]
-  return {angle.cos().to(dtype), angle.sin().to(dtype)};
+  const at::Tensor inv_freq = inverse_frequencies(head_dim, theta, positions.device());
+  return from_angles(positions.to(at::kFloat).unsqueeze(-1) * inv_freq, dtype);
+}
+
+RotaryTable rotary_table(const at::Tensor& positions, const std::vector<int64_t>& axis, int64_t head_dim, double theta,
+                         at::ScalarType dtype) {
+  const at::Tensor inv_freq = inverse_frequencies(head_dim, theta, positions.device());
+  const at::Tensor rows = at::tensor(axis, at::kLong).to(positions.device());
+  return from_angles(positions.to(at::kFloat).index_select(0, rows).t() * inv_freq, dtype);
+}
+
+RotaryTable axial_rotary_table(const at::Tensor& positions, int64_t head_dim, double theta) {
+  const at::Tensor inv_freq = inverse_frequencies(head_dim / 2, theta, positions.device());
+  return from_angles((positions.to(at::kFloat).unsqueeze(-1) * inv_freq).permute({1, 0, 2}).flatten(1), at::kFloat);
 }
 
 namespace {
@@ -21,7 +46,7 @@ at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& 
   at::Tensor out = at::empty(x.sizes(), x.options());
   at::Tensor o1 = out.narrow(-1, 0, half), o2 = out.narrow(-1, half, half);
   const at::Tensor s = inverse ? sin.neg() : sin;
-  // Each product is rounded to the dtype before the sum, as in the original.
+  // Each product is rounded to the dtype (of x and the table together) before the sum, as in the original.
   at::sub_out(o1, x1 * cos, x2 * s);
   at::add_out(o2, x2 * cos, x1 * s);
   return out;

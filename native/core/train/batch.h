@@ -16,16 +16,17 @@ constexpr int64_t kIgnored = -100;
 struct Sample {
   std::vector<int64_t> input_ids;  // image tokens expanded
   std::vector<int64_t> labels;     // same length, or empty; kIgnored = not trained
-  std::vector<at::Tensor> images;  // [3, H, W] float32 on the CPU, preprocessed
+  std::vector<Picture> images;     // in the order of their places in input_ids
   std::string id;                  // names the row in messages
 };
 
 struct PackedBatch {
-  at::Tensor input_ids;  // [T] int64
-  at::Tensor positions;  // [T] int64, from 0 in each row
+  at::Tensor input_ids;                 // [T] int64
+  at::Tensor positions;                 // [T] int64, or [axes, T]; they begin anew in each row
+  std::vector<int64_t> next_positions;  // for each row, where the token after it would stand
   SequenceLengths rows;
   at::Tensor image_rows;  // [image tokens] int64: where image features go
-  std::vector<at::Tensor> images;
+  std::vector<Picture> images;
   // The loss is taken where the next token of the same row is labelled.
   at::Tensor predict_rows;  // [N] int64: rows of the hidden states
   at::Tensor targets;       // [N] int64
@@ -38,8 +39,12 @@ int64_t count_labelled(const Sample& sample);
 
 PackedBatch pack(const std::vector<const Sample*>& samples, const VisionLanguageModel& model, at::Device device);
 
-// Token embeddings with image features in their places: [T, hidden].
-at::Tensor embed(const VisionLanguageModel& model, const PackedBatch& batch, const ForwardOptions& options,
-                 bool vision_needs_grad);
+// What the decoder starts from. `pass` points to the batch's rows.
+struct DecoderInput {
+  at::Tensor hidden;  // [T, hidden]: token embeddings with image features in their places
+  DecoderPass pass;
+};
+DecoderInput embed(const VisionLanguageModel& model, const PackedBatch& batch, const ForwardOptions& options,
+                   bool vision_needs_grad);
 
 }  // namespace martlet

@@ -257,15 +257,12 @@ StepResult Trainer::run(int64_t number, const std::vector<MicroBatch>& micro_bat
       options.job = &job;
       ForwardOptions vision = options;
       vision.recompute = train && options_.vision_recompute ? Recompute::kLayer : Recompute::kNone;
-      at::Tensor hidden = embed(model_, batch, vision, vision_trains);
-      if (train && options_.neftune_alpha > 0) hidden = hidden + add_noise(hidden, batch);
+      DecoderInput input = embed(model_, batch, vision, vision_trains);  // outlives the backward pass
+      input.pass.options = options;
+      if (train && options_.neftune_alpha > 0) input.hidden = input.hidden + add_noise(input.hidden, batch);
       // Recomputed layers need an input that requires grad even where nothing before them is trained.
-      if (options.recompute != Recompute::kNone && !hidden.requires_grad()) hidden.requires_grad_(true);
-      DecoderPass pass;  // outlives the backward pass, which runs recomputed layers again
-      pass.rows = &batch.rows;
-      pass.rotary = model_.decoder().rotary(batch.positions, hidden.scalar_type());
-      pass.options = options;
-      hidden = model_.decoder().forward(hidden, pass);
+      if (options.recompute != Recompute::kNone && !input.hidden.requires_grad()) input.hidden.requires_grad_(true);
+      const at::Tensor hidden = model_.decoder().forward(input.hidden, input.pass);
       const at::Tensor selected = model_.decoder().norm.forward(hidden.index_select(0, batch.predict_rows));
       const LossOutput loss = chunked_cross_entropy(selected, model_.head_weight(), batch.targets, scale * loss_scale,
                                                     train ? options_.label_smoothing : 0.0);
@@ -429,7 +426,8 @@ std::vector<std::string> Trainer::save_full(const std::string& dir, int64_t max_
   for (const std::string& name : base.names()) {
     job.check();
     const TensorInfo& info = base.info(name);
-    const auto it = values.find(family_.canonical_key(name));
+    const std::string key = family_.canonical_key(name);
+    const auto it = values.find(key == kHeadKey && model_.has_tied_head() ? kEmbeddingKey : key);
     if (it == values.end()) {
       writer.add(name, base.tensor(name));
     } else {

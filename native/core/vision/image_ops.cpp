@@ -111,6 +111,11 @@ ImagePlan parse_image_plan(const json& value) {
     check_side(plan.crop->height);
     check_side(plan.crop->width);
   }
+  if (value.contains("patches")) {
+    const json& patches = value["patches"];
+    plan.patches = {patches.at("size").get<int64_t>(), patches.at("temporal").get<int64_t>(),
+                    patches.at("merge").get<int64_t>()};
+  }
   plan.rescale = value.at("rescale").get<double>();
   plan.mean = value.at("mean").get<std::array<double, 3>>();
   plan.std = value.at("std").get<std::array<double, 3>>();
@@ -136,9 +141,10 @@ at::Tensor resize_pillow_bicubic(const at::Tensor& image, int64_t height, int64_
   return current;
 }
 
-at::Tensor preprocess_image(const uint8_t* rgb, int64_t width, int64_t height, const ImagePlan& plan) {
-  check_side(width);
-  check_side(height);
+namespace {
+
+// One frame → [3, H, W] float32.
+at::Tensor preprocess_frame(const uint8_t* rgb, int64_t width, int64_t height, const ImagePlan& plan) {
   at::Tensor image = at::from_blob(const_cast<uint8_t*>(rgb), {height, width, 3}, at::kByte);  // read only
   if (plan.resize && plan.pillow) {
     image = resize_pillow_bicubic(image, plan.resize->height, plan.resize->width);
@@ -170,6 +176,26 @@ at::Tensor preprocess_image(const uint8_t* rgb, int64_t width, int64_t height, c
   // The torchvision backend folds the rescaling into mean and std.
   const double fold = 1.0 / plan.rescale;
   return image.to(at::kFloat).sub_(channel_values(plan.mean) * fold).div_(channel_values(plan.std) * fold);
+}
+
+}  // namespace
+
+Picture preprocess_image(const uint8_t* rgb, int64_t frames, int64_t width, int64_t height, const ImagePlan& plan) {
+  check_side(width);
+  check_side(height);
+  if (frames < 1 || (frames > 1 && !plan.patches))
+    fail(code::kImage, "A video of " + std::to_string(frames) + " frames cannot be given to this model.");
+  std::vector<at::Tensor> images;
+  for (int64_t i = 0; i < frames; ++i)
+    images.push_back(preprocess_frame(rgb + i * height * width * 3, width, height, plan));
+  Picture picture;
+  if (plan.patches) {
+    const ImagePlan::Patches& p = *plan.patches;
+    picture.pixels = cut_patches(at::stack(images), p.size, p.temporal, p.merge, picture.grid);
+  } else {
+    picture.pixels = images[0];
+  }
+  return picture;
 }
 
 }  // namespace martlet

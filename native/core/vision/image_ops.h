@@ -7,6 +7,8 @@
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
 
+#include "core/vision/patch_grid.h"
+
 namespace martlet {
 
 // See ImagePlan in lib/native/binding.ts.
@@ -17,17 +19,31 @@ struct ImagePlan {
   struct Box {
     int64_t top = 0, left = 0, height = 0, width = 0;
   };
+  struct Patches {
+    int64_t size = 0, temporal = 0, merge = 0;
+  };
   std::optional<Size> resize;
   std::optional<Box> crop;
   bool pillow = false;  // else as torchvision on uint8
   double rescale = 1.0 / 255;
   std::array<double, 3> mean{}, std{};
+  std::optional<Patches> patches;
+};
+
+// A picture or a video as a vision tower takes it: float32 on the CPU.
+struct Picture {
+  // [3, H, W]; or [grid.patches(), elements of a patch] in merge-block order.
+  at::Tensor pixels;
+  PatchGrid grid;      // of patches
+  bool video = false;  // its features go to video tokens
+  // Seconds between two temporal patches of a video.
+  double seconds_per_grid = 1.0;
 };
 
 ImagePlan parse_image_plan(const nlohmann::json& plan);
 
-// rgb: height × width × 3 bytes → [3, H, W] float32 on the CPU.
-at::Tensor preprocess_image(const uint8_t* rgb, int64_t width, int64_t height, const ImagePlan& plan);
+// rgb: frames × height × width × 3 bytes. Several frames need a plan with patches.
+Picture preprocess_image(const uint8_t* rgb, int64_t frames, int64_t width, int64_t height, const ImagePlan& plan);
 
 // Bicubic as Pillow's Image.resize does it on 8-bit pictures, bit for bit (22-bit fixed-point coefficients, horizontal
 // pass first). image: [H, W, 3] uint8.

@@ -5,112 +5,121 @@
 #include <algorithm>
 
 namespace martlet {
+namespace {
 
-VitEmbeddings::PatchEmbedding::PatchEmbedding(const VitConfig& c) {
-  register_parameter(weight, "weight", {c.hidden_size, c.num_channels * c.patch_size * c.patch_size});
+std::unique_ptr<FeedForward> make_mlp(const VitConfig& c) {
+  if (c.gated_mlp) return std::make_unique<GatedMlp>(c.hidden_size, c.intermediate_size, /*bias=*/true);
+  return std::make_unique<Mlp>(Mlp::Sizes{c.hidden_size, c.intermediate_size, c.hidden_size}, c.activation,
+                               /*bias=*/true, c.names.fc1, c.names.fc2);
 }
 
-VitEmbeddings::VitEmbeddings(const VitConfig& config)
-    : position_embedding(config.patches() + 1, config.hidden_size), config_(config), patch_embedding_(config) {
-  register_parameter(class_embedding, "class_embedding", {config.hidden_size});
-  register_module(patch_embedding_, "patch_embedding");
-  register_module(position_embedding, "position_embedding");
-}
-
-at::Tensor VitEmbeddings::forward(const at::Tensor& pixels) const {
-  const int64_t n = pixels.size(0), p = config_.patch_size, grid = config_.image_size / p;
-  // [N, C, gh, p, gw, p] → [N, gh · gw, C · p · p]: the order of a convolution kernel's elements.
-  const at::Tensor flat = pixels.view({n, config_.num_channels, grid, p, grid, p})
-                              .permute({0, 2, 4, 1, 3, 5})
-                              .reshape({n * grid * grid, config_.num_channels * p * p});
-  const at::Tensor patches =
-      at::linear(flat, patch_embedding_.weight.value).view({n, grid * grid, config_.hidden_size});
-  const at::Tensor cls = class_embedding.value.expand({n, 1, config_.hidden_size});
-  return at::cat({cls, patches}, 1) + position_embedding.weight.value;
-}
+}  // namespace
 
 VitLayer::Attention::Attention(const VitConfig& c)
-    : q_proj(c.hidden_size, c.hidden_size, true),
-      k_proj(c.hidden_size, c.hidden_size, true),
-      v_proj(c.hidden_size, c.hidden_size, true),
-      out_proj(c.hidden_size, c.hidden_size, true),
-      num_heads(c.num_heads),
-      head_dim(c.hidden_size / c.num_heads) {
-  register_module(k_proj, "k_proj");
-  register_module(v_proj, "v_proj");
-  register_module(q_proj, "q_proj");
-  register_module(out_proj, "out_proj");
+    : out_(c.hidden_size, c.hidden_size, true), num_heads_(c.num_heads), head_dim_(c.hidden_size / c.num_heads) {
+  if (c.fused_qkv) {
+    qkv_.push_back(std::make_unique<Linear>(c.hidden_size, 3 * c.hidden_size, true));
+    register_module(*qkv_[0], "qkv");
+  } else {
+    for (int i = 0; i < 3; ++i) qkv_.push_back(std::make_unique<Linear>(c.hidden_size, c.hidden_size, true));
+    register_module(*qkv_[1], "k_proj");
+    register_module(*qkv_[2], "v_proj");
+    register_module(*qkv_[0], "q_proj");
+  }
+  register_module(out_, c.names.attention_out);
 }
 
 at::Tensor VitLayer::Attention::forward(const at::Tensor& x, const SequenceLengths& rows,
-                                        DropoutSource* dropout) const {
-  const auto heads = [&](const Linear& proj) {
-    return proj.forward(x, dropout).view({x.size(0), num_heads, head_dim});
-  };
-  const at::Tensor mixed = packed_attention(heads(q_proj), heads(k_proj), heads(v_proj), rows, /*causal=*/false);
-  return out_proj.forward(mixed.reshape(x.sizes()), dropout);
-}
-
-VitLayer::Mlp::Mlp(const VitConfig& c)
-    : fc1(c.hidden_size, c.intermediate_size, true),
-      fc2(c.intermediate_size, c.hidden_size, true),
-      activation(c.activation) {
-  register_module(fc1, "fc1");
-  register_module(fc2, "fc2");
-}
-
-at::Tensor VitLayer::Mlp::forward(const at::Tensor& x, DropoutSource* dropout) const {
-  const at::Tensor product =
-      run_cheap([act = activation](const std::vector<at::Tensor>& in) { return activate(in[0], act); },
-                {fc1.forward(x, dropout)});
-  return fc2.forward(product, dropout);
+                                        const std::optional<RotaryTable>& rotary, DropoutSource* dropout) const {
+  std::vector<at::Tensor> qkv;  // [T, heads, d] each
+  if (qkv_.size() == 1) {
+    qkv = qkv_[0]->forward(x, dropout).view({x.size(0), 3, num_heads_, head_dim_}).unbind(1);
+  } else {
+    for (const auto& proj : qkv_) qkv.push_back(proj->forward(x, dropout).view({x.size(0), num_heads_, head_dim_}));
+  }
+  if (rotary) {
+    for (int i = 0; i < 2; ++i) qkv[i] = apply_rotary(qkv[i], *rotary);
+  }
+  const at::Tensor mixed = packed_attention(qkv[0], qkv[1], qkv[2], rows, /*causal=*/false);
+  return out_.forward(mixed.reshape(x.sizes()), dropout);
 }
 
 VitLayer::VitLayer(const VitConfig& c)
-    : self_attn_(c), mlp_(c), layer_norm1_(c.hidden_size, c.norm_eps), layer_norm2_(c.hidden_size, c.norm_eps) {
-  register_module(self_attn_, "self_attn");
-  register_module(layer_norm1_, "layer_norm1");
-  register_module(mlp_, "mlp");
-  register_module(layer_norm2_, "layer_norm2");
+    : attention_(c),
+      mlp_(make_mlp(c)),
+      norm1_(make_norm(c.norm, c.hidden_size, c.norm_eps)),
+      norm2_(make_norm(c.norm, c.hidden_size, c.norm_eps)) {
+  register_module(attention_, c.names.attention);
+  register_module(*norm1_, c.names.norm1);
+  register_module(*mlp_, "mlp");
+  register_module(*norm2_, c.names.norm2);
 }
 
-at::Tensor VitLayer::forward(const at::Tensor& x, const SequenceLengths& rows, DropoutSource* dropout) const {
-  const at::Tensor h = x + self_attn_.forward(run_norm(layer_norm1_, x), rows, dropout);
-  return h + mlp_.forward(run_norm(layer_norm2_, h), dropout);
+at::Tensor VitLayer::forward(const at::Tensor& x, const SequenceLengths& rows, const std::optional<RotaryTable>& rotary,
+                             DropoutSource* dropout) const {
+  const at::Tensor h = x + attention_.forward(run_norm(*norm1_, x), rows, rotary, dropout);
+  return h + mlp_->forward(run_norm(*norm2_, h), dropout);
 }
 
-Vit::Encoder::Encoder(const VitConfig& config) {
-  for (int64_t i = 0; i < config.num_layers; ++i) {
-    layers.push_back(std::make_unique<VitLayer>(config));
-    register_module(*layers.back(), "layers." + std::to_string(i));
+Vit::PatchEmbedding::PatchEmbedding(const VitConfig& c) {
+  register_parameter(weight, "weight", {c.hidden_size, c.patch_elements});
+  if (c.patch_bias) register_parameter(bias, "bias", {c.hidden_size});
+}
+
+Vit::Vit(const VitConfig& config) : config_(config), patch_embedding_(config) {
+  const VitNames& names = config_.names;
+  if (config_.class_token) register_parameter(class_embedding_, names.class_embedding, {config_.hidden_size});
+  register_module(patch_embedding_, names.patch_embedding);
+  if (config_.positions != VitConfig::Positions::kNone) {
+    position_embedding_.emplace(config_.position_rows, config_.hidden_size);
+    register_module(*position_embedding_, names.position_embedding);
+  }
+  if (config_.embedding_norm) {
+    embedding_norm_ = make_norm(config_.norm, config_.hidden_size, config_.norm_eps);
+    register_module(*embedding_norm_, names.embedding_norm);
+  }
+  for (int64_t i = 0; i < config_.num_layers; ++i) {
+    layers_.push_back(std::make_unique<VitLayer>(config_));
+    register_module(*layers_.back(), names.layers + "." + std::to_string(i));
   }
 }
 
-Vit::Vit(const VitConfig& config)
-    : config_(config), embeddings_(config), pre_layrnorm_(config.hidden_size, config.norm_eps), encoder_(config) {
-  register_module(embeddings_, "embeddings");
-  register_module(pre_layrnorm_, "pre_layrnorm");
-  register_module(encoder_, "encoder");
+at::Tensor Vit::embed(const at::Tensor& patches, const VitLayout& layout) const {
+  const auto bias = patch_embedding_.bias.value;
+  at::Tensor x = at::linear(patches, patch_embedding_.weight.value,
+                            bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
+  const int64_t pictures = layout.rows.rows();
+  if (config_.class_token) {
+    const at::Tensor cls = class_embedding_.value.expand({pictures, 1, config_.hidden_size});
+    x = at::cat({cls, x.view({pictures, -1, config_.hidden_size})}, 1).flatten(0, 1);
+  }
+  if (config_.positions == VitConfig::Positions::kTable) {
+    x = (x.view({pictures, -1, config_.hidden_size}) + position_embedding_->weight.value).flatten(0, 1);
+  } else if (config_.positions == VitConfig::Positions::kSampledTable) {
+    // Weighted and summed in float32, then rounded, in every dtype (transformers 5).
+    const at::Tensor rows = position_embedding_->forward(layout.position_index);
+    x = x + (rows * layout.position_weight.unsqueeze(-1)).sum(1).to(x.scalar_type());
+  }
+  return embedding_norm_ ? embedding_norm_->forward(x) : x;
 }
 
-std::vector<at::Tensor> Vit::forward(const at::Tensor& pixels, const std::vector<int64_t>& taps,
-                                     const ForwardOptions& options) const {
-  const int64_t n = pixels.size(0);
-  const SequenceLengths rows =
-      SequenceLengths::from_lengths(std::vector<int64_t>(n, 1 + config_.patches()), pixels.device());
-  at::Tensor x = pre_layrnorm_.forward(embeddings_.forward(pixels)).view({rows.total(), config_.hidden_size});
+std::vector<at::Tensor> Vit::forward(const at::Tensor& patches, const VitLayout& layout,
+                                     const std::vector<int64_t>& taps, const ForwardOptions& options) const {
+  at::Tensor x = embed(patches, layout);
   std::vector<at::Tensor> outputs(taps.size());
   const int64_t last = *std::max_element(taps.begin(), taps.end());
+  const auto& full = config_.full_attention_layers;
   for (int64_t i = 0; i <= last; ++i) {
     for (size_t t = 0; t < taps.size(); ++t) {
       if (taps[t] == i) outputs[t] = x;
     }
     if (i == last) break;
-    const VitLayer& layer = *encoder_.layers[i];
-    // `rows` and `dropout` outlive the backward pass only if they are captured by value.
-    x = run_layer(
-        [&layer, rows, dropout = options.dropout](const at::Tensor& h) { return layer.forward(h, rows, dropout); }, x,
-        options);
+    const VitLayer& layer = *layers_[i];
+    const bool windowed = !full.empty() && std::find(full.begin(), full.end(), i) == full.end();
+    // What the layer needs outlives the backward pass only if it is captured by value.
+    x = run_layer([&layer, rows = windowed ? layout.windows : layout.rows, rotary = layout.rotary,
+                   dropout = options.dropout](const at::Tensor& h) { return layer.forward(h, rows, rotary, dropout); },
+                  x, options);
   }
   return outputs;
 }

@@ -4,10 +4,12 @@ import { parentPort, Worker, workerData } from 'node:worker_threads';
 import { loadModel, trainLoRA } from '../../../lib/index.js';
 import { childArgs, LONG_QUESTION } from '../../support/process.js';
 
-type Job = { kind: 'generate'; model: string; tokens: number } | { kind: 'train'; config: Record<string, unknown> };
+type Job =
+  | { kind: 'generate'; model: string; tokens: number; device?: 'cuda' }
+  | { kind: 'train'; config: Record<string, unknown> };
 
-async function generate(model: string, maxNewTokens: number): Promise<number[]> {
-  const loaded = await loadModel(model, { device: 'cpu' });
+async function generate(model: string, maxNewTokens: number, device: 'cpu' | 'cuda' = 'cpu'): Promise<number[]> {
+  const loaded = await loadModel(model, { device });
   const ids: number[] = [];
   for await (const { tokenId } of loaded.stream({ ...LONG_QUESTION, maxNewTokens })) {
     if (ids.length === 0) parentPort?.postMessage({ running: true });
@@ -26,7 +28,7 @@ async function train(config: Record<string, unknown>): Promise<number[]> {
   return losses;
 }
 
-const perform = (job: Job) => (job.kind === 'train' ? train(job.config) : generate(job.model, job.tokens));
+const perform = (job: Job) => (job.kind === 'train' ? train(job.config) : generate(job.model, job.tokens, job.device));
 
 function start(job: Job): { worker: Worker; running: Promise<void>; result: Promise<number[]> } {
   const worker = new Worker(new URL(import.meta.url), { workerData: job, argv: process.argv.slice(2) });

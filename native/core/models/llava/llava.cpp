@@ -7,7 +7,7 @@
 
 #include "core/base/error.h"
 #include "core/models/llava/config.h"
-#include "core/projector/mlp.h"
+#include "core/nn/mlp.h"
 
 namespace martlet {
 namespace llava {
@@ -50,8 +50,9 @@ class Llava : public VisionLanguageModel {
   explicit Llava(const Config& config, bool own_head)
       : config_(config),
         vision_tower_(config.vision),
-        projector_(config.vision.hidden_size * static_cast<int64_t>(config.taps.size()), config.text.hidden_size,
-                   config.projector_activation, config.projector_bias),
+        projector_({config.vision.hidden_size * static_cast<int64_t>(config.taps.size()), config.text.hidden_size,
+                    config.text.hidden_size},
+                   config.projector_activation, config.projector_bias, "linear_1", "linear_2"),
         language_model_(config.text) {
     register_module(vision_tower_, "model.vision_tower");
     register_module(projector_, "model.multi_modal_projector");
@@ -72,26 +73,36 @@ class Llava : public VisionLanguageModel {
 
   bool is_default_target(const std::string& path) const override { return starts_with(path, kText); }
 
-  at::Tensor image_features(const std::vector<at::Tensor>& images, const ForwardOptions& options) const override {
-    const int64_t size = config_.vision.image_size;
-    for (const at::Tensor& image : images) {
-      if (image.size(1) != size || image.size(2) != size) {
-        fail(code::kImage, "The processor made a picture of " + std::to_string(image.size(2)) + "×" +
-                               std::to_string(image.size(1)) + " pixels, but the vision tower takes " +
+  VisionFeatures image_features(const std::vector<Picture>& pictures, const ForwardOptions& options) const override {
+    const int64_t size = config_.image_size, patch = config_.patch_size, grid = size / patch;
+    const int64_t n = static_cast<int64_t>(pictures.size()), width = config_.vision.hidden_size;
+    std::vector<at::Tensor> images;
+    for (const Picture& picture : pictures) {
+      const at::Tensor& image = picture.pixels;
+      if (image.dim() != 3 || image.size(1) != size || image.size(2) != size) {
+        fail(code::kImage, "The processor made a picture of " + std::to_string(image.size(-1)) + "×" +
+                               std::to_string(image.size(-2)) + " pixels, but the vision tower takes " +
                                std::to_string(size) + "×" + std::to_string(size) +
                                ": preprocessor_config.json and config.json are not of one model.");
       }
+      images.push_back(image);
     }
-    const at::Tensor& like = projector_.linear_1.weight.value;
-    const at::Tensor pixels = at::stack(images).to(like.device(), like.scalar_type());
-    std::vector<at::Tensor> states = vision_tower_.forward(pixels, config_.taps, options);
-    const int64_t width = config_.vision.hidden_size, tokens = 1 + config_.vision.patches();
+    // [N, C, gh, p, gw, p] → [N · gh · gw, C · p · p]: the order of a convolution kernel's elements.
+    const at::Tensor patches = at::stack(images)
+                                   .to(vision_tower_.options())
+                                   .view({n, 3, grid, patch, grid, patch})
+                                   .permute({0, 2, 4, 1, 3, 5})
+                                   .reshape({n * grid * grid, config_.vision.patch_elements});
+    const int64_t tokens = 1 + config_.patches();
+    VitLayout layout;
+    layout.rows = SequenceLengths::from_lengths(std::vector<int64_t>(n, tokens), patches.device());
+    std::vector<at::Tensor> states = vision_tower_.forward(patches, layout, config_.taps, options);
     for (at::Tensor& state : states) {
       state = state.view({-1, tokens, width});
       if (config_.drop_class_token) state = state.narrow(1, 1, tokens - 1);
       state = state.reshape({-1, width});
     }
-    return projector_.forward(states.size() == 1 ? states[0] : at::cat(states, -1), options.dropout);
+    return {projector_.forward(states.size() == 1 ? states[0] : at::cat(states, -1), options.dropout), {}};
   }
 
   const Decoder& decoder() const override { return language_model_; }
@@ -102,17 +113,14 @@ class Llava : public VisionLanguageModel {
  private:
   Config config_;
   Vit vision_tower_;
-  MlpProjector projector_;
+  Mlp projector_;
   Decoder language_model_;
   std::optional<Linear> lm_head_;
 };
 
-std::unique_ptr<VisionLanguageModel> create(const nlohmann::json& config,
-                                            const std::function<bool(const std::string&)>& has_key) {
+std::unique_ptr<VisionLanguageModel> create(const nlohmann::json& config, const WeightSource& stored) {
   const Config parsed = parse_config(config);
-  // transformers 5: tied only if the config says so; a head that is in the file is kept all the same.
-  const bool own_head = !parsed.text.tie_word_embeddings || has_key("lm_head.weight");
-  return std::make_unique<Llava>(parsed, own_head);
+  return std::make_unique<Llava>(parsed, has_own_head(parsed.text, stored));
 }
 
 }  // namespace

@@ -1,0 +1,382 @@
+/**
+ * `npm run bench [-- options]`: martlet beside transformers + PEFT on one machine, the same weights and rows, in one run.
+ *
+ *   --only A,B          shapes of bench/shapes.json, and `vision` (of Qwen2.5-VL-7B the gate and the tower alone); default llava-7b
+ *   --batches 2,4,8     rows in a step; default the shape's
+ *   --tiny              the shapes' small doubles: a trial of the scripts, results go to build/bench
+ *   --device cuda|cpu   default cuda
+ *   --quick             one round (martlet, peer) instead of two (martlet, peer, peer, martlet); 10 timed steps
+ *   --tuned             also the tuned peer: compiled layers, static cache (minutes of compiling)
+ *   --budget SECONDS    stops in time; each shape may use an even part of what is left, and what does not fit is left out and named in the
+ *                       results; default 3600
+ *   --out DIR           default bench/results
+ *   --force             times even if the gate fails; the results say so and are never published
+ *
+ * Environment: BENCH_DIR = where checkpoints and merged models are written (default: the system's temporary folder), BENCH_PYTHON (default python3:
+ * needs torch, transformers, peft, safetensors), COMMIT (default: git's), OUT = a second folder for the results.
+ *
+ * Each side is one process that answers task after task. In order of weight: checkpoint; gate (loss and LoRA gradients of one batch against
+ * transformers + PEFT in float32); decoding, training and the vision tower of martlet, then of the peer; merging; training with recompute. Results
+ * are written after each task.
+ */
+import { execFileSync, spawn } from 'node:child_process';
+import { copyFileSync, existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join, relative } from 'node:path';
+import { createInterface } from 'node:readline';
+import { fileURLToPath } from 'node:url';
+import { parseArgs } from 'node:util';
+import { compareGradients } from './safetensors.mjs';
+
+const root = fileURLToPath(new URL('..', import.meta.url));
+const here = (name) => join(root, 'bench', name);
+const LIMITS = { lossDifference: 2e-3, cosine: 0.999 };
+const GATE_BATCH = 2;
+const VISION_SHAPE = 'qwen2.5-vl-7b';
+
+const { values: options } = parseArgs({
+  options: {
+    only: { type: 'string', default: 'llava-7b' },
+    batches: { type: 'string' },
+    tiny: { type: 'boolean', default: false },
+    device: { type: 'string', default: 'cuda' },
+    quick: { type: 'boolean', default: false },
+    tuned: { type: 'boolean', default: false },
+    budget: { type: 'string', default: '3600' },
+    out: { type: 'string' },
+    force: { type: 'boolean', default: false },
+  },
+});
+const shapes = JSON.parse(readFileSync(here('shapes.json'), 'utf8'));
+/** What is measured: the name of its results, its shape, whether that is the vision tower alone. */
+const jobs = options.only.split(',').map((name) => {
+  const visionOnly = name === 'vision';
+  const large = visionOnly ? VISION_SHAPE : name;
+  const shapeName = options.tiny ? shapes[large]?.tiny : large;
+  if (!shapes[shapeName]) throw new Error(`bench/shapes.json has no shape ${name}`);
+  return { name: visionOnly ? `${options.tiny ? 'tiny-' : ''}vision` : shapeName, shapeName, visionOnly };
+});
+const python = process.env.BENCH_PYTHON ?? 'python3';
+const outDir = options.out ?? join(root, options.tiny ? 'build/bench' : 'bench/results');
+
+const began = performance.now();
+const elapsed = () => (performance.now() - began) / 1000;
+const say = (text) => console.log(`[${elapsed().toFixed(0).padStart(4)} s] ${text}`);
+
+const OUT_OF_MEMORY = 'out of memory';
+const NO_TIME = 'no time left';
+
+/** A process that answers tasks, one JSON line each. */
+class Side {
+  /** Why it answers no more; absent while it does. */
+  lost;
+
+  constructor(name, command, args) {
+    this.name = name;
+    this.child = spawn(command, args, {
+      cwd: root,
+      stdio: ['pipe', 'pipe', 'inherit'],
+      env: { PYTHONUNBUFFERED: '1', HF_HUB_OFFLINE: '1', TOKENIZERS_PARALLELISM: 'false', ...process.env },
+    });
+    this.child.stdin.on('error', () => {}); // It has ended, which `ended` tells.
+    this.ended = new Promise((resolve) => {
+      const end = (why) => {
+        this.lost ??= why;
+        resolve({ error: this.lost });
+      };
+      this.child.on('error', (error) => end(error.message));
+      this.child.on('close', (code, signal) => end(`its process ended with ${code ?? signal}`));
+    });
+    createInterface({ input: this.child.stdout }).on('line', (line) => {
+      if (line.startsWith('{')) this.answer?.(JSON.parse(line));
+      else console.log(line);
+    });
+  }
+
+  /** The task's result, or `{ error }`. When `limit` seconds are over, the process is killed. */
+  async ask(task, limit) {
+    const answer = new Promise((resolve) => {
+      this.answer = resolve;
+    });
+    const timer = setTimeout(() => {
+      this.lost ??= NO_TIME;
+      this.child.kill('SIGKILL');
+    }, limit * 1000);
+    this.child.stdin.write(`${JSON.stringify(task)}\n`);
+    const result = await Promise.race([answer, this.ended]);
+    clearTimeout(timer);
+    return result;
+  }
+
+  /** Lets it end; one that does not within 10 s is killed. */
+  async end() {
+    this.child.stdin.end();
+    const timer = setTimeout(() => this.child.kill('SIGKILL'), 10_000);
+    await this.ended;
+    clearTimeout(timer);
+  }
+}
+
+function environment() {
+  const code = `
+import json, platform, torch, transformers, peft, os
+cuda = torch.cuda.is_available()
+print(json.dumps({
+  "gpu": torch.cuda.get_device_name() if cuda else None,
+  "gpuMemory": torch.cuda.get_device_properties(0).total_memory if cuda else 0,
+  "cpu": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0)),
+  "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if cuda else None,
+    "transformers": transformers.__version__, "peft": peft.__version__, "python": platform.python_version()}}))`;
+  const found = JSON.parse(execFileSync(python, ['-c', code], { encoding: 'utf8', env: process.env }));
+  let driver = null;
+  try {
+    driver = execFileSync('nvidia-smi', ['--query-gpu=driver_version', '--format=csv,noheader'], { encoding: 'utf8' })
+      .split('\n')[0]
+      .trim();
+  } catch {
+    // no NVIDIA driver
+  }
+  const { version } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8'));
+  return { ...found, driver, versions: { martlet: version, node: process.versions.node, ...found.versions } };
+}
+
+function commit() {
+  if (process.env.COMMIT) return process.env.COMMIT;
+  try {
+    return execFileSync('git', ['-C', root, 'rev-parse', 'HEAD'], {
+      encoding: 'utf8',
+      stdio: ['ignore', 'pipe', 'ignore'],
+    }).trim();
+  } catch {
+    return null;
+  }
+}
+
+const machine = environment();
+if (options.device === 'cuda' && machine.gpu === null) {
+  console.error(
+    'torch sees no CUDA device here. Run the benchmark on a GPU machine, or try the scripts with --tiny --device cpu.',
+  );
+  process.exit(1);
+}
+const date = new Date().toISOString().slice(0, 10);
+const slug = (machine.gpu ?? 'cpu')
+  .toLowerCase()
+  .replace(/^nvidia /, '')
+  .replaceAll(/[^a-z0-9]+/g, '-');
+
+const median = (values) => quantile(values, 0.5);
+function quantile(values, q) {
+  const sorted = [...values].sort((a, b) => a - b);
+  const at = (sorted.length - 1) * q;
+  const low = Math.floor(at);
+  return sorted[low] + (sorted[Math.min(low + 1, sorted.length - 1)] - sorted[low]) * (at - low);
+}
+
+const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
+const ms = (seconds) => `${(seconds * 1000).toFixed(0)} ms`;
+
+const titleOf = (task) =>
+  [task.kind, task.mode, task.attention, task.batch && `${task.batch} rows`, task.recompute && 'recompute']
+    .filter(Boolean)
+    .join(' ');
+
+/** A result in a few words. */
+const WORDS = {
+  decode: (r) => `${median(r.tokensPerSecond).toFixed(1)} tok/s, first token ${ms(median(r.firstTokenSeconds))}`,
+  vision: (r) => `${r.pictures} pictures in ${ms(median(r.visionSeconds))}`,
+  gradients: (r) => `loss ${r.loss}, ${r.tensors} tensors`,
+  merge: (r) => `${r.mergeSeconds.toFixed(1)} s ${r.parts ? JSON.stringify(r.parts) : `(${r.mergedTensors} tensors)`}`,
+  train: (r) =>
+    `${r.tokensPerSecond.toFixed(0)} tok/s (${ms(r.median)}, p10 ${ms(r.p10)}, p90 ${ms(r.p90)}), peak ${gib(r.peakAllocated)}`,
+};
+const wordsOf = (result) =>
+  WORDS[result.kind]?.(result) ?? (result.seconds ? `${result.seconds.toFixed(2)} s` : 'done');
+
+/** Measures one job within `budget` seconds; true if nothing failed. */
+async function benchmark({ name, shapeName, visionOnly }, budget) {
+  const shape = shapes[shapeName];
+  const folder = process.env.BENCH_DIR ?? tmpdir();
+  const dir = join(folder, `martlet-bench-${shapeName}`);
+  const file = `${date}-${slug}-${name}.json`;
+  const [started, deadline] = [elapsed(), elapsed() + budget];
+  const remaining = () => deadline - elapsed();
+  /** About how long a task takes; a trial's are short. */
+  const about = (seconds) => (options.tiny ? 1 : seconds);
+  const results = {
+    what: name,
+    title: shape.title,
+    date,
+    ...machine,
+    commit: commit(),
+    command: `npm run bench -- ${process.argv.slice(2).join(' ')}`.trim(),
+    row: shape.row,
+    prompt: shape.prompt,
+    vision: shape.vision,
+    gate: null,
+    runs: [],
+    leftOut: [],
+    seconds: 0,
+  };
+  let failed = false;
+
+  function save() {
+    results.seconds = Math.round(elapsed() - started);
+    mkdirSync(outDir, { recursive: true });
+    const path = join(outDir, file);
+    writeFileSync(`${path}.tmp`, `${JSON.stringify(results, null, 1)}\n`);
+    renameSync(`${path}.tmp`, path);
+    if (process.env.OUT && existsSync(process.env.OUT)) copyFileSync(path, join(process.env.OUT, file));
+  }
+
+  function leaveOut(stage, why) {
+    say(`left out: ${stage} (${why})`);
+    results.leftOut.push({ stage, why });
+    save();
+  }
+
+  /** Does a task if `needed` seconds are left; gives its result, or nothing. What failed is said, and the next task may still succeed. */
+  async function perform(side, task, needed) {
+    if (side.lost) return undefined; // said already
+    const title = `${side.name}: ${titleOf(task)}`;
+    if (remaining() < needed) {
+      leaveOut(title, `${remaining().toFixed(0)} s left, about ${needed.toFixed(0)} s needed`);
+      return undefined;
+    }
+    const result = await side.ask(task, remaining());
+    if (result.error) {
+      // Memory that does not suffice for a batch is a result.
+      if (task.kind === 'train' && result.error === OUT_OF_MEMORY) {
+        say(`${title}: ${result.error}`);
+        return result;
+      }
+      failed ||= result.error !== NO_TIME;
+      leaveOut(side.lost ? `${title} and what comes after it` : title, result.error);
+      return undefined;
+    }
+    if (result.seconds?.length) {
+      const [middle, p10, p90] = [0.5, 0.1, 0.9].map((q) => quantile(result.seconds, q));
+      const tokens = result.batch * shape.row.tokens;
+      Object.assign(result, { tokens, median: middle, p10, p90, tokensPerSecond: tokens / middle });
+    }
+    say(`${title}: ${wordsOf(result)}`);
+    return result;
+  }
+
+  const gradients = (side) => join(dir, `gradients-${side}.safetensors`);
+  const gateTask = (side) => ({ kind: 'gradients', batch: GATE_BATCH, file: gradients(side) });
+  /** Distance of a side's loss and gradients from the reference's. */
+  const distance = (side, loss) => ({
+    loss,
+    lossDifference: Math.abs(loss - results.gate.referenceLoss),
+    ...compareGradients(gradients(side), gradients('reference')),
+  });
+
+  /** Leaves martlet loaded. */
+  async function gate(peer, martlet) {
+    const load = { kind: 'load', mode: 'reference' };
+    if (!(await perform(peer, { kind: 'checkpoint', shape: shapeName }, about(existsSync(dir) ? 5 : 45)))) return;
+    const reference = (await perform(peer, load, about(25))) && (await perform(peer, gateTask('reference'), about(10)));
+    await perform(peer, { kind: 'unload' }, 0);
+    const own =
+      (await measure(martlet, 'martlet', 1, [{ kind: 'load' }])) &&
+      (await perform(martlet, gateTask('martlet'), about(10)));
+    if (!reference || !own) return;
+    results.gate = { limits: LIMITS, referenceLoss: reference.loss };
+    Object.assign(results.gate, distance('martlet', own.loss));
+    const { lossDifference, cosine, worstTensor } = results.gate;
+    results.gate.passed = lossDifference < LIMITS.lossDifference && cosine > LIMITS.cosine;
+    say(
+      `gate ${results.gate.passed ? 'passed' : 'FAILED'}: loss off by ${lossDifference.toExponential(1)}, cosine of the gradients ${cosine.toFixed(6)}, lowest ${worstTensor.cosine.toFixed(6)} (${worstTensor.name})`,
+    );
+    save();
+  }
+
+  /** Seconds of a step by row as last measured, by side: what the next stage will take. */
+  const rowSeconds = {};
+  /** Does tasks that are recorded as runs of `label`, each if its time and `reserve` seconds are left. True if the last was done. */
+  async function measure(side, label, round, tasks, reserve = 0) {
+    let done = false;
+    for (const task of tasks) {
+      const steps = (task.warmup + task.steps) * task.batch * (rowSeconds[label] ?? 0.3) * (task.recompute ? 1.5 : 1);
+      const needed = { load: 12, decode: 20, vision: 15, merge: 35, train: 3 + 1.2 * steps }[task.kind];
+      const result = await perform(side, task, about(needed) + reserve);
+      done = result !== undefined;
+      if (!done) continue;
+      if (result.median) rowSeconds[label] = result.median / task.batch;
+      results.runs.push({ side: label, round, ...result });
+      save();
+    }
+    return done;
+  }
+
+  const repeats = (large, tiny) => (options.tiny ? tiny : large);
+  const { tokens: promptTokens, newTokens } = shape.prompt;
+  const decode = visionOnly ? [] : [{ kind: 'decode', promptTokens, newTokens, warmup: 1, repeats: repeats(3, 2) }];
+  const vision = (...kinds) =>
+    shape.vision
+      ? kinds.map((kind) => ({ kind: 'vision', warmup: repeats(3, 1), repeats: repeats(10, 2), ...kind }))
+      : [];
+  const batches = visionOnly ? [] : (options.batches?.split(',').map(Number) ?? shape.batches);
+  const steps = options.quick ? Math.min(10, shape.steps) : shape.steps;
+  const train = (recompute) =>
+    batches.map((batch) => ({ kind: 'train', batch, recompute, warmup: shape.warmup, steps }));
+  const merge = visionOnly ? [] : [{ kind: 'merge', out: join(folder, 'martlet-bench-merged') }];
+  const later = [...merge, ...train(true)];
+  const load = { kind: 'load', mode: 'default' };
+
+  say(`${shape.title}: ${budget.toFixed(0)} s; results in ${relative(root, join(outDir, file))}`);
+  const open = (side) =>
+    side === 'martlet'
+      ? new Side(side, process.execPath, [here('martlet.mjs'), dir, options.device])
+      : new Side(side, python, [here('peer.py'), dir, options.device]);
+  const [peer, martlet] = [open('peer'), open('martlet')];
+  const sides = [peer, martlet];
+  try {
+    await gate(peer, martlet);
+    if (!results.gate?.passed) {
+      failed = true;
+      if (!options.force || !existsSync(join(dir, 'shape.json'))) {
+        leaveOut('every timing', `the gate ${results.gate ? 'failed' : 'was not reached'}`);
+        return false;
+      }
+    }
+    await measure(martlet, 'martlet', 1, [...decode, ...vision({}), ...train(false)]);
+    // The peer's first numbers weigh more than these.
+    await measure(martlet, 'martlet', 1, later, about(budget * 0.45));
+    await martlet.end();
+    await measure(peer, 'peer-default', 1, [load, ...decode, ...vision({ attention: 'sdpa' }, { attention: 'eager' })]);
+    const other = visionOnly ? undefined : await perform(peer, gateTask('peer'), about(8));
+    if (other && results.gate) results.gate.peer = distance('peer', other.loss);
+    await measure(peer, 'peer-default', 1, [...train(false), ...later]);
+    await peer.end();
+    if (!options.quick && !visionOnly) {
+      const again = [open('peer'), open('martlet')];
+      sides.push(...again);
+      await measure(again[0], 'peer-default', 2, [load, ...train(false)]);
+      await again[0].end();
+      await measure(again[1], 'martlet', 2, [{ kind: 'load' }, ...decode, ...train(false)]);
+      await again[1].end();
+    }
+    if (options.tuned && !visionOnly) {
+      // Each in a process of its own: what is compiled for one would stay for the other.
+      for (const tasks of [train(false), decode.map((task) => ({ ...task, warmup: 2 }))]) {
+        const tuned = open('peer');
+        sides.push(tuned);
+        await measure(tuned, 'peer-tuned', 1, [{ kind: 'load', mode: 'tuned' }, ...tasks]);
+        await tuned.end();
+      }
+    }
+  } finally {
+    await Promise.all(sides.map((side) => side.end()));
+    save();
+  }
+  return !failed;
+}
+
+say(`${machine.gpu ?? 'the CPU'}, torch ${machine.versions.torch}; ${options.budget} s at most`);
+for (const [i, job] of jobs.entries()) {
+  const budget = (Number(options.budget) - elapsed()) / (jobs.length - i);
+  if (!(await benchmark(job, budget))) process.exitCode = 1;
+}
+say('done');

@@ -1,0 +1,10 @@
+// Qwen2-VL (dense). Arithmetic: transformers 5.17, models/qwen2_vl/modeling_qwen2_vl.py.
+#pragma once
+
+#include "core/models/model.h"
+
+namespace martlet {
+
+const Family& qwen2_vl_family();
+
+}  // namespace martlet

@@ -1,0 +1,42 @@
+// Pictures of any size as sequences of patches: the order of the patches, and what follows from where each one is.
+// Merge-block order: the merge × merge neighbours that become one token stand one after the other, blocks row by row,
+// frames one after the other. Arithmetic: transformers 5.17, vision_utils.py.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+namespace martlet {
+
+struct PatchGrid {
+  int64_t t = 0, h = 0, w = 0;  // frames (temporal patches), rows, columns
+  int64_t patches() const { return t * h * w; }
+};
+
+// frames: [F, C, H, W] → [t · h · w, C · temporal · size²] in merge-block order. A last temporal patch that is not full
+// repeats the last frame. A side that is not a multiple of size · merge is ERR_MARTLET_IMAGE.
+at::Tensor cut_patches(const at::Tensor& frames, int64_t size, int64_t temporal, int64_t merge, PatchGrid& grid);
+
+// Row and column of each patch of each frame: [2, T] int64.
+at::Tensor patch_coordinates(const std::vector<PatchGrid>& grids, int64_t merge);
+
+// Patches in each frame.
+std::vector<int64_t> frame_lengths(const std::vector<PatchGrid>& grids);
+
+// Attention windows of `window` × `window` tokens (merged blocks) in every frame; those at the lower and right edges
+// are smaller.
+struct WindowOrder {
+  std::vector<int64_t> tokens;   // the tokens, window by window
+  std::vector<int64_t> lengths;  // patches in each window
+};
+WindowOrder window_order(const std::vector<PatchGrid>& grids, int64_t merge, int64_t window);
+
+// A learned table of side × side positions, sampled bilinearly at each picture's grid with the corners aligned.
+struct SampledTable {
+  at::Tensor index;   // [T, 4] int64
+  at::Tensor weight;  // [T, 4] float32
+};
+SampledTable sample_table(const std::vector<PatchGrid>& grids, int64_t merge, int64_t side);
+
+}  // namespace martlet

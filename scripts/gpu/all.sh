@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# What runs on a GPU machine without Node and network; scripts/gpu/pack.sh made .gpu/runtime.tar.xz before.
+#
+#   bash scripts/gpu/all.sh info                    machine and versions
+#   bash scripts/gpu/all.sh test [filter …]         npm run test:gpu
+#   bash scripts/gpu/all.sh bench [options]         npm run bench (bench/run.mjs says which options)
+#   bash scripts/gpu/all.sh everything tests        npm run test:gpu; while the addon is built, the GPU makes the checkpoints of the next command
+#   bash scripts/gpu/all.sh everything bench        all shapes in one run of the benchmark, short form: for the same machine, if it is still there
+#   bash scripts/gpu/all.sh train-base [options]    examples/quickstart/make/train-base.mjs; the model comes back as $OUT/model.tar
+#   bash scripts/gpu/all.sh profile [shape] [rows]  time by kernel of a training step of martlet (Nsight Compute)
+#
+# LIMIT: seconds for the whole call, build included (default 580). Logs and results go to $OUT (default: build/gpu-out).
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+limit=${LIMIT:-580}
+export OUT=${OUT:-$PWD/build/gpu-out} PYTHONUNBUFFERED=1
+mkdir -p "$OUT"
+stage=${1:?info, test, bench, everything, train-base or profile}
+shift
+log=$OUT/$stage.log
+left() { echo $((limit - SECONDS)); }
+say() { echo "$stage: $* after $SECONDS s, $(left) s left" | tee -a "$log"; }
+: > "$log"
+
+if [ "$stage" = everything ]; then
+  part=${1:?tests or bench}
+  shift
+  stage="everything $part"
+  shapes=(llava-7b qwen2.5-vl-7b qwen2-vl-2b)
+  # 35 GB of checkpoints and 17 GB of a merged model: in memory if there is room.
+  if [ -z "${BENCH_DIR:-}" ]; then
+    BENCH_DIR=/tmp
+    [ -e "/dev/shm/martlet-bench-${shapes[0]}" ] || [ "$(df --output=avail -B1G /dev/shm | tail -1)" -ge 56 ] && BENCH_DIR=/dev/shm
+  fi
+  export BENCH_DIR
+  say "checkpoints in $BENCH_DIR"
+  if [ "$part" = tests ]; then
+    timeout 180 python3 bench/make_checkpoint.py --shape "${shapes[@]}" --out "$BENCH_DIR" --device cuda > "$OUT/checkpoints.log" 2>&1 &
+    checkpoints=$!
+  fi
+fi
+
+source scripts/gpu/setup.sh || exit
+say built
+
+case $stage in
+  info)
+    {
+      nvidia-smi
+      nproc
+      free -g
+      df -h /tmp
+      python3 -c 'import torch, transformers, peft; print(torch.__version__, torch.backends.cudnn.version(), transformers.__version__, peft.__version__)'
+      node dist/lib/cli/main.js doctor
+    } 2>&1 | tee -a "$log"
+    ;;
+  test)
+    timeout -k 5 "$(left)" node scripts/gpu/test.mjs --built "$@" 2>&1 | tee -a "$log"
+    ;;
+  bench)
+    # A few seconds of the limit stay for the last results.
+    timeout -k 5 "$(left)" node bench/run.mjs --budget "$(($(left) - 10))" "$@" 2>&1 | tee -a "$log"
+    ;;
+  'everything tests')
+    # The tests of memory count every byte of the GPU: nothing else may be on it.
+    wait "$checkpoints" || say "no checkpoints: $(tail -1 "$OUT/checkpoints.log")"
+    tee -a "$log" < "$OUT/checkpoints.log"
+    say 'checkpoints made, tests begin'
+    timeout -k 5 "$(left)" node scripts/gpu/test.mjs --built "$@" 2>&1 | tee -a "$log"
+    ;;
+  'everything bench')
+    names=${shapes[*]}
+    timeout -k 5 "$(left)" node bench/run.mjs --only "${names// /,}" --quick --force --budget "$(($(left) - 10))" "$@" 2>&1 | tee -a "$log"
+    ;;
+  train-base)
+    timeout -k 5 "$(left)" node examples/quickstart/make/train-base.mjs --out /tmp/martlet-base-model "$@" 2>&1 | tee -a "$log" &&
+      tar -C /tmp/martlet-base-model -cf "$OUT/model.tar" .
+    ;;
+  profile)
+    shape=${1:-llava-7b} rows=${2:-8} folder=${BENCH_DIR:-/tmp}
+    python3 bench/make_checkpoint.py --shape "$shape" --out "$folder" --device cuda 2>&1 | tee -a "$log" &&
+      printf '%s\n' '{"kind":"load"}' "{\"kind\":\"train\",\"batch\":$rows,\"recompute\":false,\"warmup\":1,\"steps\":1}" |
+      timeout -k 5 "$(left)" ncu --target-processes all --clock-control none --cache-control none --metrics gpu__time_duration.sum \
+        --print-units base --csv --log-file /tmp/kernels.csv "$(command -v node)" bench/martlet.mjs "$folder/martlet-bench-$shape" cuda 2>&1 |
+      tail -20 | tee -a "$log"
+    node bench/kernels.mjs /tmp/kernels.csv 2 2>&1 | tee "$OUT/kernels.txt"
+    gzip -c /tmp/kernels.csv > "$OUT/kernels.csv.gz"
+    ;;
+  *)
+    echo "no stage $stage" >&2
+    exit 2
+    ;;
+esac
+status=$?
+say "ended with $status"
+exit $status

@@ -1,0 +1,3 @@
+import { qwenFloat32Parity } from '../support/qwen-parity.js';
+
+qwenFloat32Parity('cpu');
