@@ -15,12 +15,12 @@ export interface AdapterArgs {
   template?: 'default' | 'ms-swift';
   system?: string;
   exif_orientation?: boolean;
-  /** Pixel limits and the like; in the file under their own keys (`max_pixels`, …). */
-  vision: VisionOptions;
   /** How the base was quantised in training. */
   quant_bits?: number;
   bnb_4bit_use_double_quant?: boolean;
   torch_dtype?: 'auto' | 'float32' | 'bfloat16' | 'float16';
+  /** Pixel limits and the like; in the file under their own keys (`max_pixels`, …). */
+  vision: VisionOptions;
 }
 
 /**

@@ -274,9 +274,9 @@ export function markedSample(processor: Processor, { inputIds, labels }: Encoded
 }
 
 /** Whether a row shows the model anything. */
-export function hasPicture({ images, messages }: Row): boolean {
+export function hasPicture({ images, videos, messages }: Row): boolean {
   return (
-    images.length > 0 ||
+    images.length + (videos?.length ?? 0) > 0 ||
     messages.some(({ content }) => typeof content !== 'string' && content.some(({ type }) => type !== 'text'))
   );
 }

@@ -251,8 +251,12 @@ class Trainer {
     const { signal } = this.#control;
     const row = data.train.rows.find(hasPicture);
     if (!row) return;
-    const sample = await encodeRow(data.processor, row, config, signal);
-    if (sample.images.length === 0) return;
+    // a picture that has gone is the business of the step that needs it
+    const sample = await encodeRow(data.processor, row, config, signal).catch((error: unknown) => {
+      if (error instanceof MartletError && error.code === 'ERR_MARTLET_IMAGE') return undefined;
+      throw error;
+    });
+    if (sample === undefined || sample.images.length === 0) return;
     const grey = sample.images.map((image) => ({ ...image, data: new Uint8Array(image.data.length).fill(128) }));
     const losses: number[] = [];
     for (const images of [sample.images, grey]) {
@@ -533,8 +537,9 @@ class Trainer {
     const lines: { id?: string; row: string; answer: string; reference: string }[] = [];
     for (const row of rows) {
       const last = row.messages.at(-1) as Row['messages'][0];
+      const { source: _, id: __, piece: ___, ...input } = row;
       const sample = await data.processor.encode(
-        { messages: row.messages.slice(0, -1), images: row.images, id: rowName(row) },
+        { ...input, messages: row.messages.slice(0, -1), id: rowName(row) },
         { for: 'generate', signal },
       );
       const job = new JobBuffers();

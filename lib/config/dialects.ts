@@ -51,12 +51,12 @@ const snakeCase = (key: string) =>
   key.replaceAll(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`).replaceAll('-', '_');
 const isObject = (value: unknown): value is Record<string, unknown> =>
   typeof value === 'object' && value !== null && !Array.isArray(value);
-/** A name's other spelling, if it is in the table: names come from outside, so `constructor` must not find Object's. */
-const spelling = (table: Record<string, string>, name: string) =>
-  Object.hasOwn(table, name) ? (table[name] as string) : name;
 /** `all` is LLaMA-Factory's word for it. */
 const isAllLinear = (value: unknown) =>
   ['all', 'all-linear'].includes((Array.isArray(value) && value.length === 1 ? value[0] : value) as string);
+/** A name's other spelling, if it is in the table: names come from outside, so `constructor` must not find Object's. */
+const spelling = (table: Record<string, string>, name: string) =>
+  Object.hasOwn(table, name) ? (table[name] as string) : name;
 const sameValue = (a: unknown, b: unknown) => JSON.stringify(a) === JSON.stringify(b);
 
 export function flatten(raw: Record<string, unknown>): FlatConfig {
@@ -221,7 +221,7 @@ function convert(key: string, value: unknown, path: string, flat: FlatConfig): u
       return value === 0 ? null : value;
     case 'lora_dtype': {
       const name = typeof value === 'string' ? value.replace(/^torch\./, '') : value;
-      return typeof name === 'string' ? (DTYPES[name] ?? name) : name;
+      return typeof name === 'string' ? spelling(DTYPES, name) : name;
     }
     case 'optim':
       return value === null ? undefined : value;
@@ -256,8 +256,8 @@ function convert(key: string, value: unknown, path: string, flat: FlatConfig): u
     case 'report_to':
       return value === null ? [] : Array.isArray(value) ? value : [value];
     case 'target_modules':
-      // A plain name as a regular expression over whole paths would match nothing.
       if (isAllLinear(value)) return 'all-linear';
+      // A plain name as a regular expression over whole paths would match nothing.
       return typeof value === 'string' && /^[\w.]+$/.test(value) ? [value] : value;
     case 'dataset':
       if (isObject(value) && ('train' in value || 'eval' in value)) {

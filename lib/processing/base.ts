@@ -113,9 +113,9 @@ export async function createProcessor<P extends MediaPlan>(
       return {
         inputIds,
         ...(purpose === 'train' && { labels }),
-        images: decoded.flatMap(({ data, size: { width, height, video } }, i) => {
-          const { plan, slices = [], secondsPerGrid } = media[i] as MediaPlan;
-          return [plan, ...slices].map((view) => ({
+        images: decoded.map(({ data, size: { width, height, video } }, i) => {
+          const { plan, secondsPerGrid } = media[i] as MediaPlan;
+          return {
             data,
             width,
             height,

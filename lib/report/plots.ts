@@ -28,6 +28,8 @@ export class Plots {
       if (!Number.isFinite(value)) continue;
       const series = this.#series.get(tag) ?? [];
       this.#series.set(tag, series);
+      // a step that was done again after a crash
+      while ((series.at(-1)?.step ?? -1) >= step) series.pop();
       series.push({ step, value });
     }
   }

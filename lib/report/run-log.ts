@@ -1,5 +1,5 @@
 /** Everything a training run writes about itself: `logging.jsonl` (ms-swift's keys), `logs/train.log`, `runs/` (TensorBoard), `images/` (plots). */
-import { type FileHandle, open } from 'node:fs/promises';
+import { type FileHandle, open, readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { TrainEvent } from '../api/types.js';
 import { ioError, makeDir } from '../files.js';
@@ -50,10 +50,31 @@ export class RunLog {
       opened.push(await LineFile.open(join(options.outputDir, 'logging.jsonl')));
       opened.push(await LineFile.open(join(options.outputDir, 'logs', 'train.log')));
       const board = options.tensorboard ? await TensorBoardWriter.create(join(options.outputDir, 'runs')) : undefined;
-      return new RunLog(options, opened[0] as LineFile, opened[1] as LineFile, board);
+      const log = new RunLog(options, opened[0] as LineFile, opened[1] as LineFile, board);
+      if (options.resumedStep > 0) await log.#recall(join(options.outputDir, 'logging.jsonl'), options.resumedStep);
+      return log;
     } catch (error) {
       for (const file of opened) await file.close();
       throw error;
+    }
+  }
+
+  /** Curves of a resumed run go on: their points up to the checkpoint come from logging.jsonl. */
+  async #recall(path: string, resumedStep: number): Promise<void> {
+    for (const line of (await readFile(path, 'utf8')).split('\n')) {
+      let record: LogRecord;
+      try {
+        record = JSON.parse(line) as LogRecord;
+      } catch {
+        continue; // a line that a killed process left half-written
+      }
+      const step = Number.parseInt(String(record['global_step/max_steps']), 10);
+      if (!(step <= resumedStep) || record.train_runtime !== undefined) continue;
+      const values = Object.entries(record).flatMap(([key, value]): [string, number][] => {
+        if (typeof value !== 'number') return [];
+        return [[key.startsWith('eval_') ? `eval/${key.slice(5)}` : `train/${key}`, value]];
+      });
+      this.#plots.add(step, Object.fromEntries(values));
     }
   }
 

@@ -369,14 +369,15 @@ TEST("a tied head that a file holds too is the embedding: trained once, saved tw
   int64_t alone = 0;
   for (const auto& [key, tensor] : tensors) alone += tensor.numel();
   EXPECT_EQ(loaded["parameters"].get<int64_t>(), alone - embedding.numel());
-  call("train.begin", {{"method", "full"},
-                       {"freeze", {{"vision", true}, {"projector", true}, {"language", false}}},
-                       {"optimizer", {{"beta1", 0.9}, {"beta2", 0.99}, {"epsilon", 1e-8}, {"weightDecay", 0}}},
-                       {"schedule", {{"type", "constant"}, {"warmupSteps", 0}, {"totalSteps", 1}}},
-                       {"learningRate", 1e-2},
-                       {"maxGradNorm", 0},
-                       {"recompute", "none"},
-                       {"seed", 1}});
+  call("train.begin",
+       {{"method", "full"},
+        {"freeze", {{"vision", true}, {"projector", true}, {"language", false}}},
+        {"optimizer", {{"name", "adamw"}, {"beta1", 0.9}, {"beta2", 0.99}, {"epsilon", 1e-8}, {"weightDecay", 0}}},
+        {"schedule", {{"type", "constant"}, {"warmupSteps", 0}, {"totalSteps", 1}}},
+        {"learningRate", 1e-2},
+        {"maxGradNorm", 0},
+        {"recompute", "none"},
+        {"seed", 1}});
   const json row = {{"inputIds", 0}, {"labels", 0}, {"images", json::array()}};
   call("train.step", {{"microBatches", {json::array({row})}}});
   call("train.save", {{"dir", out.path().string()}, {"baseModel", ""}, {"maxShardSize", 1 << 30}});

@@ -114,7 +114,7 @@ describe('what is trained', () => {
       { use_dora: true },
       { use_rslora: true },
       { init_weights: 'gaussian' },
-      { init_weights: false, learning_rate: 1e-3 },
+      { init_weights: false, lora_alpha: 1, lora_dropout: 0, learning_rate: 2e-3 },
       { init_weights: 'pissa' },
       { init_weights: 'pissa_niter_4' },
       { lorap_lr_ratio: 4, learning_rate: 1e-3 },

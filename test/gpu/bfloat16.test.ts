@@ -5,7 +5,7 @@
  */
 import assert from 'node:assert/strict';
 import { after, before, describe, test } from 'node:test';
-import type { Dtype, TrainBeginArgs } from '../../lib/native/binding.js';
+import type { Dtype, Recompute } from '../../lib/native/binding.js';
 import { Engine } from '../../lib/native/engine.js';
 import { device } from '../support/device.js';
 import { cosine, expectedJson, getCase, NativeSamples, relativeError, tensor } from '../support/fixtures.js';
@@ -25,7 +25,7 @@ import { quickstartBatch } from '../support/quickstart.js';
 
 describe('the embedded model', () => {
   /** LoRA gradients and loss of 16 rows at the start of a run and after 20 steps. */
-  async function run(dtype: Dtype, recompute: TrainBeginArgs['recompute'] = 'none') {
+  async function run(dtype: Dtype, recompute: Recompute = 'none') {
     const engine = new Engine();
     try {
       await engine.call('load', { modelDir: QUICKSTART_MODEL, device, dtype });
@@ -53,7 +53,7 @@ describe('the embedded model', () => {
       for (const when of ['start', 'end'] as const) {
         const loss = Math.abs(found[when].loss / wanted[when].loss - 1);
         const direction = cosine(found[when].values, wanted[when].values);
-        t.diagnostic(`${when}, recompute ${recompute}: loss ${loss.toExponential(1)}, cosine ${direction}`);
+        t.diagnostic(`${when}, recompute: ${recompute}: loss ${loss.toExponential(1)}, cosine ${direction}`);
         // The two runs' own steps lie between start and end.
         assert.ok(loss < (when === 'start' ? 2e-3 : 1e-2), `${when}: ${found[when].loss} ${wanted[when].loss}`);
         assert.ok(direction > 0.999, `${when}: cosine ${direction}`);

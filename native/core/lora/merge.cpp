@@ -73,12 +73,8 @@ json merge_adapter_json(const json& args, JobContext& job) {
     quantization.double_quantization = q.at("doubleQuantization").get<bool>();
     const std::string wanted = q.at("dtype").get<std::string>();
     compute_dtype = wanted == "auto" ? base.main_dtype() : parse_dtype(wanted);
-    std::map<std::string, std::string> stored;  // canonical → as in the file
-    for (const std::string& name : base.names()) stored.emplace(family.canonical_key(name), name);
-    requantized = quantizable_weights(*family.create(config, [&](const std::string& name) {
-      const auto it = stored.find(name);
-      return it == stored.end() ? at::Tensor() : base.tensor(it->second);
-    }));
+    // Built without weights, for its names.
+    requantized = quantizable_weights(*family.create(config, [](const std::string&) { return at::Tensor(); }));
   }
 
   std::set<std::string> open_modules, open_saved;

@@ -1,5 +1,7 @@
 #include "core/models/describe.h"
 
+#include <ATen/core/Tensor.h>
+
 #include <filesystem>
 #include <nlohmann/json.hpp>
 

@@ -98,12 +98,8 @@ json quantize_checkpoint_json(const json& args, JobContext& job) {
   const at::Device device = parse_device(args.at("device").get<std::string>());
   const at::ScalarType dtype = parse_dtype(args.at("dtype").get<std::string>());
 
-  std::map<std::string, std::string> stored;  // canonical → as in the file
-  for (const std::string& name : base.names()) stored.emplace(family.canonical_key(name), name);
-  const auto model = family.create(config, [&](const std::string& name) {
-    const auto it = stored.find(name);
-    return it == stored.end() ? at::Tensor() : base.tensor(it->second);
-  });
+  // Built without weights, for its names.
+  const auto model = family.create(config, [](const std::string&) { return at::Tensor(); });
   const std::set<std::string> chosen = quantizable_weights(*model);
 
   const auto is_chosen = [&](const std::string& name) { return chosen.count(family.canonical_key(name)) > 0; };

@@ -11,12 +11,14 @@
 namespace martlet {
 namespace {
 
-// Rows at a time: float32 temporaries of 16 MB.
-int64_t rows_per_chunk(int64_t columns) { return std::max<int64_t>(1, (int64_t{4} << 20) / columns); }
+// Rows at a time: float32 temporaries of 4 MB on the CPU, of 64 MB where each call costs a launch.
+int64_t rows_per_chunk(const at::Tensor& matrix) {
+  return std::max<int64_t>(1, (int64_t{matrix.is_cpu() ? 1 : 16} << 20) / matrix.size(1));
+}
 
 // Columns of `weight` with outliers in rising order, or an undefined tensor.
 at::Tensor find_outliers(const at::Tensor& weight) {
-  const int64_t rows = weight.size(0), columns = weight.size(1), step = rows_per_chunk(columns);
+  const int64_t rows = weight.size(0), columns = weight.size(1), step = rows_per_chunk(weight);
   at::Tensor largest = at::zeros({columns}, weight.options().dtype(at::kFloat));
   at::Tensor squares = at::zeros({}, weight.options().dtype(at::kDouble));
   for (int64_t begin = 0; begin < rows; begin += step) {
@@ -35,7 +37,7 @@ at::Tensor find_outliers(const at::Tensor& weight) {
 
 QuantizedPtr Int8Tensor::quantize(const at::Tensor& weight) {
   std::shared_ptr<Int8Tensor> out(new Int8Tensor(weight.sizes(), weight.scalar_type()));
-  const int64_t rows = weight.size(0), step = rows_per_chunk(weight.size(1));
+  const int64_t rows = weight.size(0), step = rows_per_chunk(weight);
   out->outlier_columns_ = find_outliers(weight);
   if (out->outlier_columns_.defined()) out->outlier_values_ = weight.index_select(1, out->outlier_columns_);
   out->codes_ = at::empty(weight.sizes(), weight.options().dtype(at::kChar));
@@ -52,7 +54,7 @@ QuantizedPtr Int8Tensor::quantize(const at::Tensor& weight) {
 }
 
 at::Tensor Int8Tensor::dequantize() const {
-  const int64_t rows = shape_[0], step = rows_per_chunk(shape_[1]);
+  const int64_t rows = shape_[0], step = rows_per_chunk(codes_);
   at::Tensor out = at::empty(shape_, codes_.options().dtype(dtype_));
   for (int64_t begin = 0; begin < rows; begin += step) {
     const int64_t count = std::min(step, rows - begin);

@@ -32,8 +32,9 @@ constexpr float kCodes[16] = {-1.0f,
                               0.7229568362236023f,
                               1.0f};
 
-// Elements at a time, so that float32 temporaries stay at tens of megabytes; a multiple of the block.
-constexpr int64_t kChunk = int64_t{4} << 20;
+// Elements at a time, a multiple of the block: float32 temporaries of 4 MB on the CPU, of 64 MB where each call costs
+// a launch.
+int64_t chunk_size(at::Device device) { return int64_t{device.is_cpu() ? 1 : 16} << 20; }
 
 at::Tensor code_table(at::Device device) {
   return at::from_blob(const_cast<float*>(kCodes), {16}, at::kFloat).clone().to(device);
@@ -52,11 +53,11 @@ QuantizedPtr Nf4Tensor::quantize(const at::Tensor& weight, bool double_quantizat
   std::shared_ptr<Nf4Tensor> out(new Nf4Tensor(weight.sizes(), weight.scalar_type()));
   const at::Tensor flat = weight.reshape(-1), table = code_table(weight.device());
   const at::Tensor middles = (table.narrow(0, 0, 15) + table.narrow(0, 1, 15)) / 2.0;
-  const int64_t n = flat.numel();
+  const int64_t n = flat.numel(), chunk = chunk_size(weight.device());
   out->codes_ = at::empty({(n + 1) / 2, 1}, weight.options().dtype(at::kByte));
   out->absmax_ = at::empty({(n + kBlock - 1) / kBlock}, weight.options().dtype(at::kFloat));
-  for (int64_t begin = 0; begin < n; begin += kChunk) {
-    const int64_t length = std::min(kChunk, n - begin);
+  for (int64_t begin = 0; begin < n; begin += chunk) {
+    const int64_t length = std::min(chunk, n - begin);
     const at::Tensor part = flat.narrow(0, begin, length), absmax = block_absmax(part, kBlock);
     at::Tensor scaled = scale_blocks(part, absmax.reciprocal(), kBlock).clamp_(-1, 1);
     if (length % 2 != 0) scaled = at::constant_pad_nd(scaled, {0, 1});
@@ -86,9 +87,10 @@ at::Tensor Nf4Tensor::dequantize() const {
   const at::Tensor table = pair_table(codes_.device()), scale = scales(), bytes = codes_.view(-1);
   int64_t n = 1;
   for (const int64_t extent : shape_) n *= extent;
+  const int64_t chunk = chunk_size(codes_.device());
   at::Tensor out = at::empty({n}, codes_.options().dtype(dtype_));
-  for (int64_t begin = 0; begin < n; begin += kChunk) {
-    const int64_t length = std::min(kChunk, n - begin);
+  for (int64_t begin = 0; begin < n; begin += chunk) {
+    const int64_t length = std::min(chunk, n - begin);
     const at::Tensor part = bytes.narrow(0, begin / 2, (length + 1) / 2).to(at::kInt);
     const at::Tensor values = table.index_select(0, part).view(-1).narrow(0, 0, length);
     const at::Tensor factors = scale.narrow(0, begin / kBlock, (length + kBlock - 1) / kBlock);
