@@ -62,18 +62,6 @@ export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> 
   }
 }
 
-/** Refuses to write into a folder that is read. */
-export function refuseInputs(outputDir: string, inputs: string[]): void {
-  for (const input of inputs) {
-    if (relative(resolve(outputDir), resolve(input)).startsWith('..')) continue;
-    throw new MartletError(
-      'ERR_MARTLET_IO',
-      `outputDir ${outputDir} is, or holds, ${input}, which is read: choose another folder.`,
-      { path: outputDir, input },
-    );
-  }
-}
-
 /** How the base was quantised when the adapter was trained, from its args.yaml. */
 async function trainedQuantization(adapter: string): Promise<MergeArgs['quantization']> {
   const { quant_bits: bits, bnb_4bit_use_double_quant: double, torch_dtype: dtype } = await readAdapterArgs(adapter);

@@ -113,9 +113,9 @@ export async function createProcessor<P extends MediaPlan>(
       return {
         inputIds,
         ...(purpose === 'train' && { labels }),
-        images: decoded.map(({ data, size: { width, height, video } }, i) => {
-          const { plan, secondsPerGrid } = media[i] as MediaPlan;
-          return {
+        images: decoded.flatMap(({ data, size: { width, height, video } }, i) => {
+          const { plan, slices = [], secondsPerGrid } = media[i] as MediaPlan;
+          return [plan, ...slices].map((view) => ({
             data,
             width,
             height,
@@ -124,7 +124,8 @@ export async function createProcessor<P extends MediaPlan>(
             plan: view,
           }));
         }),
-        mediaSpans,
+        // one for each view: a picture's slices stand and fall with it
+        mediaSpans: mediaSpans.flatMap((span, i) => [span, ...(media[i]?.slices ?? []).map(() => span)]),
         ...(input.id !== undefined && { id: input.id }),
       };
     },

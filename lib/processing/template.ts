@@ -183,7 +183,7 @@ export interface EncodedText {
   inputIds: Int32Array;
   /** −100 = not trained. */
   labels: Int32Array;
-  /** Where the tokens of each picture and video begin and end, in order. */
+  /** Where the tokens of each picture and video are, [from, to), in order. */
   mediaSpans: [number, number][];
 }
 
@@ -215,8 +215,8 @@ export function encodeSegments(
       labels.push(-100);
     }
   }
-  for (const { text, trained } of joined) {
-    for (const id of tokenizer.encode(text)) {
+  for (const { text, trained, encode } of joined) {
+    for (const id of encode ? encode(text) : tokenizer.encode(text)) {
       const expanded = expansions.get(id);
       if (expanded === undefined) {
         ids.push(id);
@@ -225,7 +225,7 @@ export function encodeSegments(
       }
       const place = used.get(id) ?? 0;
       used.set(id, place + 1);
-      mediaSpans.push([ids.length, ids.length + (expanded[place]?.length ?? 0)]);
+      const begin = ids.length;
       for (const inner of expanded[place] ?? []) {
         ids.push(inner);
         labels.push(-100);
