@@ -117,7 +117,8 @@ export async function runTrainer(input: TrainerInput, control: RunControl): Prom
 function checkModelType({ model, model_type }: TrainConfig, { family, modelType }: LoadResult): void {
   if (model_type === null) return;
   const plain = (name: string) => name.toLowerCase().replaceAll(/[^a-z0-9]/g, '');
-  if ([family, modelType].some((name) => plain(model_type).startsWith(plain(name)))) return;
+  // "qwen" alone would be the beginning of every Qwen's name.
+  if (plain(model_type).startsWith(plain(family)) || plain(model_type) === plain(modelType)) return;
   throw new MartletError(
     'ERR_MARTLET_CONFIG',
     `model_type is ${model_type}, but ${model} is a ${modelType}. Correct model or model_type, or leave model_type out.`,

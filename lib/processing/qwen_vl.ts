@@ -167,12 +167,15 @@ function chatml(encodeTyped: ((text: string) => number[]) | undefined, official:
     };
     if (messages[0]?.role !== 'system') turn('system', DEFAULT_SYSTEM, false);
     for (const { role, content, loss } of messages) {
-      const text = contentParts(content, false)
-        .map((part) =>
-          part.type === 'text'
-            ? checkedText(part.text)
-            : `Picture ${++picture}: ${IMAGE_START}${IMAGE_PAD}${IMAGE_END}\n`,
-        )
+      const parts = contentParts(content, false);
+      const text = parts
+        .map((part, i) => {
+          if (part.type !== 'text') return `Picture ${++picture}: ${IMAGE_START}${IMAGE_PAD}${IMAGE_END}\n`;
+          const written = checkedText(part.text);
+          // The line end after a picture is the template's; ms-swift keeps the row's own as well.
+          const twice = encodeTyped && typeof content === 'string' && i > 0 && written.startsWith('\n');
+          return twice ? written.slice(1) : written;
+        })
         .join('');
       turn(role, text, role === 'assistant' && loss !== false);
     }

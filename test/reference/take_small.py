@@ -9,6 +9,7 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +29,11 @@ def ints(path: Path, names: list[str]) -> dict[str, list]:
         return {name: f.get_tensor(name).tolist() for name in names if name in f.keys()}
 
 
+def shapes(target: Path, tensors: dict[str, list[int]]) -> None:
+    """Names and shapes of a model's weights: tests that need no reference values make weights of their own."""
+    dump(target / "shapes.json", [{"name": name, "shape": shape} for name, shape in sorted(tensors.items())])
+
+
 def copy(source: Path, target: Path, names: list[str]) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -39,6 +45,10 @@ def qwen_vl_chat() -> None:
     source, target = SHARED / "qwen_vl_chat", FIXTURES / "qwen_vl_chat"
     copy(source / "model", target / "model", ["config.json", "generation_config.json", "tokenizer_config.json", "qwen.tiktoken"])
     copy(source, target, ["images/a.png", "images/b.jpg"])
+    tensors = {}
+    for shard in sorted((source / "model").glob("*.bin")):
+        tensors |= {name: list(t.shape) for name, t in torch.load(shard, weights_only=True).items()}
+    shapes(target, tensors)
     case = json.loads((source / "case.json").read_text())
     keys = ["input_ids", "labels", "labels_official", "prompt_ids", "input_ids_official", "prompt_ids_official"]
     rows = []
@@ -59,6 +69,8 @@ def minicpm_v() -> None:
         ["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"],
     )
     copy(source, target, ["pixels/pixels.json", *(f"images/{p.name}" for p in sorted((source / "images").iterdir()))])
+    with safe_open(source / "model" / "model.safetensors", "pt") as f:
+        shapes(target, {name: list(f.get_slice(name).get_shape()) for name in f.keys()})
     slicing = json.loads((source / "slicing.json").read_text())
     dump(target / "slicing.json", slicing.pop("rows"), **slicing)
     case = json.loads((source / "case.json").read_text())
