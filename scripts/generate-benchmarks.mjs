@@ -190,7 +190,7 @@ function render() {
   return `${[
     '# Benchmarks',
     '<!-- Written by scripts/generate-benchmarks.mjs from bench/results. Do not edit by hand. -->',
-    'martlet beside transformers + PEFT on the same machine, in the same run, on the same weights (the exact public shape, random bfloat16 weights) and the same rows. "Default" is how people run the peer: float32 adapters, SDPA, eager, fused AdamW. "Tuned" is bfloat16 adapters, compiled layers, no cache object in training, a static cache with compiled decoding. Neither gets an attention mask, which is its fastest case. martlet’s step includes the normalising of the pictures, the peer’s does not. Both sides start from the same adapter and take the medians of the same steps; every raw number is in [bench/results](../bench/results).',
+    'martlet beside transformers + PEFT on the same machine, in the same run, on the same weights (the exact public shape, random bfloat16 weights) and the same rows. "Default" is how people run the peer: float32 adapters, SDPA, eager, fused AdamW. "Tuned" is bfloat16 adapters, compiled layers, no cache object in training, a static cache with compiled decoding. Neither gets an attention mask, which is its fastest case. martlet’s step includes the normalising of the pictures, the peer’s does not. Both sides start from the same adapter and take the medians of the same steps; every raw number is in bench/results in [bench](../bench).',
     'Run it on a GPU machine whose Python has torch, transformers and PEFT: `npm run bench` (options: [bench/run.mjs](../bench/run.mjs)). The scripts can be tried without a GPU: `npm run bench -- --tiny --device cpu`.',
     ...(results.length ? results.map(section) : ['No results yet.']),
   ].join('\n\n')}\n`;
