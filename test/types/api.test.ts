@@ -62,6 +62,8 @@ test('the package exports these names and no others', () => {
     'loadModel',
     'mergeAdapter',
     'parseBoxes',
+    'planTraining',
+    'quantizeModel',
     'train',
     'trainLoRA',
   ]);
