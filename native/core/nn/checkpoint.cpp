@@ -56,14 +56,18 @@ at::Tensor run_layer(std::function<at::Tensor(const at::Tensor&)> fn, const at::
   const bool again = options.recompute == Recompute::kLayer;
   // A layer that is run again as a whole keeps everything for the moment between its second run and its backward.
   const CheapRecompute cheap(options.recompute == Recompute::kCheap || options.recompute == Recompute::kMlp);
-  at::Tensor y = again ? RecomputeFunction::apply(x, c10::make_intrusive<LayerFunction>(std::move(fn))) : fn(x);
+  // A view, where nothing is run again: the layer's gradients of x add up among themselves before those of other
+  // readers join them, as they do where it is.
+  at::Tensor y =
+      again ? RecomputeFunction::apply(x, c10::make_intrusive<LayerFunction>(std::move(fn))) : fn(x.view_as(x));
   // The job outlives the backward pass, which it runs.
   return options.job == nullptr ? y : CancellableFunction::apply(y, reinterpret_cast<int64_t>(options.job));
 }
 
 at::Tensor run_mlp(std::function<at::Tensor(const at::Tensor&)> fn, const at::Tensor& x,
                    const ForwardOptions& options) {
-  if (options.recompute != Recompute::kMlp || !x.requires_grad()) return fn(x);
+  if (!x.requires_grad()) return fn(x);
+  if (options.recompute != Recompute::kMlp) return fn(x.view_as(x));
   return RecomputeFunction::apply(x, c10::make_intrusive<LayerFunction>(std::move(fn)));
 }
 
