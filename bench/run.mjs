@@ -119,14 +119,15 @@ class Side {
 
 function environment() {
   const code = `
-import json, platform, torch, transformers, peft, os
+import json, os, platform, torch
+from importlib.metadata import version
 cuda = torch.cuda.is_available()
 print(json.dumps({
   "gpu": torch.cuda.get_device_name() if cuda else None,
   "gpuMemory": torch.cuda.get_device_properties(0).total_memory if cuda else 0,
   "cpu": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0)),
   "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if cuda else None,
-    "transformers": transformers.__version__, "peft": peft.__version__, "python": platform.python_version()}}))`;
+    "transformers": version("transformers"), "peft": version("peft"), "python": platform.python_version()}}))`;
   const found = JSON.parse(execFileSync(python, ['-c', code], { encoding: 'utf8', env: process.env }));
   let driver = null;
   try {

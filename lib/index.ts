@@ -5,6 +5,8 @@ export { type DrawBoxesOptions, drawBoxes } from './api/draw-boxes.js';
 export { infer } from './api/infer.js';
 export { mergeAdapter } from './api/merge.js';
 export { loadModel } from './api/model.js';
+export { type PlanOptions, planTraining, type TrainingPlan } from './api/plan.js';
+export { quantizeModel } from './api/quantize.js';
 export { getSystemInfo } from './api/system-info.js';
 export { trainLoRA, trainLoRA as train } from './api/train.js';
 export type {
@@ -23,6 +25,8 @@ export type {
   ParsedBox,
   PrepareResult,
   PromptOptions,
+  QuantizeOptions,
+  QuantizeReport,
   ScoreResult,
   StreamChunk,
   TrainEvent,

@@ -29,7 +29,19 @@ const orMore = (schema, ...others) => {
 function written(key, schema) {
   switch (key) {
     case 'torch_dtype':
-      return orMore(schema, { enum: ['fp16', 'half', 'bf16', 'fp32', 'float', null] });
+      return orMore(schema, { enum: ['fp16', 'half', 'bf16', 'fp32', 'float', 'int8', 'int4', 'nf4', null] });
+    case 'lora_dtype':
+      return orMore(schema, { enum: ['fp16', 'half', 'bf16', 'fp32', 'float'] });
+    case 'quant_bits':
+      return orMore(schema, { const: 0 });
+    case 'optim':
+      return orMore(schema, { type: 'null' });
+    case 'lr_scheduler_kwargs':
+      return orMore(schema, { type: 'string' });
+    case 'modules_to_save':
+    case 'trainable_parameters':
+    case 'freeze_parameters':
+      return orMore(schema, { type: ['string', 'null'] });
     case 'device':
       return orMore(schema, { enum: ['gpu', null] });
     case 'template':
@@ -215,9 +227,11 @@ const ignored = () =>
 
 const TYPE_SOURCES = [
   'lib/api/types.ts',
+  'lib/api/plan.ts',
   'lib/processing/types.ts',
   'lib/processing/vision-options.ts',
   'lib/api/boxes.ts',
+  'lib/api/draw-boxes.ts',
   'lib/errors.ts',
   'lib/config/schema.ts',
   'lib/native/binding.ts',
@@ -233,6 +247,10 @@ const FUNCTION_SOURCES = [
   'api/draw-boxes',
   'api/infer',
   'api/merge',
+  'api/quantize',
+  'api/plan',
+  'api/convert',
+  'api/draw-boxes',
   'api/system-info',
   'report/progress',
 ].map((name) => `dist/lib/${name}.d.ts`);

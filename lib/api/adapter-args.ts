@@ -15,6 +15,10 @@ export interface AdapterArgs {
   template?: 'default' | 'ms-swift';
   system?: string;
   exif_orientation?: boolean;
+  /** How the base was quantised in training. */
+  quant_bits?: number;
+  bnb_4bit_use_double_quant?: boolean;
+  torch_dtype?: 'auto' | 'float32' | 'bfloat16' | 'float16';
   /** Pixel limits and the like; in the file under their own keys (`max_pixels`, …). */
   vision: VisionOptions;
 }
@@ -42,13 +46,18 @@ export async function readAdapterArgs(folder: string): Promise<AdapterArgs> {
       );
     }
     if (typeof args !== 'object' || args === null) continue;
-    const { model, template, system, exif_orientation } = args as Record<string, unknown>;
+    const { model, template, system, exif_orientation, quant_bits, bnb_4bit_use_double_quant, torch_dtype } =
+      args as Record<string, unknown>;
+    const dtype = (['auto', 'float32', 'bfloat16', 'float16'] as const).find((name) => name === torch_dtype);
     return {
       vision: savedVision(args as Record<string, unknown>, path),
       ...(typeof model === 'string' && { model }),
       ...((template === 'default' || template === 'ms-swift') && { template }),
       ...(typeof system === 'string' && { system }),
       ...(typeof exif_orientation === 'boolean' && { exif_orientation }),
+      ...(typeof quant_bits === 'number' && { quant_bits }),
+      ...(typeof bnb_4bit_use_double_quant === 'boolean' && { bnb_4bit_use_double_quant }),
+      ...(dtype !== undefined && { torch_dtype: dtype }),
     };
   }
   return { vision: {} };

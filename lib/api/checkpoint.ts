@@ -30,6 +30,13 @@ export interface TrainerState {
     pending: LogInterval;
     /** Loss of the last step done. */
     last_loss: number;
+    /** Exponential mean of the loss and the steps in it. */
+    smoothed: { value: number; steps: number };
+    skipped_steps: number;
+    /** Evaluations since the best one. */
+    evaluations_without_gain: number;
+    /** Rows of a micro-batch after the memory ran out; null = as configured. */
+    row_limit: number | null;
   };
 }
 
@@ -39,6 +46,7 @@ export interface LogInterval {
   loss: number;
   labelledTokens: number;
   correctTokens: number;
+  rows: number;
 }
 
 export async function readTrainerState(dir: string): Promise<TrainerState> {

@@ -1,8 +1,10 @@
+import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { dump } from 'js-yaml';
 import { MartletError } from '../errors.js';
 import { exists, writeFileAtomic } from '../files.js';
 import { resolveModel } from '../hub/index.js';
+import type { MergeArgs } from '../native/binding.js';
 import { Engine } from '../native/engine.js';
 import { visionOptionsToKeys } from '../processing/vision-options.js';
 import { abortedError, throwIfAborted } from './abort.js';
@@ -21,13 +23,6 @@ export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> 
   const started = performance.now();
   const { adapter, outputDir, signal, onProgress } = options;
   throwIfAborted(signal);
-  if (options.base === 'quantized') {
-    throw new MartletError(
-      'ERR_MARTLET_USAGE',
-      "base: 'quantized' is not available yet: leave it out to merge into the original weights.",
-      { field: 'base' },
-    );
-  }
   const maxShardSize = parseSize(options.maxShardSize ?? DEFAULT_SHARD_SIZE, 'maxShardSize');
   if (!(await exists(join(adapter, 'adapter_config.json')))) {
     throw new MartletError(
@@ -38,10 +33,12 @@ export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> 
   }
   const modelDir = await resolveModel(options.model ?? (await adapterBaseModel(adapter)), { signal });
 
+  const quantization = options.base === 'quantized' ? await trainedQuantization(adapter) : undefined;
   const engine = new Engine();
   try {
     const folder = { modelDir, outputDir, inputs: [adapter], overwrite: options.overwrite, signal };
     const { shards, mergedTensors, maxAbsError } = await writeModelFolder(folder, async (dir) => {
+      await dropQuantizationConfig(join(dir, 'config.json'));
       await keepPromptArgs(adapter, dir);
       const { result } = await engine.call(
         'merge',
@@ -50,6 +47,7 @@ export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> 
           adapterDir: adapter,
           outputDir: dir,
           ...(options.dtype && { dtype: options.dtype }),
+          ...(quantization && { quantization }),
           maxShardSize,
         },
         { signal, onEvent: (event) => onProgress?.(event as { done: number; total: number }) },
@@ -64,9 +62,37 @@ export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> 
   }
 }
 
+/** How the base was quantised when the adapter was trained, from its args.yaml. */
+async function trainedQuantization(adapter: string): Promise<MergeArgs['quantization']> {
+  const { quant_bits: bits, bnb_4bit_use_double_quant: double, torch_dtype: dtype } = await readAdapterArgs(adapter);
+  if (bits !== 4 && bits !== 8) {
+    throw new MartletError(
+      'ERR_MARTLET_USAGE',
+      `base: 'quantized' is for adapters trained with qlora; ${join(adapter, ARGS_FILE)} names no quant_bits. Leave base out to merge into the original weights.`,
+      { field: 'base', path: adapter },
+    );
+  }
+  return { method: bits === 4 ? 'nf4' : 'int8', doubleQuantization: double ?? true, dtype: dtype ?? 'auto' };
+}
+
+/** A merged model is never quantised, whatever its base was. */
+async function dropQuantizationConfig(path: string): Promise<void> {
+  const config = JSON.parse(await readFile(path, 'utf8')) as Record<string, unknown>;
+  if (config.quantization_config === undefined) return;
+  delete config.quantization_config;
+  await writeFileAtomic(path, `${JSON.stringify(config, null, 2)}\n`);
+}
+
 /** Template, system prompt and pixel limits that the adapter was trained with: the merged model must be asked in the same way. */
 async function keepPromptArgs(adapter: string, target: string): Promise<void> {
-  const { model: _, vision, ...prompt } = await readAdapterArgs(adapter);
+  const {
+    model: _,
+    quant_bits: __,
+    bnb_4bit_use_double_quant: ___,
+    torch_dtype: ____,
+    vision,
+    ...prompt
+  } = await readAdapterArgs(adapter);
   const args = { ...prompt, ...visionOptionsToKeys(vision) };
   if (Object.keys(args).length > 0) await writeFileAtomic(join(target, ARGS_FILE), dump(args));
 }

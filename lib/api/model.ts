@@ -33,12 +33,12 @@ const DEFAULT_MAX_NEW_TOKENS = 512;
 export async function loadModel(dirOrId: string, options: LoadModelOptions = {}): Promise<Model> {
   const { signal, onProgress } = options;
   throwIfAborted(signal);
-  if (options.quantization !== undefined && options.quantization !== 'none') {
-    throw new MartletError(
-      'ERR_MARTLET_USAGE',
-      `quantization: '${options.quantization}' is not available yet: leave it out, or say 'none'.`,
-      { field: 'quantization' },
-    );
+  const { quantization = 'none' } = options;
+  if (!['none', 'int8', 'nf4'].includes(quantization)) {
+    throw new MartletError('ERR_MARTLET_USAGE', `quantization must be none, int8 or nf4, not ${quantization}.`, {
+      field: 'quantization',
+      value: quantization,
+    });
   }
   const modelDir = await resolveModel(dirOrId, {
     ...(signal && { signal }),
@@ -65,6 +65,7 @@ export async function loadModel(dirOrId: string, options: LoadModelOptions = {})
         device: options.device ?? 'auto',
         dtype: options.dtype ?? 'auto',
         imageTokenId: processor.imageTokenId,
+        quantization,
       },
       {
         signal,

@@ -5,12 +5,15 @@ import { dirname, join, relative, sep } from 'node:path';
 import { MartletError } from '../errors.js';
 import { ensureWritableDir, exists, ioError, isDirectory, listDir } from '../files.js';
 
+/** Answers of the last evaluation with predict_with_generate. */
+export const PREDICTIONS_FILE = 'predict.jsonl';
+
 const CHECKPOINT = /^checkpoint-(\d+)$/;
 /** What a training run leaves at the top of its folder. */
 const RUN_FILES =
-  /^(checkpoint-\d+|adapter_config\.json|adapter_model\.(safetensors|bin)|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|args\.yaml|logging\.jsonl|trainer_state\.json)$/;
+  /^(checkpoint-\d+|adapter_config\.json|adapter_model\.(safetensors|bin)|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|args\.yaml|logging\.jsonl|predict\.jsonl|trainer_state\.json)$/;
 /** Swept away with them when a run is overwritten. */
-const RUN_DIRS = /^(logs|runs)$/;
+const RUN_DIRS = /^(logs|runs|images)$/;
 
 export interface Checkpoint {
   step: number;

@@ -24,7 +24,7 @@ export interface TrainingOutline {
 }
 
 /** Reads and checks config and data, and says what a run would do. */
-export async function planTraining(
+export async function outlineTraining(
   input: string | TrainConfigInput,
   options: Pick<TrainOptions, 'overrides' | 'signal'> = {},
 ): Promise<{ config: TrainConfig; plan: TrainingOutline }> {
@@ -56,7 +56,7 @@ export async function planTraining(
       mean: total / lengths.length,
       total,
     },
-    sample: markedSample(data.processor, await encodeRow(data.processor, first, signal)),
+    sample: markedSample(data.processor, await encodeRow(data.processor, first, config, signal)),
     warnings: [...warnings, ...trainingWarnings(config, data, steps).map(({ message }) => message)],
   };
   return { config: data.config, plan };

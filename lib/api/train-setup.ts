@@ -4,6 +4,7 @@ import { basename } from 'node:path';
 import { setImmediate as nextTurn } from 'node:timers/promises';
 import type { TrainConfig } from '../config/index.js';
 import { type LoadedDataset, loadDataset, type Row, type RowProblem } from '../data/index.js';
+import { cutSample, isTrained } from '../data/truncate.js';
 import { MartletError } from '../errors.js';
 import { type EncodedSample, loadProcessor, type Processor } from '../processing/index.js';
 import { checkVisionOptions, visionOptionsFromKeys, visionOptionsToKeys } from '../processing/vision-options.js';
@@ -130,17 +131,22 @@ export interface TrainPlan {
 }
 
 export function planSteps(config: TrainConfig, data: TrainData): TrainPlan {
-  const schedule = new Schedule({
-    rows: data.train.rows.length,
-    batchSize: config.per_device_train_batch_size,
-    accumulation: config.gradient_accumulation_steps,
-    epochs: config.num_train_epochs,
-    maxSteps: config.max_steps,
-    shuffleDataset: config.dataset_shuffle,
-    shuffleEpochs: config.train_dataloader_shuffle,
-    dataSeed: config.data_seed,
-    seed: config.seed,
-  });
+  const schedule = new Schedule(
+    {
+      rows: data.train.rows.length,
+      batchSize: config.per_device_train_batch_size,
+      accumulation: config.gradient_accumulation_steps,
+      epochs: config.num_train_epochs,
+      maxSteps: config.max_steps,
+      shuffleDataset: config.dataset_shuffle,
+      shuffleEpochs: config.train_dataloader_shuffle,
+      dataSeed: config.data_seed,
+      seed: config.seed,
+      packingLength: config.packing ? ((config.packing_length ?? config.max_length) as number) : 0,
+      groupByLength: config.group_by_length,
+    },
+    data.train.lengths,
+  );
   const evaluates = config.eval_strategy !== 'no' && data.evaluation.rows.length > 0;
   return {
     schedule,
@@ -154,6 +160,8 @@ export function planSteps(config: TrainConfig, data: TrainData): TrainPlan {
           maxSteps: -1,
           shuffleDataset: false,
           shuffleEpochs: false,
+          packingLength: 0,
+          groupByLength: false,
         })
       : undefined,
     warmupSteps: warmupSteps(schedule.totalSteps, config.warmup_steps, config.warmup_ratio),
@@ -196,24 +204,34 @@ export async function findResumePoint(
 /** Identifies the rows of a run by their content and order. Pictures count by path. */
 export async function fingerprintRows(rows: Row[]): Promise<string> {
   const hash = createHash('sha256');
-  for (const [i, { messages, images, videos, objects, vision }] of rows.entries()) {
-    hash.update(JSON.stringify([messages, images, videos, objects, vision]));
+  for (const [i, { messages, images, videos, objects, vision, piece }] of rows.entries()) {
+    hash.update(JSON.stringify([messages, images, videos, objects, vision, piece]));
     if (i % 500 === 499) await nextTurn(); // a large dataset must not hold up the event loop
   }
   return hash.digest('hex');
 }
 
 /** `train.json row 17 (id 42)`. */
-export function rowName({ source, id }: Row): string {
-  return `${basename(source.file)} row ${source.row}${id === undefined ? '' : ` (id ${id})`}`;
+export function rowName({ source, id, piece }: Row): string {
+  const part = piece === undefined || piece === 0 ? '' : ` piece ${piece + 1}`;
+  return `${basename(source.file)} row ${source.row}${part}${id === undefined ? '' : ` (id ${id})`}`;
 }
 
 /** Encodes one row for training. A failure names the row. */
-export async function encodeRow(processor: Processor, row: Row, signal?: AbortSignal): Promise<EncodedSample> {
-  const { source, id, ...input } = row;
+export async function encodeRow(
+  processor: Processor,
+  row: Row,
+  { max_length, truncation_strategy }: Pick<TrainConfig, 'max_length' | 'truncation_strategy'>,
+  signal?: AbortSignal,
+): Promise<EncodedSample> {
+  const { source, id, piece, ...input } = row;
   try {
-    const sample = await processor.encode({ ...input, id: rowName(row) }, { for: 'train', ...(signal && { signal }) });
-    if (sample.labels?.some((label) => label !== -100)) return sample;
+    const whole = await processor.encode({ ...input, id: rowName(row) }, { for: 'train', ...(signal && { signal }) });
+    const sample =
+      piece === undefined || truncation_strategy === 'delete' || truncation_strategy === 'raise'
+        ? whole
+        : cutSample(whole, max_length as number, truncation_strategy)[piece];
+    if (sample && isTrained(sample)) return sample;
     throw new MartletError(
       'ERR_MARTLET_DATASET',
       'no token of the row is trained: it needs an answer of the assistant.',
@@ -255,6 +273,14 @@ export function markedSample(processor: Processor, { inputIds, labels }: Encoded
   return text;
 }
 
+/** Whether a row shows the model anything. */
+export function hasPicture({ images, videos, messages }: Row): boolean {
+  return (
+    images.length + (videos?.length ?? 0) > 0 ||
+    messages.some(({ content }) => typeof content !== 'string' && content.some(({ type }) => type !== 'text'))
+  );
+}
+
 /** What the tutorial's advice on trouble says, where this run shows it. */
 export function trainingWarnings(config: TrainConfig, data: TrainData, plan: TrainPlan): TrainWarning[] {
   const warnings: TrainWarning[] = [];
@@ -278,6 +304,9 @@ export function trainingWarnings(config: TrainConfig, data: TrainData, plan: Tra
       message: `learning_rate ${significant(config.learning_rate)} is unusual for sft_type: ${config.sft_type}; ${significant(low)} to ${significant(high)} is usual.`,
       details: { learning_rate: config.learning_rate },
     });
+  }
+  if (!data.train.rows.some(hasPicture)) {
+    warnings.push({ message: 'no row has a picture: the model learns from text alone.' });
   }
   if (plan.warmupSteps >= plan.schedule.totalSteps) {
     warnings.push({

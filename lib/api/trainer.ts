@@ -4,30 +4,29 @@ import { configToYaml, type TrainConfig } from '../config/index.js';
 import type { Row } from '../data/index.js';
 import { MartletError } from '../errors.js';
 import { writeDirAtomic, writeFileAtomic } from '../files.js';
-import type {
-  LoadResult,
-  TrainBeginArgs,
-  TrainBeginResult,
-  TrainStepArgs,
-  TrainStepResult,
-} from '../native/binding.js';
+import type { EvalResult, LoadResult, TrainBeginResult, TrainStepArgs, TrainStepResult } from '../native/binding.js';
 import { Engine } from '../native/engine.js';
 import type { EncodedSample } from '../processing/index.js';
 import { rounded } from '../report/format.js';
 import { RunLog } from '../report/run-log.js';
 import { ARGS_FILE } from './adapter-args.js';
 import { type LogInterval, removeOldCheckpoints, type TrainerState, writeTrainerState } from './checkpoint.js';
+import { LossAdvice } from './loss-advice.js';
+import { chooseRecompute, savingsText } from './memory-advice.js';
 import { copyModelFiles } from './model-folder.js';
-import { removeRun } from './output-dir.js';
+import { PREDICTIONS_FILE, removeRun } from './output-dir.js';
 import { type LoadedRow, type LoadedStep, Prefetcher } from './prefetch.js';
 import { JobBuffers } from './samples.js';
 import { parseSize } from './size.js';
+import { scoreAnswers, type TextScores } from './text-metrics.js';
+import { beginArgs, loadArgs } from './train-args.js';
 import type { RunControl } from './train-run.js';
 import type { StepRows } from './train-schedule.js';
 import {
   encodeRow,
   findResumePoint,
   fingerprintRows,
+  hasPicture,
   limitLength,
   markedSample,
   planSteps,
@@ -44,7 +43,11 @@ import type { TrainEvent, TrainResult } from './types.js';
 const PREFETCH_ROWS = 16;
 /** Decoded pictures that wait ahead of the step that runs, in bytes. */
 const PREFETCH_BYTES = 512 * 2 ** 20;
-const EMPTY_INTERVAL: LogInterval = { steps: 0, loss: 0, labelledTokens: 0, correctTokens: 0 };
+const EMPTY_INTERVAL: LogInterval = { steps: 0, loss: 0, labelledTokens: 0, correctTokens: 0, rows: 0 };
+/** Steps in a row that may change nothing before the run ends. */
+const MAX_SKIPPED_IN_A_ROW = 10;
+/** Of the exponential mean of the loss, as ms-swift's plots. */
+const SMOOTHING = 0.9;
 
 export interface TrainerInput {
   config: TrainConfig;
@@ -73,12 +76,7 @@ export async function runTrainer(input: TrainerInput, control: RunControl): Prom
   try {
     const { result: loaded } = await engine.call(
       'load',
-      {
-        modelDir,
-        device: config.device,
-        dtype: config.torch_dtype,
-        imageTokenId: input.data.processor.imageTokenId,
-      },
+      { ...loadArgs(config, modelDir), imageTokenId: input.data.processor.imageTokenId },
       { signal },
     );
     checkModelType(config, loaded);
@@ -86,7 +84,11 @@ export async function runTrainer(input: TrainerInput, control: RunControl): Prom
     const plan = planSteps(config, data);
     const fingerprint = await fingerprintRows(data.train.rows);
     const resume = await findResumePoint(config, outputDir, plan.schedule.plan, fingerprint);
-    const { result: begun } = await engine.call('train.begin', beginArgs(config, plan), { signal });
+    const { result: begun } = await engine.call(
+      'train.begin',
+      beginArgs(config, plan, await chooseRecompute(config, modelDir, data)),
+      { signal },
+    );
     if (resume) await engine.call('train.loadState', { dir: resume.dir }, { signal });
     // an earlier run's files go only now that the new one is sure to start
     if (config.overwrite_output_dir && !resume) await removeRun(outputDir);
@@ -124,41 +126,6 @@ function checkModelType({ model, model_type }: TrainConfig, { family, modelType 
   );
 }
 
-function beginArgs(config: TrainConfig, plan: TrainPlan): TrainBeginArgs {
-  const full = config.sft_type === 'full';
-  return {
-    method: full ? 'full' : 'lora',
-    ...(!full && {
-      lora: {
-        r: config.lora_rank,
-        alpha: config.lora_alpha,
-        dropout: config.lora_dropout,
-        useRslora: config.use_rslora,
-        targetModules: config.target_modules,
-      },
-    }),
-    ...(config.adapters[0] !== undefined && { adapterDir: config.adapters[0] }),
-    freeze: { vision: config.freeze_vit, projector: config.freeze_aligner, language: config.freeze_llm },
-    optimizer: {
-      name: 'adamw',
-      beta1: config.adam_beta1,
-      beta2: config.adam_beta2,
-      epsilon: config.adam_epsilon,
-      weightDecay: config.weight_decay,
-    },
-    schedule: {
-      type: config.lr_scheduler_type,
-      warmupSteps: plan.warmupSteps,
-      totalSteps: plan.schedule.totalSteps,
-    },
-    learningRate: config.learning_rate,
-    maxGradNorm: config.max_grad_norm,
-    gradientCheckpointing: config.gradient_checkpointing,
-    seed: config.seed,
-    deterministic: config.deterministic,
-  };
-}
-
 class Trainer {
   readonly #setup: TrainSetup;
   readonly #control: RunControl;
@@ -172,15 +139,24 @@ class Trainer {
   #tokens: number;
   #interval: LogInterval;
   /** Tokens and time at the last step event, for tokens per second. */
-  #mark: { tokens: number; time: number };
+  #mark: { tokens: number; time: number; dataWait: number };
   #lastLoss: number;
   #lastStep: TrainStepResult | undefined;
   #memory = 0;
+  #memoryAllocated = 0;
   #best: { metric: number; dir: string } | undefined;
-  #lastEval: { step: number; loss: number } | undefined;
+  /** `isBest`: better than every evaluation before it. */
+  #lastEval: { step: number; metric: number; isBest: boolean } | undefined;
+  #bestMetric: number | undefined;
+  #evaluationsWithoutGain: number;
+  #smoothed: { value: number; steps: number };
+  #skippedSteps: number;
+  #skippedInARow = 0;
+  #rowLimit: number;
+  readonly #advice: LossAdvice = new LossAdvice();
   #lastCheckpoint: { step: number; dir: string } | undefined;
   /** Over the steps of this process. */
-  #sum = { loss: 0, rows: 0 };
+  #sum = { loss: 0, rows: 0, steps: 0 };
   /** Milliseconds that the engine waited for rows. */
   #dataWait = 0;
 
@@ -196,8 +172,14 @@ class Trainer {
     this.#tokens = state?.num_input_tokens_seen ?? 0;
     this.#interval = { ...(state?.martlet.pending ?? EMPTY_INTERVAL) };
     this.#lastLoss = state?.martlet.last_loss ?? Number.NaN;
-    this.#mark = { tokens: this.#tokens, time: this.#started };
+    this.#smoothed = { ...(state?.martlet.smoothed ?? { value: 0, steps: 0 }) };
+    this.#skippedSteps = state?.martlet.skipped_steps ?? 0;
+    this.#evaluationsWithoutGain = state?.martlet.evaluations_without_gain ?? 0;
+    this.#rowLimit = state?.martlet.row_limit ?? Number.POSITIVE_INFINITY;
+    this.#bestMetric = state?.best_metric ?? undefined;
+    this.#mark = { tokens: this.#tokens, time: this.#started, dataWait: 0 };
     if (state) log.history.push(...state.log_history);
+    if (setup.resume && state) this.#lastCheckpoint = { step: state.global_step, dir: setup.resume.dir };
     if (state?.best_model_checkpoint != null && state.best_metric !== null) {
       this.#best = { metric: state.best_metric, dir: state.best_model_checkpoint };
     }
@@ -209,7 +191,8 @@ class Trainer {
     await this.#announce();
     const prefetcher = this.#prefetch(this.#setup.data.train.rows, schedule.from(this.#step + 1));
     let stopped = false;
-    while (this.#step < schedule.totalSteps && !stopped) {
+    let stoppedEarly = false;
+    while (this.#step < schedule.totalSteps && !stopped && !stoppedEarly) {
       const waited = performance.now();
       const loaded = (await prefetcher.next()) as LoadedStep<StepRows>;
       this.#dataWait += performance.now() - waited;
@@ -220,16 +203,27 @@ class Trainer {
       if (this.#isDue(config.eval_strategy, config.eval_steps)) await this.#evaluate();
       if (this.#isDue(config.save_strategy, config.save_steps)) await this.#saveCheckpoint();
       stopped = this.#control.stopRequested && this.#step < schedule.totalSteps;
+      stoppedEarly = config.early_stop_interval !== null && this.#evaluationsWithoutGain >= config.early_stop_interval;
     }
+    if (stoppedEarly) {
+      await this.#warn(
+        `stopped early: ${config.metric_for_best_model} has not improved in ${this.#evaluationsWithoutGain} evaluations.`,
+      );
+    }
+    await this.#advise(this.#advice.atEnd());
     // a stopped run can be continued, whatever save_steps says
     if (stopped && this.#lastCheckpoint?.step !== this.#step) await this.#saveCheckpoint();
-    return this.#finish(stopped);
+    return this.#finish(stopped, stoppedEarly);
+  }
+
+  async #advise(advice: string | undefined): Promise<void> {
+    if (advice !== undefined) await this.#warn(advice);
   }
 
   async #announce(): Promise<void> {
     const { config, schedule, outputDir, data, begun, warnings } = this.#setup;
     const { trainableParams, totalParams, parts, targets, unmatched } = begun;
-    const first = await encodeRow(data.processor, data.train.rows[0] as Row, this.#control.signal);
+    const first = await encodeRow(data.processor, data.train.rows[0] as Row, config, this.#control.signal);
     await this.#emit({
       type: 'start',
       config,
@@ -245,10 +239,39 @@ class Trainer {
     });
     for (const { name, nearest } of unmatched) {
       const near = nearest.length === 0 ? '' : ` Near: ${nearest.join(', ')}.`;
-      await this.#warn(`target_modules: ${name} matches no module of this model.${near}`, { name, nearest });
+      await this.#warn(`${name} matches nothing in this model.${near}`, { name, nearest });
     }
     for (const message of begun.warnings) await this.#warn(message);
     for (const { message, details } of warnings) await this.#warn(message, details);
+    if (!this.#setup.resume) await this.#checkPictures();
+  }
+
+  /** A model whose loss does not depend on the picture does not see it: a wrong template, a mask. */
+  async #checkPictures(): Promise<void> {
+    const { config, data } = this.#setup;
+    const { signal } = this.#control;
+    const row = data.train.rows.find(hasPicture);
+    if (!row) return;
+    // a picture that has gone is the business of the step that needs it
+    const sample = await encodeRow(data.processor, row, config, signal).catch((error: unknown) => {
+      if (error instanceof MartletError && error.code === 'ERR_MARTLET_IMAGE') return undefined;
+      throw error;
+    });
+    if (sample === undefined || sample.images.length === 0) return;
+    const grey = sample.images.map((image) => ({ ...image, data: new Uint8Array(image.data.length).fill(128) }));
+    const losses: number[] = [];
+    for (const images of [sample.images, grey]) {
+      const job = new JobBuffers();
+      const args = { microBatches: [[job.sample({ ...sample, images }, rowName(row))]] };
+      const { result } = await this.#engine.call('train.evaluate', args, { buffers: job.buffers, signal });
+      losses.push(result.loss);
+    }
+    if (losses[0] === losses[1]) {
+      await this.#warn(
+        `the answer of ${rowName(row)} does not depend on its picture (the loss with a grey one is the same): check the template and that the row marks the picture with <image>.`,
+        { row: rowName(row), loss: losses[0] },
+      );
+    }
   }
 
   #prefetch(rows: Row[], steps: Iterator<StepRows>): Prefetcher<StepRows> {
@@ -265,7 +288,7 @@ class Trainer {
   async #encode(row: Row): Promise<EncodedSample | undefined> {
     const { config, data } = this.#setup;
     try {
-      return await encodeRow(data.processor, row, this.#control.signal);
+      return await encodeRow(data.processor, row, config, this.#control.signal);
     } catch (error) {
       const bad = error instanceof MartletError && ['ERR_MARTLET_IMAGE', 'ERR_MARTLET_DATASET'].includes(error.code);
       if (!bad || config.on_bad_row !== 'skip') throw error;
@@ -286,24 +309,110 @@ class Trainer {
         rows: step.microBatches.flat().map((row) => rowName(rows[row] as Row)),
       });
     }
-    const { args, buffers } = this.#job(microBatches, rows);
-    const { result } = await this.#engine
-      .call('train.step', args, { buffers, signal: this.#control.signal })
-      .catch((error: unknown) => {
-        throw this.#withSamples(error, step.step, microBatches);
-      });
+    const result = await this.#nativeStep(step.step, microBatches);
     this.#step = step.step;
     this.#epoch = step.epochProgress;
+    if (result === undefined) return; // skipped
     this.#tokens += result.tokens;
     this.#lastLoss = result.loss;
     this.#lastStep = result;
     this.#memory = Math.max(this.#memory, result.memory.peakReserved, result.memory.peakAllocated);
+    this.#memoryAllocated = Math.max(this.#memoryAllocated, result.memory.peakAllocated);
     this.#sum.loss += result.loss;
     this.#sum.rows += microBatches.flat().length;
+    this.#sum.steps += 1;
     this.#interval.steps += 1;
     this.#interval.loss += result.loss;
     this.#interval.labelledTokens += result.labelledTokens;
     this.#interval.correctTokens += result.correctTokens;
+    this.#interval.rows += microBatches.flat().length;
+    this.#smoothed = {
+      value: SMOOTHING * this.#smoothed.value + (1 - SMOOTHING) * result.loss,
+      steps: this.#smoothed.steps + 1,
+    };
+    if (result.overflow) {
+      await this.#countSkipped();
+      await this.#warn(
+        `step ${step.step}: the gradients overflowed float16 at loss scale ${result.lossScale}; the step is skipped, the scale halved.`,
+        { step: step.step, lossScale: result.lossScale },
+      );
+    } else {
+      this.#skippedInARow = 0;
+    }
+    await this.#advise(this.#advice.add(result.loss));
+  }
+
+  async #countSkipped(error?: MartletError): Promise<void> {
+    this.#skippedSteps += 1;
+    this.#skippedInARow += 1;
+    if (this.#skippedInARow < MAX_SKIPPED_IN_A_ROW) return;
+    throw (
+      error ??
+      new MartletError(
+        'ERR_MARTLET_NON_FINITE',
+        `${this.#skippedInARow} steps in a row overflowed float16. Use torch_dtype: bfloat16 or float32, or lower the learning rate.`,
+        { step: this.#step },
+      )
+    );
+  }
+
+  /** One optimiser step; undefined when it was left out because its loss or gradients were not finite. */
+  async #nativeStep(step: number, microBatches: LoadedRow[][]): Promise<TrainStepResult | undefined> {
+    const { rows } = this.#setup.data.train;
+    const { signal } = this.#control;
+    for (;;) {
+      const batches = microBatches.flatMap((batch) => parts(batch, this.#rowLimit));
+      const { args, buffers } = this.#job(batches, rows);
+      try {
+        return (await this.#engine.call('train.step', { ...args, step }, { buffers, signal })).result;
+      } catch (error) {
+        if (!(error instanceof MartletError)) throw error;
+        if (error.code === 'ERR_MARTLET_OUT_OF_MEMORY') await this.#shrinkBatches(error, step, batches);
+        else if (error.code === 'ERR_MARTLET_NON_FINITE') return this.#leaveOut(error, step, microBatches);
+        else throw error;
+      }
+    }
+  }
+
+  /** The memory ran out: the same step in smaller micro-batches, its loss the same. One row that does not fit ends the run. */
+  async #shrinkBatches(error: MartletError, step: number, batches: LoadedRow[][]): Promise<void> {
+    const { config, data, modelDir } = this.#setup;
+    const largest = batches.flat().reduce((a, b) => (b.sample.inputIds.length > a.sample.inputIds.length ? b : a));
+    const sample = rowName(data.train.rows[largest.row] as Row);
+    const { length } = largest.sample.inputIds;
+    const most = Math.max(...batches.map((batch) => batch.length));
+    if (most <= 1) {
+      const savings = await savingsText(config, modelDir, length);
+      throw new MartletError(
+        error.code,
+        `${error.message} Step ${step} does not fit one row at a time; the largest is ${sample} with ${length} tokens. ${savings}`,
+        { ...error.details, step, sample, tokens: length },
+        { cause: error },
+      );
+    }
+    this.#rowLimit = Math.ceil(most / 2);
+    await this.#engine.call('emptyCache', {}, { signal: this.#control.signal });
+    await this.#warn(
+      `step ${step}: out of memory with ${most} rows at a time (the largest: ${sample}, ${length} tokens). Going on with ${this.#rowLimit} rows at a time and as many more accumulated: the loss is the same.`,
+      { step, sample, tokens: length, rows: this.#rowLimit },
+    );
+  }
+
+  /** A loss or gradient that is not finite, as non_finite says. */
+  async #leaveOut(error: MartletError, step: number, microBatches: LoadedRow[][]): Promise<undefined> {
+    const { config } = this.#setup;
+    const named = this.#withSamples(error, step, microBatches);
+    if (config.non_finite === 'stop') throw named;
+    await this.#countSkipped(named);
+    const checkpoint = config.non_finite === 'rollback' ? this.#lastCheckpoint : undefined;
+    if (checkpoint) {
+      await this.#engine.call('train.loadState', { dir: checkpoint.dir }, { signal: this.#control.signal });
+    }
+    await this.#warn(
+      `${named.message} ${checkpoint ? `Back to the weights of ${checkpoint.dir}, on with the next rows.` : 'The step is left out.'}`,
+      named.details,
+    );
+    return undefined;
   }
 
   #job(microBatches: LoadedRow[][], rows: Row[]): { args: TrainStepArgs; buffers: ArrayBufferView[] } {
@@ -316,14 +425,15 @@ class Trainer {
     return { args, buffers: job.buffers };
   }
 
-  /** Native code says that the loss or a gradient is not finite; which rows were in the step is known here. */
-  #withSamples(error: unknown, step: number, microBatches: LoadedRow[][]): unknown {
-    if (!(error instanceof MartletError) || error.code !== 'ERR_MARTLET_NON_FINITE') return error;
-    const samples = microBatches.flat().map(({ row }) => rowName(this.#setup.data.train.rows[row] as Row));
+  /** Puts the rows of the step into the message of a loss that is not finite. */
+  #withSamples(error: MartletError, step: number, microBatches: LoadedRow[][]): MartletError {
+    const rows = microBatches.flat().map(({ row }) => rowName(this.#setup.data.train.rows[row] as Row));
+    // native code names those whose own loss is not finite, where it can tell
+    const samples = (error.details.samples as string[] | undefined) ?? rows;
     return new MartletError(
       error.code,
-      `${error.message} The rows of the step: ${samples.join(', ')}.`,
-      { ...error.details, step, samples },
+      `${error.message} The rows: ${samples.join(', ')}.`,
+      { ...error.details, step, samples, rows },
       { cause: error },
     );
   }
@@ -337,9 +447,11 @@ class Trainer {
 
   async #logStep(): Promise<void> {
     const result = this.#lastStep as TrainStepResult;
-    const { steps, loss, labelledTokens, correctTokens } = this.#interval;
+    if (this.#interval.steps === 0) return; // every step since the last line was left out
+    const { steps, loss, labelledTokens, correctTokens, rows } = this.#interval;
     const now = performance.now();
     const elapsed = (now - this.#started) / 1000;
+    const seconds = Math.max(1e-9, (now - this.#mark.time) / 1000);
     const doneHere = this.#step - (this.#setup.resume?.state.global_step ?? 0);
     await this.#emit({
       type: 'step',
@@ -350,13 +462,21 @@ class Trainer {
       learningRate: result.learningRate,
       tokenAccuracy: labelledTokens > 0 ? correctTokens / labelledTokens : 0,
       tokens: this.#tokens,
-      tokensPerSecond: (this.#tokens - this.#mark.tokens) / Math.max(1e-9, (now - this.#mark.time) / 1000),
+      tokensPerSecond: (this.#tokens - this.#mark.tokens) / seconds,
+      smoothedLoss: this.#smoothed.value / (1 - SMOOTHING ** this.#smoothed.steps),
+      samplesPerSecond: rows / seconds,
+      labelledTokensPerSecond: labelledTokens / seconds,
+      dataWait: Math.min(1, (this.#dataWait - this.#mark.dataWait) / 1000 / seconds),
       memory: this.#memory,
+      memoryAllocated: this.#memoryAllocated,
+      lossScale: result.lossScale,
+      skippedSteps: this.#skippedSteps,
+      ...(result.modelFlopUtilisation !== undefined && { modelFlopUtilisation: result.modelFlopUtilisation }),
       elapsed,
       remaining: (elapsed / doneHere) * (this.#setup.schedule.totalSteps - this.#step),
     });
     this.#interval = { ...EMPTY_INTERVAL };
-    this.#mark = { tokens: this.#tokens, time: now };
+    this.#mark = { tokens: this.#tokens, time: now, dataWait: this.#dataWait };
   }
 
   async #evaluate(): Promise<void> {
@@ -374,18 +494,88 @@ class Trainer {
       sum.labelled += result.labelledTokens;
       sum.correct += result.correctTokens;
     }
-    const loss = sum.loss / sum.labelled;
-    this.#lastEval = { step: this.#step, loss };
+    const result: EvalResult = {
+      loss: sum.loss / sum.labelled,
+      labelledTokens: sum.labelled,
+      correctTokens: sum.correct,
+    };
+    const answers = this.#setup.config.predict_with_generate ? await this.#answerRows(rows) : undefined;
+    await this.#judge(result, answers);
     const now = performance.now();
     await this.#emit({
       type: 'eval',
       step: this.#step,
       epoch: this.#epoch,
-      loss,
+      loss: result.loss,
       tokenAccuracy: sum.correct / sum.labelled,
       seconds: (now - started) / 1000,
+      ...answers,
     });
     this.#mark.time += now - started; // evaluation does not count as training speed
+  }
+
+  /** Keeps the best value of metric_for_best_model. */
+  async #judge(result: EvalResult, answers: TextScores | undefined): Promise<void> {
+    const { metric_for_best_model: name } = this.#setup.config;
+    const metric = {
+      loss: result.loss,
+      token_acc: result.correctTokens / result.labelledTokens,
+      exact_match: answers?.exactMatch,
+      rouge_l: answers?.rougeL,
+      bleu: answers?.bleu,
+    }[name] as number;
+    const isBest =
+      this.#bestMetric === undefined || (name === 'loss' ? metric < this.#bestMetric : metric > this.#bestMetric);
+    if (isBest) this.#bestMetric = metric;
+    this.#evaluationsWithoutGain = isBest ? 0 : this.#evaluationsWithoutGain + 1;
+    this.#lastEval = { step: this.#step, metric, isBest };
+  }
+
+  /** Answers every evaluation row greedily with the weights as they are; `predict.jsonl` holds the answers of the last evaluation. */
+  async #answerRows(rows: Row[]): Promise<TextScores> {
+    const { config, data, outputDir } = this.#setup;
+    const { signal } = this.#control;
+    const lines: { id?: string; row: string; answer: string; reference: string }[] = [];
+    for (const row of rows) {
+      const last = row.messages.at(-1) as Row['messages'][0];
+      const { source: _, id: __, piece: ___, ...input } = row;
+      const sample = await data.processor.encode(
+        { ...input, messages: row.messages.slice(0, -1), id: rowName(row) },
+        { for: 'generate', signal },
+      );
+      const job = new JobBuffers();
+      const { result, buffers } = await this.#engine.call(
+        'generate',
+        {
+          sample: job.sample(sample, rowName(row)),
+          maxNewTokens: config.max_new_tokens,
+          temperature: 0,
+          topP: 1,
+          topK: 0,
+          repetitionPenalty: 1,
+          seed: config.seed,
+          stopTokenIds: data.processor.stopTokenIds,
+          trained: true,
+        },
+        { buffers: job.buffers, signal },
+      );
+      const ids = new Int32Array(buffers[result.tokenIds] as ArrayBuffer);
+      const reference =
+        typeof last.content === 'string'
+          ? last.content
+          : last.content.map((part) => (part.type === 'text' ? part.text : '')).join('');
+      lines.push({
+        ...(row.id !== undefined && { id: row.id }),
+        row: rowName(row),
+        answer: data.processor.decode(ids),
+        reference,
+      });
+    }
+    await writeFileAtomic(
+      join(outputDir, PREDICTIONS_FILE),
+      `${lines.map((line) => JSON.stringify(line)).join('\n')}\n`,
+    );
+    return scoreAnswers(lines);
   }
 
   async #saveCheckpoint(): Promise<void> {
@@ -393,8 +583,8 @@ class Trainer {
     const { config, outputDir } = this.#setup;
     const { signal } = this.#control;
     const dir = join(outputDir, `checkpoint-${this.#step}`);
-    if (this.#lastEval?.step === this.#step && this.#lastEval.loss < (this.#best?.metric ?? Number.POSITIVE_INFINITY)) {
-      this.#best = { metric: this.#lastEval.loss, dir };
+    if (this.#lastEval?.step === this.#step && this.#lastEval.isBest) {
+      this.#best = { metric: this.#lastEval.metric, dir };
     }
     await writeDirAtomic(dir, 'replace', async (unfinished) => {
       await this.#saveWeights(unfinished);
@@ -440,11 +630,15 @@ class Trainer {
         dataset: fingerprint,
         pending: this.#interval,
         last_loss: this.#lastLoss,
+        smoothed: this.#smoothed,
+        skipped_steps: this.#skippedSteps,
+        evaluations_without_gain: this.#evaluationsWithoutGain,
+        row_limit: Number.isFinite(this.#rowLimit) ? this.#rowLimit : null,
       },
     };
   }
 
-  async #finish(stopped: boolean): Promise<TrainResult> {
+  async #finish(stopped: boolean, stoppedEarly: boolean): Promise<TrainResult> {
     const { outputDir, schedule } = this.#setup;
     const { trainableParams, totalParams } = this.#setup.begun;
     await this.#saveWeights(outputDir);
@@ -454,7 +648,8 @@ class Trainer {
       train_runtime: rounded(seconds, 6),
       train_samples_per_second: rounded(this.#sum.rows / seconds, 6),
       train_steps_per_second: rounded(steps / seconds, 6),
-      train_loss: rounded(this.#sum.loss / steps, 8),
+      train_loss: rounded(this.#sum.loss / Math.max(1, this.#sum.steps), 8),
+      skipped_steps: this.#skippedSteps,
       'global_step/max_steps': `${this.#step}/${schedule.totalSteps}`,
       last_model_checkpoint: this.#lastCheckpoint?.dir ?? null,
       best_model_checkpoint: this.#best?.dir ?? null,
@@ -473,7 +668,9 @@ class Trainer {
       trainableParams,
       totalParams,
       skipped: this.#skipped,
+      skippedSteps: this.#skippedSteps,
       stopped,
+      stoppedEarly,
     };
     await this.#log.event({ type: 'done', ...result });
     return result;
@@ -487,4 +684,13 @@ class Trainer {
   #warn(message: string, details?: Record<string, unknown>): Promise<void> {
     return this.#emit({ type: 'warning', message, ...(details && { details }) });
   }
+}
+
+/** A micro-batch as several of at most `limit` rows, as even as can be. */
+function parts(batch: LoadedRow[], limit: number): LoadedRow[][] {
+  if (batch.length <= limit) return [batch];
+  const count = Math.ceil(batch.length / limit);
+  return Array.from({ length: count }, (_, i) =>
+    batch.slice(Math.floor((i * batch.length) / count), Math.floor(((i + 1) * batch.length) / count)),
+  );
 }

@@ -20,7 +20,7 @@ export interface LoadModelOptions extends VisionOptions {
   device?: 'auto' | 'cpu' | 'cuda' | `cuda:${number}`;
   /** Defaults to `auto`: as stored in the checkpoint. */
   dtype?: 'auto' | 'float32' | 'bfloat16' | 'float16';
-  /** Only `none` so far. */
+  /** The language model's linears in 8 bits (by rows) or 4 (NF4, double quantisation), quantised as they are read. Defaults to `none`. */
   quantization?: 'none' | 'int8' | 'nf4';
   /** PEFT adapter folders by the name that `generate({ adapter })` uses. */
   adapters?: Record<string, string>;
@@ -158,13 +158,38 @@ export type TrainEvent =
       tokenAccuracy: number;
       tokens: number;
       tokensPerSecond: number;
-      /** bytes */
+      /** loss smoothed over steps (exponential mean, 0.9), for display */
+      smoothedLoss: number;
+      samplesPerSecond: number;
+      labelledTokensPerSecond: number;
+      /** share of the time in which the engine waited for rows, 0–1 */
+      dataWait: number;
+      /** bytes: the most reserved so far */
       memory: number;
+      /** bytes: the most in tensors so far */
+      memoryAllocated: number;
+      /** float16: what the loss is multiplied by; else 1 */
+      lossScale: number;
+      /** steps so far that changed nothing: overflows in float16, losses that were not finite */
+      skippedSteps: number;
+      /** GPU only: share of the device's measured product rate that the step's arithmetic (vision tower left out) comes to */
+      modelFlopUtilisation?: number;
       /** seconds */
       elapsed: number;
       remaining: number;
     }
-  | { type: 'eval'; step: number; epoch: number; loss: number; tokenAccuracy: number; seconds: number }
+  | {
+      type: 'eval';
+      step: number;
+      epoch: number;
+      loss: number;
+      tokenAccuracy: number;
+      seconds: number;
+      /** With predict_with_generate, 0–1. */
+      exactMatch?: number;
+      rougeL?: number;
+      bleu?: number;
+    }
   | { type: 'checkpoint'; step: number; dir: string }
   | { type: 'warning'; message: string; details?: Record<string, unknown> }
   | ({ type: 'done' } & TrainResult);
@@ -180,8 +205,12 @@ export interface TrainResult {
   totalParams: number;
   /** Rows left out (on_bad_row: skip, or longer than max_length), each with its reason. */
   skipped: { file: string; row: number; code: string; message: string }[];
+  /** Steps that changed nothing: overflows in float16, losses that were not finite (non_finite: skip, rollback). */
+  skippedSteps: number;
   /** True when stop() or a signal ended the run before its last step. */
   stopped: boolean;
+  /** True when early_stop_interval ended it. */
+  stoppedEarly: boolean;
 }
 
 /** Awaitable and async-iterable. Leaving the loop by break stops the run as an abort does. */
@@ -200,6 +229,7 @@ export interface MergeOptions {
   dtype?: 'float32' | 'bfloat16' | 'float16';
   /** Bytes or `5GB`. Defaults to `5GB`. */
   maxShardSize?: number | string;
+  /** `quantized`: into the weights that a qlora adapter was trained against (quantised and back); the result is as large. Defaults to `original`. */
   base?: 'original' | 'quantized';
   /** Write into a folder that already holds files. Defaults to false. */
   overwrite?: boolean;
@@ -213,6 +243,33 @@ export interface MergeReport {
   mergedTensors: number;
   /** Largest distance of a stored weight from the exact sum. */
   maxAbsError: number;
+  seconds: number;
+}
+
+export interface QuantizeOptions {
+  model: string;
+  outputDir: string;
+  quantization: 'nf4' | 'int8';
+  /** NF4: scales in 8 bits too. Defaults to true. */
+  doubleQuantization?: boolean;
+  /** Of what is not quantised, and of the arithmetic later. Defaults to bfloat16. */
+  dtype?: 'float32' | 'bfloat16' | 'float16';
+  /** Where the codes are computed. Defaults to `auto`. */
+  device?: 'auto' | 'cpu' | 'cuda' | `cuda:${number}`;
+  /** Bytes or `5GB`. Defaults to `5GB`. */
+  maxShardSize?: number | string;
+  /** Write into a folder that already holds files. Defaults to false. */
+  overwrite?: boolean;
+  signal?: AbortSignal;
+  onProgress?: (progress: { done: number; total: number }) => void;
+}
+
+export interface QuantizeReport {
+  outputDir: string;
+  shards: string[];
+  quantizedTensors: number;
+  /** Of all weights. */
+  bytes: number;
   seconds: number;
 }
 

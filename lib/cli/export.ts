@@ -1,9 +1,10 @@
 import { adapterBaseModel } from '../api/adapter-args.js';
 import { convertCheckpoint } from '../api/convert.js';
 import { mergeAdapter } from '../api/merge.js';
-import { duration, significant } from '../report/format.js';
-import { type OptionSpecs, usageError } from './args.js';
-import { type Command, type Invocation, printJson } from './command.js';
+import { quantizeModel } from '../api/quantize.js';
+import { bytes, duration, significant } from '../report/format.js';
+import { type OptionSpecs, type Options, usageError } from './args.js';
+import { type CliIo, type Command, type Invocation, printJson } from './command.js';
 import { interruptible, resolveWithNotice } from './jobs.js';
 
 const OPTIONS: OptionSpecs = {
@@ -28,6 +29,13 @@ const OPTIONS: OptionSpecs = {
   },
   max_shard_size: { kind: 'value', placeholder: 'SIZE', help: 'largest weight file, e.g. 2GB; default 5GB' },
   overwrite: { kind: 'flag', aliases: ['exist_ok'], help: 'write into a folder that already holds files' },
+  base: {
+    kind: 'value',
+    placeholder: 'original|quantized',
+    help: 'quantized: merge into the weights that a qlora adapter was trained against',
+  },
+  quant_method: { kind: 'value', placeholder: 'bnb', help: 'write --model quantised instead of merging' },
+  quant_bits: { kind: 'value', placeholder: '4|8', help: '4 = NF4 with double quantisation (default), 8 = int8' },
   safetensors: {
     kind: 'flag',
     help: "writes the model's own weights as safetensors instead (from pytorch_model*.bin); needs --model, takes no adapter",
@@ -37,9 +45,9 @@ const OPTIONS: OptionSpecs = {
 
 export const command: Command = {
   usage:
-    'export --adapters DIR [--model DIR|ID] [--output_dir DIR] | export --safetensors --model DIR|ID --output_dir DIR',
+    'export --adapters DIR [--model DIR|ID] [--output_dir DIR] | export --model DIR --quant_method bnb | export --safetensors --model DIR|ID --output_dir DIR',
   description: `Merges a LoRA adapter into its base model (alias: merge-lora). The result is a Hugging Face folder: merged weights, all other
-files of the base model byte for byte. With --safetensors it converts a model's weights instead.`,
+files of the base model byte for byte. With --quant_method it writes a model quantised instead, with --safetensors it converts a model's weights.`,
   options: () => OPTIONS,
   footer: `Examples:
   martlet export --adapters out --output_dir merged
@@ -49,7 +57,10 @@ files of the base model byte for byte. With --safetensors it converts a model's 
 
 async function run({ options, positionals, io }: Invocation): Promise<number> {
   if (positionals.length > 0) throw usageError(`unexpected argument ${positionals[0]}.`);
-  if (options.flag('safetensors')) return convert({ options, positionals, io });
+  if (options.string('quant_method') !== undefined || options.string('quant_bits') !== undefined) {
+    return quantize(options, io);
+  }
+  if (options.flag('safetensors')) return convert(options, io);
   const adapter = options.string('adapters');
   if (adapter === undefined) throw usageError('export needs --adapters DIR. --help shows more.');
   if (options.string('merge_lora') === 'false')
@@ -62,6 +73,7 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
       outputDir: options.string('output_dir') ?? `${adapter.replace(/\/+$/, '')}-merged`,
       ...(dtype !== undefined && dtype !== 'auto' && { dtype }),
       maxShardSize: options.string('max_shard_size'),
+      base: options.choice('base', ['original', 'quantized']),
       overwrite: options.flag('overwrite'),
       signal,
     }),
@@ -78,7 +90,36 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
   return 0;
 }
 
-async function convert({ options, io }: Invocation): Promise<number> {
+async function quantize(options: Options, io: CliIo): Promise<number> {
+  const model = options.string('model');
+  if (model === undefined || options.string('adapters') !== undefined) {
+    throw usageError('--quant_method writes --model quantised: give --model, and merge adapters first.');
+  }
+  options.choice('quant_method', ['bnb']);
+  const bits = options.choice('quant_bits', ['4', '8']) ?? '4';
+  const dtype = options.dtype('dtype');
+  const report = await interruptible(async (signal) =>
+    quantizeModel({
+      model: await resolveWithNotice(model, io, signal),
+      outputDir: options.string('output_dir') ?? `${model.replace(/\/+$/, '')}-bnb-${bits}bit`,
+      quantization: bits === '4' ? 'nf4' : 'int8',
+      ...(dtype !== undefined && dtype !== 'auto' && { dtype }),
+      maxShardSize: options.string('max_shard_size'),
+      overwrite: options.flag('overwrite'),
+      signal,
+    }),
+  );
+  if (options.flag('json')) {
+    printJson(io, report);
+  } else {
+    io.stdout.write(
+      `quantised ${report.quantizedTensors} tensors into ${report.outputDir} (${report.shards.length} weight files, ${bytes(report.bytes)}) in ${duration(report.seconds)}\n`,
+    );
+  }
+  return 0;
+}
+
+async function convert(options: Options, io: CliIo): Promise<number> {
   const model = options.string('model');
   const outputDir = options.string('output_dir');
   if (model === undefined || outputDir === undefined)

@@ -113,6 +113,8 @@ const OPTIONS: OptionSpecs = {
     placeholder: 'auto|float32|bfloat16|float16',
     help: 'default auto: as stored',
   },
+  quant_bits: { kind: 'value', placeholder: '4|8', help: 'load the language model in 4 bits (NF4) or 8' },
+  quant_method: { kind: 'value', placeholder: 'bnb' },
   vllm: { kind: 'flag' },
 };
 
@@ -171,13 +173,20 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
 function loadOptions(options: Options): LoadModelOptions {
   const named = options.string('torch_dtype');
   const quantized = named === 'int8' || named === 'nf4';
+  const bits = options.choice('quant_bits', ['4', '8']);
+  const method = options.choice('quant_method', ['bnb']);
   const device = options.string('device');
   if (device !== undefined && !/^(auto|cpu|cuda(:\d+)?)$/.test(device)) {
     throw usageError(`--device must be auto, cpu, cuda or cuda:N, not ${device}.`, { option: 'device' });
   }
   return {
     device: device as LoadModelOptions['device'],
-    ...(quantized ? { quantization: named } : { dtype: options.dtype('torch_dtype') }),
+    ...(quantized
+      ? { quantization: named }
+      : {
+          dtype: options.dtype('torch_dtype'),
+          ...((bits !== undefined || method !== undefined) && { quantization: bits === '8' ? 'int8' : 'nf4' }),
+        }),
     template: options.choice('template', ['default', 'ms-swift']),
     system: options.string('system'),
     ...visionOptions(options),

@@ -28,6 +28,11 @@ const VERBS: Record<string, Verb> = {
     summary: 'merge an adapter into its base model',
     load: async () => (await import('./export.js')).command,
   },
+  plan: {
+    aliases: [],
+    summary: 'say which settings fit a GPU, without loading the model',
+    load: async () => (await import('./plan.js')).command,
+  },
   libtorch: {
     aliases: [],
     summary: 'install libtorch, or show which one is used',

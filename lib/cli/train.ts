@@ -1,5 +1,5 @@
 import { trainLoRA } from '../api/train.js';
-import { planTraining, type TrainingOutline } from '../api/train-plan.js';
+import { outlineTraining, type TrainingOutline } from '../api/train-plan.js';
 import { configToYaml, type TrainConfigInput } from '../config/index.js';
 import { ALIASES, IGNORED, trainConfigSchema, UNSUPPORTED } from '../config/schema.js';
 import { integer, significant } from '../report/format.js';
@@ -56,7 +56,7 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
   const config = first ?? {};
   const json = options.flag('json');
   if (!options.flag('dry_run')) return train(config, overrides, json, io);
-  const planned = await interruptible((signal) => planTraining(config, { overrides, signal }));
+  const planned = await interruptible((signal) => outlineTraining(config, { overrides, signal }));
   if (json) printJson(io, planned);
   else io.stdout.write(`${configToYaml(planned.config)}\n${planText(planned.plan)}\n`);
   return 0;

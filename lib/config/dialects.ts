@@ -18,6 +18,8 @@ export interface FlatConfig {
   origin: Map<string, string>;
   problems: Problem[];
   warnings: string[];
+  /** `torch_dtype: int8` and the like. */
+  quantBits?: { bits: 4 | 8; path: string };
 }
 
 /** Sections of the tutorial's YAML whose keys are flat keys. */
@@ -49,6 +51,9 @@ const snakeCase = (key: string) =>
   key.replaceAll(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`).replaceAll('-', '_');
 const isObject = (value: unknown): value is Record<string, unknown> =>
   typeof value === 'object' && value !== null && !Array.isArray(value);
+/** `all` is LLaMA-Factory's word for it. */
+const isAllLinear = (value: unknown) =>
+  ['all', 'all-linear'].includes((Array.isArray(value) && value.length === 1 ? value[0] : value) as string);
 /** A name's other spelling, if it is in the table: names come from outside, so `constructor` must not find Object's. */
 const spelling = (table: Record<string, string>, name: string) =>
   Object.hasOwn(table, name) ? (table[name] as string) : name;
@@ -57,6 +62,8 @@ const sameValue = (a: unknown, b: unknown) => JSON.stringify(a) === JSON.stringi
 export function flatten(raw: Record<string, unknown>): FlatConfig {
   const flat: FlatConfig = { values: {}, origin: new Map(), problems: [], warnings: [] };
   const precision: { path: string; dtype: string }[] = [];
+
+  let loraTarget: string | undefined;
 
   const set = (key: string, value: unknown, path: string) => {
     if (flat.origin.has(key) && !sameValue(flat.values[key], value)) {
@@ -123,6 +130,13 @@ export function flatten(raw: Record<string, unknown>): FlatConfig {
     const target = spelling(ALIASES, key);
     if ((TRAIN_CONFIG_KEYS as string[]).includes(target)) {
       if (value === undefined) return;
+      if (key === 'lora_target') {
+        // LLaMA-Factory's way to say it; the tutorial gives it beside a list, which is more exact
+        if (isAllLinear(value) && flat.origin.has('target_modules')) return;
+        loraTarget = path;
+      } else if (target === 'target_modules' && loraTarget !== undefined && isAllLinear(flat.values[target])) {
+        flat.origin.delete(target);
+      }
       const nested = target === 'dataset' && isObject(value) && 'train' in value;
       set(target, convert(target, value, path, flat), nested ? `${path}.train` : path);
     } else if (Object.hasOwn(UNSUPPORTED, key)) {
@@ -156,6 +170,19 @@ export function flatten(raw: Record<string, unknown>): FlatConfig {
       if (!flat.origin.has('torch_dtype')) flat.origin.set('torch_dtype', path);
     }
   }
+  if (flat.quantBits) {
+    const { bits, path } = flat.quantBits;
+    const now = flat.values.quant_bits;
+    if (now !== undefined && now !== null && now !== bits) {
+      flat.problems.push({
+        path,
+        message: `${path} means quant_bits ${bits}, but ${flat.origin.get('quant_bits')} says ${now}: keep one of them`,
+      });
+    } else {
+      flat.values.quant_bits = bits;
+      flat.origin.set('quant_bits', path);
+    }
+  }
   return flat;
 }
 
@@ -182,22 +209,35 @@ function convert(key: string, value: unknown, path: string, flat: FlatConfig): u
       return typeof value === 'string' ? spelling(MODEL_ALIASES, value) : value;
     case 'torch_dtype': {
       if (value === null) return 'auto';
+      // the tutorial: quantised weights, and with them qlora
       if (value === 'int8' || value === 'int4' || value === 'nf4') {
-        flat.problems.push({
-          path,
-          message: `${path}: ${value} means quantised weights (qlora), which are not supported yet. Use bfloat16`,
-        });
+        flat.quantBits = { bits: value === 'int8' ? 8 : 4, path };
         return 'auto';
       }
       const name = typeof value === 'string' ? value.replace(/^torch\./, '') : value;
       return typeof name === 'string' ? spelling(DTYPES, name) : name;
     }
-    case 'sft_type':
-      if (value === 'qlora') {
-        flat.problems.push({ path, message: `${path}: qlora is not supported yet. Use lora` });
-        return 'lora';
+    case 'quant_bits':
+      return value === 0 ? null : value;
+    case 'lora_dtype': {
+      const name = typeof value === 'string' ? value.replace(/^torch\./, '') : value;
+      return typeof name === 'string' ? spelling(DTYPES, name) : name;
+    }
+    case 'optim':
+      return value === null ? undefined : value;
+    case 'neftune_noise_alpha':
+      return value === 0 ? null : value;
+    case 'lr_scheduler_kwargs':
+      if (typeof value !== 'string') return value;
+      try {
+        return value.trim() === '' ? null : JSON.parse(value);
+      } catch {
+        return value;
       }
-      return value;
+    case 'modules_to_save':
+    case 'trainable_parameters':
+    case 'freeze_parameters':
+      return value === null ? [] : typeof value === 'string' ? [value] : value;
     case 'device':
       return value === null ? 'auto' : value === 'gpu' ? 'cuda' : value;
     case 'template':
@@ -216,9 +256,9 @@ function convert(key: string, value: unknown, path: string, flat: FlatConfig): u
     case 'report_to':
       return value === null ? [] : Array.isArray(value) ? value : [value];
     case 'target_modules':
+      if (isAllLinear(value)) return 'all-linear';
       // A plain name as a regular expression over whole paths would match nothing.
-      if (typeof value === 'string' && /^[\w.]+$/.test(value)) return [value];
-      return Array.isArray(value) && value.length === 1 && value[0] === 'all-linear' ? 'all-linear' : value;
+      return typeof value === 'string' && /^[\w.]+$/.test(value) ? [value] : value;
     case 'dataset':
       if (isObject(value) && ('train' in value || 'eval' in value)) {
         for (const [name, files] of Object.entries(value)) {

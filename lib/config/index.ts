@@ -3,6 +3,7 @@ import { readFile, stat } from 'node:fs/promises';
 import { dump } from 'js-yaml';
 import type { z } from 'zod';
 import { MartletError } from '../errors.js';
+import { contradictions } from './contradictions.js';
 import { describe, flatten, type Problem, schemaOf } from './dialects.js';
 import { type TrainConfig, type TrainConfigInput, trainConfigSchema } from './schema.js';
 import { type Position, parseYaml, YamlSyntaxError } from './yaml.js';
@@ -111,6 +112,9 @@ export function resolveTrainConfig(raw: unknown, where: Where = {}, options: Loa
       const path = [flat.origin.get(key ?? '') ?? key, ...rest].join('.');
       flat.problems.push({ path, message: issueMessage(issue, path, flat.values) });
     }
+  }
+  if (parsed.success) {
+    for (const { path, message } of contradictions(parsed.data, flat.origin)) flat.problems.push({ path, message });
   }
   if (flat.problems.length > 0 || !parsed.success) throw problemsError(flat.problems, where);
   return {
@@ -226,14 +230,22 @@ function positionOf(path: string, positions: Map<string, Position> | undefined):
 /** Defaults that depend on other keys. */
 function complete(config: z.infer<typeof trainConfigSchema>): TrainConfig {
   const evaluates = config.val_dataset.length > 0 || config.split_dataset_ratio > 0;
+  const bits = config.quant_bits ?? (config.sft_type === 'qlora' || config.quant_method !== null ? 4 : null);
   return {
     ...config,
+    quant_bits: bits,
+    quant_method: bits === null ? null : 'bnb',
     gradient_accumulation_steps:
       config.gradient_accumulation_steps ?? Math.ceil(16 / config.per_device_train_batch_size),
     learning_rate: config.learning_rate ?? (config.sft_type === 'full' ? 1e-5 : 1e-4),
     eval_strategy: evaluates ? (config.eval_strategy ?? config.save_strategy) : 'no',
     eval_steps: config.eval_steps ?? config.save_steps,
   };
+}
+
+/** What native code quantises the language model's weights to. */
+export function quantizationOf({ quant_bits }: Pick<TrainConfig, 'quant_bits'>): 'none' | 'int8' | 'nf4' {
+  return quant_bits === null ? 'none' : quant_bits === 8 ? 'int8' : 'nf4';
 }
 
 /** The text of args.yaml: a config file that gives this config again. */

@@ -1,6 +1,29 @@
 /** The one shape that every config becomes: flat, ms-swift's names. Each key is documented here; docs/configuration.md is generated from it. */
 import { z } from 'zod';
 
+/** transformers' names. */
+export const OPTIMIZERS = [
+  'adamw_torch',
+  'adamw_torch_fused',
+  'adamw_8bit',
+  'adamw_bnb_8bit',
+  'paged_adamw',
+  'paged_adamw_32bit',
+  'paged_adamw_8bit',
+  'sgd',
+  'adafactor',
+] as const;
+export const SCHEDULES = [
+  'linear',
+  'cosine',
+  'cosine_with_restarts',
+  'cosine_with_min_lr',
+  'constant',
+  'constant_with_warmup',
+  'polynomial',
+  'inverse_sqrt',
+] as const;
+
 const positive = () => z.number().int().positive();
 const limit = (description: string) => positive().nullable().default(null).describe(description);
 const ratio = () => z.number().min(0).max(1);
@@ -23,13 +46,34 @@ export const trainConfigSchema = z.strictObject({
     .nullable()
     .default(null)
     .describe("The model's family. Defaults to what config.json says; a contradiction is an error."),
-  sft_type: z.enum(['lora', 'full']).default('lora').describe('What is trained: `lora` adapters, or `full` weights.'),
+  sft_type: z
+    .enum(['lora', 'qlora', 'full', 'lora_llm'])
+    .default('lora')
+    .describe(
+      'What is trained: `lora` adapters; `qlora` = adapters on quantised weights (quant_bits 4 unless given); `full` weights; `lora_llm` = adapters on the language model, vision tower and projector in full.',
+    ),
   torch_dtype: z
     .enum(['auto', 'float32', 'bfloat16', 'float16'])
     .default('auto')
     .describe(
       'Precision of the arithmetic; `auto` = as the checkpoint is stored. Adapters and optimiser state are float32 always.',
     ),
+  quant_method: z
+    .enum(['bnb'])
+    .nullable()
+    .default(null)
+    .describe("How the language model's weights are quantised as they are loaded: `bnb` = bitsandbytes' formats."),
+  quant_bits: z
+    .union([z.literal(4), z.literal(8)])
+    .nullable()
+    .default(null)
+    .describe('4 = NF4, 8 = int8 by rows. Vision tower, projector and head stay as they are.'),
+  bnb_4bit_quant_type: z.literal('nf4').default('nf4').describe('The 4-bit data type.'),
+  bnb_4bit_use_double_quant: z.boolean().default(true).describe("NF4: keep the blocks' scales in 8 bits too."),
+  tf32: z
+    .boolean()
+    .default(false)
+    .describe('Let float32 products use TF32 on CUDA: faster, about 10 bits of mantissa.'),
   device: z
     .string()
     .regex(/^(auto|cpu|cuda(:\d+)?)$/, 'expected auto, cpu, cuda or cuda:N')
@@ -65,9 +109,19 @@ export const trainConfigSchema = z.strictObject({
     .default(null)
     .describe("Longest row in tokens, image tokens counted. null = the model's positions."),
   truncation_strategy: z
-    .enum(['delete', 'raise'])
+    .enum(['delete', 'left', 'right', 'split', 'raise'])
     .default('delete')
-    .describe('What happens to a longer row: `delete` leaves it out and reports it, `raise` stops before training.'),
+    .describe(
+      'What happens to a longer row: `delete` leaves it out and reports it, `left` and `right` cut that end off, `split` makes several rows of it, `raise` stops before training. A picture is kept or dropped whole.',
+    ),
+  packing: z
+    .boolean()
+    .default(false)
+    .describe(
+      'Fill each row of a batch with several data rows up to packing_length, first fit by length. They do not see each other.',
+    ),
+  packing_length: positive().nullable().default(null).describe('Tokens of a packed row. null = max_length.'),
+  group_by_length: z.boolean().default(false).describe('Put rows of similar length into one batch (not with packing).'),
   on_bad_row: z
     .enum(['error', 'skip'])
     .default('error')
@@ -144,10 +198,57 @@ export const trainConfigSchema = z.strictObject({
     .describe(
       '`all-linear` (every linear of the language model but the head, and of parts that are not frozen), a list of names or endings, or one regular expression.',
     ),
+  lora_dtype: z
+    .enum(['float32', 'bfloat16', 'float16'])
+    .nullable()
+    .default(null)
+    .describe(
+      "Precision that adapters are computed and saved in. null = computed in the model's, saved in float32. The optimiser's copy is float32 always.",
+    ),
+  lora_bias: z
+    .enum(['none', 'all', 'lora_only'])
+    .default('none')
+    .describe("Biases of the base model that are trained too: all, or those of modules with an adapter (PEFT's bias)."),
+  lorap_lr_ratio: z
+    .number()
+    .positive()
+    .nullable()
+    .default(null)
+    .describe('LoRA+: B learns this many times faster than A; 10 to 16 is usual.'),
+  init_weights: z
+    .union([z.boolean(), z.string().regex(/^(true|false|gaussian|pissa|pissa_niter_\d{1,3})$/)])
+    .default(true)
+    .describe(
+      'How adapters begin: `true` = A uniform, B zero; `false` = both random; `gaussian`; `pissa` or `pissa_niter_N` = principal components of the weights (saved as plain LoRA of twice the rank).',
+    ),
+  use_dora: z.boolean().default(false).describe('DoRA: a trained length for each row of the adapted weight.'),
+  modules_to_save: z
+    .array(z.string().min(1))
+    .default([])
+    .describe('Modules trained as a whole and saved with the adapter: names or endings, `all-embedding`, `all-norm`.'),
   use_rslora: z.boolean().default(false).describe('Rank-stabilised scaling alpha / √r.'),
   freeze_vit: z.boolean().default(true).describe('Keep the vision tower as it is. Wins over target_modules.'),
   freeze_aligner: z.boolean().default(true).describe('Keep the projector as it is. Wins over target_modules.'),
   freeze_llm: z.boolean().default(false).describe('Keep the language model as it is. Wins over target_modules.'),
+
+  trainable_parameters: z
+    .array(z.string().min(1))
+    .default([])
+    .describe('Beginnings of parameter names that are trained in full, whatever is frozen; beside adapters too.'),
+  trainable_parameters_regex: z
+    .string()
+    .min(1)
+    .nullable()
+    .default(null)
+    .describe('The same, searched for in the names.'),
+  freeze_parameters: z
+    .array(z.string().min(1))
+    .default([])
+    .describe('Full training: beginnings of parameter names that are frozen.'),
+  freeze_parameters_regex: z.string().min(1).nullable().default(null).describe('The same, searched for in the names.'),
+  freeze_parameters_ratio: ratio()
+    .default(0)
+    .describe('Full training: share of the parameters, from the first on, that is frozen.'),
 
   // ---- training
   num_train_epochs: z.number().positive().default(3).describe('Passes over the data; a fraction ends early.'),
@@ -163,16 +264,38 @@ export const trainConfigSchema = z.strictObject({
     .min(0)
     .nullable()
     .default(null)
-    .describe('Highest learning rate. null = 1e-4 for lora, 1e-5 for full.'),
+    .describe('Highest learning rate. null = 1e-4 for adapters, 1e-5 for full.'),
+  vit_lr: z.number().min(0).nullable().default(null).describe('Of the vision tower. null = learning_rate.'),
+  aligner_lr: z.number().min(0).nullable().default(null).describe('Of the projector. null = learning_rate.'),
+  optim: z
+    .enum(OPTIMIZERS)
+    .default('adamw_torch')
+    .describe(
+      '`adamw_torch`; `adamw_8bit` = moments in 8-bit blocks; `paged_…` = moments in pinned host memory; `sgd`; `adafactor`.',
+    ),
+  optim_args: z
+    .string()
+    .nullable()
+    .default(null)
+    .describe('For sgd: `momentum=0.9`, `nesterov=true`, joined by commas.'),
   weight_decay: z.number().min(0).default(0.1).describe("AdamW's decay; not on biases and norms."),
   adam_beta1: ratio().default(0.9).describe("AdamW's β₁."),
   adam_beta2: ratio().default(0.95).describe("AdamW's β₂."),
   adam_epsilon: z.number().positive().default(1e-8).describe("AdamW's ε."),
   max_grad_norm: z.number().min(0).default(1).describe('Gradients are scaled down to this norm; 0 = never.'),
-  lr_scheduler_type: z
-    .enum(['linear', 'cosine', 'constant', 'constant_with_warmup'])
-    .default('cosine')
-    .describe('Schedule of the learning rate, as in transformers.'),
+  lr_scheduler_type: z.enum(SCHEDULES).default('cosine').describe('Schedule of the learning rate, as in transformers.'),
+  lr_scheduler_kwargs: z
+    .strictObject({
+      num_cycles: z.number().positive().optional(),
+      min_lr: z.number().min(0).optional(),
+      min_lr_rate: ratio().optional(),
+      power: z.number().positive().optional(),
+      lr_end: z.number().min(0).optional(),
+      timescale: positive().optional(),
+    })
+    .nullable()
+    .default(null)
+    .describe('Of the schedule: num_cycles, min_lr or min_lr_rate, power and lr_end, timescale. An object or JSON.'),
   warmup_ratio: ratio().default(0).describe('Share of the steps in which the learning rate rises from 0.'),
   warmup_steps: z
     .number()
@@ -181,9 +304,40 @@ export const trainConfigSchema = z.strictObject({
     .default(0)
     .describe('Steps in which the learning rate rises; wins over warmup_ratio unless 0.'),
   gradient_checkpointing: z
-    .boolean()
+    .union([z.boolean(), z.enum(['none', 'cheap', 'mlp', 'layer', 'auto'])])
     .default(true)
-    .describe('Compute each layer again in the backward pass: less memory, about a third slower.'),
+    .describe(
+      'What is computed again in the backward pass instead of being kept: `none` (false), `cheap` (norms and products), `mlp`, `layer` (true: least memory, about a third slower), `auto` = the least that fits memory_budget.',
+    ),
+  vit_gradient_checkpointing: z
+    .boolean()
+    .nullable()
+    .default(null)
+    .describe('Whether a vision tower that is trained computes its layers again. null = as gradient_checkpointing.'),
+  memory_budget: z
+    .string()
+    .regex(/^\d+(\.\d+)?\s*([KMGT]i?B)?$/i, 'expected a size such as 24GB')
+    .nullable()
+    .default(null)
+    .describe("For gradient_checkpointing: auto, and the plan. null = the device's memory."),
+  neftune_noise_alpha: z
+    .number()
+    .min(0)
+    .nullable()
+    .default(null)
+    .describe('NEFTune: strength of the noise on text embeddings; 5 to 15 is usual.'),
+  label_smoothing_factor: z
+    .number()
+    .min(0)
+    .lt(1)
+    .default(0)
+    .describe('Share of the target that is spread over the whole vocabulary.'),
+  non_finite: z
+    .enum(['stop', 'skip', 'rollback'])
+    .default('stop')
+    .describe(
+      'When the loss or a gradient is not finite: `stop`; `skip` the step; `rollback` to the last checkpoint and go on with the next rows.',
+    ),
   seed: z
     .number()
     .int()
@@ -221,6 +375,19 @@ export const trainConfigSchema = z.strictObject({
       'When loss and token accuracy on the evaluation rows are computed. null = as save_strategy if there are such rows.',
     ),
   eval_steps: positive().nullable().default(null).describe('Steps between evaluations. null = save_steps.'),
+  predict_with_generate: z
+    .boolean()
+    .default(false)
+    .describe('Evaluation also answers each row and compares: exact match, ROUGE-L, BLEU.'),
+  max_new_tokens: positive().default(64).describe('Longest answer of predict_with_generate.'),
+  metric_for_best_model: z
+    .enum(['loss', 'token_acc', 'exact_match', 'rouge_l', 'bleu'])
+    .default('loss')
+    .describe('What tells the best checkpoint; all but loss count upwards.'),
+  early_stop_interval: positive()
+    .nullable()
+    .default(null)
+    .describe('Evaluations without a better metric after which the run ends.'),
   report_to: z
     .array(z.enum(['tensorboard', 'none']))
     .default(['tensorboard'])
@@ -272,17 +439,16 @@ export const ALIASES: Record<string, keyof TrainConfig> = {
   evaluation_strategy: 'eval_strategy',
   batch_size: 'per_device_train_batch_size',
   max_train_steps: 'max_steps',
+  lora_target: 'target_modules',
+  init_lora_weights: 'init_weights',
+  label_smoothing: 'label_smoothing_factor',
+  early_stopping_patience: 'early_stop_interval',
+  nan_policy: 'non_finite',
+  recompute: 'gradient_checkpointing',
 };
 
 /** Options of ms-swift that martlet does not do yet: their default is accepted, anything else is an error. */
 export const UNSUPPORTED: Record<string, unknown[]> = {
-  use_dora: [false],
-  lora_bias: ['none'],
-  lora_dtype: [null, 'float32'],
-  lorap_lr_ratio: [null],
-  init_weights: [true, 'true'],
-  init_lora_weights: [true, 'true'],
-  modules_to_save: [null, []],
   tuner_backend: ['peft'],
   model_revision: [null, 'main', 'master'],
   model_kwargs: [null, {}],
@@ -291,44 +457,22 @@ export const UNSUPPORTED: Record<string, unknown[]> = {
   dataloader_drop_last: [false],
   acc_strategy: ['token'],
   target_parameters: [null, []],
-  quant_method: [null],
-  quant_bits: [null, 0],
-  bnb_4bit_quant_type: ['nf4'],
-  bnb_4bit_use_double_quant: [true],
-  packing: [false],
-  padding_free: [false],
   sequence_parallel_size: [1],
-  group_by_length: [false],
   streaming: [false],
-  optim: [null, 'adamw_torch', 'adamw_torch_fused'],
   optimizer: [null],
-  neftune_noise_alpha: [null, 0],
-  label_smoothing_factor: [0],
+  optimizer_type: [null],
   loss_scale: ['default', null],
-  vit_lr: [null],
-  aligner_lr: [null],
-  freeze_parameters: [null, []],
-  freeze_parameters_regex: [null],
-  freeze_parameters_ratio: [0],
-  trainable_parameters: [null, []],
-  trainable_parameters_regex: [null],
-  lr_scheduler_kwargs: [null],
-  predict_with_generate: [false],
-  metric_for_best_model: [null, 'loss'],
   load_best_model_at_end: [false],
-  early_stop_interval: [null],
   deepspeed: [null],
   fsdp: [null, ''],
   push_to_hub: [false],
   use_liger_kernel: [false],
-  vit_gradient_checkpointing: [null, true, false],
 };
 
 /** Keys that mean nothing here, with the reason that the warning gives. */
 export const IGNORED: Record<string, string> = {
   framework: 'martlet has one framework',
   type: 'the form of a data file is recognised',
-  lora_target: 'target_modules says which modules are trained',
   dataloader_num_workers: 'rows are always prepared ahead of the step',
   dataloader_pin_memory: 'rows are always prepared ahead of the step',
   dataloader_prefetch_factor: 'rows are always prepared ahead of the step',
@@ -336,6 +480,7 @@ export const IGNORED: Record<string, string> = {
   dataset_num_proc: 'rows are always prepared ahead of the step',
   lazy_tokenize: 'rows are always prepared ahead of the step',
   load_from_cache_file: 'nothing is cached',
+  padding_free: 'batches never hold padding',
   use_logits_to_keep: 'logits are made for trained tokens only, always',
   gradient_checkpointing_kwargs: 'there is one way to recompute',
   remove_unused_columns: 'columns that are not used are never read',

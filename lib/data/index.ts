@@ -1,9 +1,11 @@
 /** Data files → rows, all of them checked before training starts. */
+
 import { MartletError } from '../errors.js';
 import type { Processor } from '../processing/types.js';
 import { ImageResolver } from './images.js';
 import { readRows, Yielder } from './read.js';
 import { parseRow, RowError, rowId } from './rows.js';
+import { type CutStrategy, cutSample, isTrained } from './truncate.js';
 import type { DatasetSpec, Row, RowProblem } from './types.js';
 
 export type { DatasetSpec, Row, RowProblem, RowSource } from './types.js';
@@ -17,8 +19,8 @@ export interface LoadDatasetOptions {
   processor: Processor;
   /** Longest row in tokens, image tokens counted. */
   maxLength: number;
-  /** A longer row: `delete` lists it under `skipped`, `raise` makes it a bad row. */
-  truncationStrategy: 'delete' | 'raise';
+  /** A longer row: `delete` lists it under `skipped`, `raise` makes it a bad row; `left`, `right` and `split` keep pieces of it. */
+  truncationStrategy: 'delete' | 'raise' | CutStrategy;
   signal?: AbortSignal;
   onProgress?: (rows: number) => void;
 }
@@ -46,7 +48,10 @@ export async function loadDataset(specs: DatasetSpec[], options: LoadDatasetOpti
     let taken = 0;
     const drain = async () => {
       for (const checked of await Promise.all(batch)) {
-        if ('problem' in checked) (checked.tooLong ? out.skipped : bad).push(checked.problem);
+        if ('pieces' in checked) {
+          out.rows.push(...checked.pieces);
+          out.lengths.push(...checked.lengths);
+        } else if ('problem' in checked) (checked.tooLong ? out.skipped : bad).push(checked.problem);
         else {
           out.rows.push(checked.row);
           out.lengths.push(checked.length);
@@ -79,7 +84,10 @@ export async function loadDataset(specs: DatasetSpec[], options: LoadDatasetOpti
   return out;
 }
 
-type Checked = { row: Row; length: number } | { problem: RowProblem; tooLong: boolean };
+type Checked =
+  | { row: Row; length: number }
+  | { pieces: Row[]; lengths: number[] }
+  | { problem: RowProblem; tooLong: boolean };
 
 async function checkRow(
   raw: { value: unknown; row: number; line?: number; error?: string },
@@ -114,6 +122,9 @@ async function checkRow(
       options.signal ? { signal: options.signal } : {},
     );
     if (length <= options.maxLength) return { row, length };
+    if (options.truncationStrategy !== 'delete' && options.truncationStrategy !== 'raise') {
+      return await cutRow(row, options.truncationStrategy, options);
+    }
     const message = `the row has ${length} tokens, more than max_length ${options.maxLength}`;
     return {
       problem: { ...source, code: 'ERR_MARTLET_DATASET', message, ...(id !== undefined && { id }) },
@@ -134,6 +145,21 @@ async function checkRow(
       tooLong: false,
     };
   }
+}
+
+/** The pieces of a row that have something to learn. */
+async function cutRow(row: Row, strategy: CutStrategy, options: LoadDatasetOptions): Promise<Checked> {
+  const { signal, maxLength } = options;
+  const sample = await options.processor.encode(row, { for: 'train', ...(signal && { signal }) });
+  const kept = cutSample(sample, maxLength, strategy).flatMap((piece, i) =>
+    isTrained(piece) ? [{ row: { ...row, piece: i }, length: piece.inputIds.length }] : [],
+  );
+  if (kept.length === 0) {
+    throw new RowError(
+      `the row has ${sample.inputIds.length} tokens; cut to max_length ${maxLength} (${strategy}) no trained token is left`,
+    );
+  }
+  return { pieces: kept.map((piece) => piece.row), lengths: kept.map((piece) => piece.length) };
 }
 
 function badRows(problems: RowProblem[]): MartletError {

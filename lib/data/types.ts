@@ -14,6 +14,8 @@ export interface Row {
   vision?: VisionOptions;
   id?: string;
   source: RowSource;
+  /** Of a row longer than max_length: which of its pieces this is, from 0. */
+  piece?: number;
 }
 
 export interface RowSource {

@@ -95,9 +95,15 @@ export interface LoadArgs {
   device: string;
   /** 'auto' = the checkpoint's own dtype on CUDA; on the CPU too (bfloat16 is computed in bfloat16). */
   dtype: 'auto' | Dtype;
+  /** Of the language model's linears, as they are read. Defaults to none. */
+  quantization?: Quantization;
+  /** nf4: scales in 8 bits too. Defaults to true. */
+  doubleQuantization?: boolean;
   /** The id that marks a picture's places, for families whose config.json does not say it. */
   imageTokenId?: number;
 }
+
+export type Quantization = 'none' | 'int8' | 'nf4';
 
 export interface LoadResult {
   modelType: string;
@@ -105,6 +111,10 @@ export interface LoadResult {
   device: string;
   dtype: Dtype;
   parameters: number;
+  /** bytes of all weights as they are kept */
+  weightBytes: number;
+  /** `stored`: the checkpoint itself is quantised */
+  quantization: Quantization | 'stored';
   vocabSize: number;
   maxPositions: number;
   /** id of the token that marks image positions */
@@ -117,9 +127,23 @@ export interface LoraArgs {
   alpha: number;
   dropout: number;
   useRslora: boolean;
+  useDora?: boolean;
+  /** Biases of the base model that are trained too. Defaults to none. */
+  bias?: 'none' | 'all' | 'lora_only';
+  /** true | false | gaussian | pissa | pissa_niter_N. Defaults to true. */
+  initWeights?: string;
+  /** Of the pairs; null = computed in the model's dtype, saved in float32. */
+  dtype?: Dtype | null;
+  /** Modules that are trained as a whole: names or endings, all-embedding, all-norm. */
+  modulesToSave?: string[];
+  /** Train vision tower and projector as a whole too (ms-swift's lora_llm). */
+  fullVisionAndProjector?: boolean;
   /** Names or suffixes; or one regular expression (full match on the module path); or 'all-linear'. */
   targetModules: string[] | string;
 }
+
+/** What the backward pass computes again: nothing, norms and elementwise products, the MLP, the whole layer. */
+export type Recompute = 'none' | 'cheap' | 'mlp' | 'layer';
 
 export interface TrainBeginArgs {
   method: 'lora' | 'full';
@@ -127,19 +151,61 @@ export interface TrainBeginArgs {
   /** Start from this PEFT adapter instead of fresh A/B matrices. */
   adapterDir?: string;
   freeze: { vision: boolean; projector: boolean; language: boolean };
-  optimizer: { name: 'adamw'; beta1: number; beta2: number; epsilon: number; weightDecay: number };
+  /** Beginnings of parameter names, and regular expressions ('' = none). trainable wins; the frozen ones are for `full`. */
+  parameters?: {
+    trainable: string[];
+    trainableRegex: string;
+    frozen: string[];
+    frozenRegex: string;
+    frozenRatio: number;
+  };
+  optimizer: {
+    name: 'adamw' | 'adamw_8bit' | 'sgd' | 'adafactor';
+    /** AdamW's moments in pinned host memory. */
+    paged?: boolean;
+    beta1: number;
+    beta2: number;
+    epsilon: number;
+    weightDecay: number;
+    /** sgd */
+    momentum?: number;
+    nesterov?: boolean;
+  };
   schedule: {
-    type: 'linear' | 'cosine' | 'constant' | 'constant_with_warmup';
+    type:
+      | 'linear'
+      | 'cosine'
+      | 'cosine_with_restarts'
+      | 'cosine_with_min_lr'
+      | 'constant'
+      | 'constant_with_warmup'
+      | 'polynomial'
+      | 'inverse_sqrt';
     warmupSteps: number;
     totalSteps: number;
+    numCycles?: number;
+    timescale?: number;
+    /** Shares of the base rate: cosine_with_min_lr's lowest, polynomial's last. */
+    minLrRate?: number;
+    endRate?: number;
+    power?: number;
   };
   learningRate: number;
+  /** Of one part; null = learningRate. */
+  vitLearningRate?: number | null;
+  alignerLearningRate?: number | null;
+  /** LoRA+: rate of B over rate of A. */
+  loraPlusRatio?: number | null;
   /** 0 = no clipping */
   maxGradNorm: number;
-  /** Recompute each layer in the backward pass instead of keeping its activations. */
-  gradientCheckpointing: boolean;
+  neftuneNoiseAlpha?: number;
+  labelSmoothing?: number;
+  recompute: Recompute;
+  /** Layers of a vision tower that is trained. Defaults to whether anything is recomputed. */
+  visionRecompute?: boolean;
   seed: number;
   deterministic: boolean;
+  tf32?: boolean;
 }
 
 export interface TrainBeginResult {
@@ -147,6 +213,8 @@ export interface TrainBeginResult {
   totalParams: number;
   /** trainable parameters by part */
   parts: { vision: number; projector: number; language: number };
+  /** of the optimiser */
+  groups: { learningRate: number; weightDecay: number }[];
   /** module paths that got a LoRA pair */
   targets: string[];
   /** entries of targetModules that matched nothing, with the nearest names */
@@ -156,6 +224,8 @@ export interface TrainBeginResult {
 }
 
 export interface TrainStepArgs {
+  /** Number of the step from 1; dropout and noise follow from it. Defaults to the one after the last. */
+  step?: number;
   /** The loss is the sum over labelled tokens of all micro-batches divided by their count; each micro-batch is packed into one sequence. */
   microBatches: SampleArg[][];
 }
@@ -165,11 +235,15 @@ export interface TrainStepResult {
   loss: number;
   gradNorm: number; // before clipping
   learningRate: number; // used in this step
+  overflow: boolean; // float16: the scaled gradients were not finite, nothing was updated
+  lossScale: number; // 1 unless float16
   tokens: number;
   labelledTokens: number;
   correctTokens: number; // labelled tokens predicted right
   seconds: number;
   memory: MemoryStats;
+  /** CUDA only */
+  modelFlopUtilisation?: number;
 }
 
 export interface MemoryStats {
@@ -199,6 +273,8 @@ export interface GenerateArgs {
   stopTokenIds: number[];
   /** name of a loaded adapter; absent = base model */
   adapter?: string;
+  /** while the model is trained: what it has learnt so far */
+  trained?: boolean;
 }
 
 export interface GenerateResult {
@@ -215,6 +291,42 @@ export interface MergeArgs {
   outputDir: string; // exists, empty: native code writes weight shards and the index into it
   dtype?: Dtype; // absent = as stored
   maxShardSize: number; // bytes
+  /** Merge into the weights that this quantisation leaves, computed from `dtype`; those of a quantised checkpoint are what it holds. */
+  quantization?: { method: 'int8' | 'nf4'; doubleQuantization: boolean; dtype: 'auto' | Dtype };
+}
+
+/** A model's sizes, from its config.json. */
+export interface ModelDescription {
+  family: string;
+  modelType: string;
+  parameters: { name: string; part: 'vision' | 'projector' | 'language'; numel: number; quantizable: boolean }[];
+  linears: { path: string; part: 'vision' | 'projector' | 'language'; in: number; out: number }[];
+  decoder: {
+    hiddenSize: number;
+    intermediateSize: number;
+    layers: number;
+    heads: number;
+    keyValueHeads: number;
+    headDim: number;
+    vocabSize: number;
+  };
+}
+
+export interface QuantizeArgs {
+  modelDir: string;
+  outputDir: string; // exists
+  quantization: 'int8' | 'nf4';
+  doubleQuantization: boolean;
+  /** of what is not quantised, and of the arithmetic later */
+  dtype: Dtype;
+  device: string;
+  maxShardSize: number; // bytes
+}
+
+export interface QuantizeResult {
+  shards: string[];
+  quantizedTensors: number;
+  bytes: number;
 }
 
 export interface MergeResult {
@@ -235,6 +347,8 @@ export interface ConvertArgs {
 export interface Methods {
   /** events: {type:'load', done, total, bytes} */
   load: [LoadArgs, LoadResult];
+  /** Reads config.json only. */
+  describe: [{ modelDir: string }, ModelDescription];
   'adapter.load': [{ name: string; dir: string }, { r: number; alpha: number; parameters: number; targets: number }];
   'adapter.unload': [{ name: string }, Record<string, never>];
   preprocess: [{ images: ImageArg[] }, { pixels: { name: string; shape: number[]; buffer: number }[] }];
@@ -259,6 +373,8 @@ export interface Methods {
   'train.end': [{ keepAs?: string }, Record<string, never>];
   /** events: {type:'merge', done, total} */
   merge: [MergeArgs, MergeResult];
+  /** Writes a checkpoint quantised. Events: {type:'quantize', done, total} */
+  quantize: [QuantizeArgs, QuantizeResult];
   /** events: {type:'convert', done, total} */
   convert: [ConvertArgs, { shards: string[]; tensors: number }];
   stats: [Record<string, never>, MemoryStats];

@@ -105,7 +105,7 @@ export async function createProcessor<P extends MediaPlan>(
     async encode(input, { for: purpose, signal }): Promise<EncodedSample> {
       const sources = mediaSources(input, family);
       const decoded = await Promise.all(sources.map((source) => decodeMedia(source, { ...decode, signal })));
-      const { inputIds, labels, media } = encodeRow(
+      const { inputIds, labels, mediaSpans, media } = encodeRow(
         input,
         decoded.map(({ size }) => size),
         purpose === 'generate',
@@ -124,6 +124,8 @@ export async function createProcessor<P extends MediaPlan>(
             plan: view,
           }));
         }),
+        // one for each view: a picture's slices stand and fall with it
+        mediaSpans: mediaSpans.flatMap((span, i) => [span, ...(media[i]?.slices ?? []).map(() => span)]),
         ...(input.id !== undefined && { id: input.id }),
       };
     },

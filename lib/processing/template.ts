@@ -190,6 +190,8 @@ export interface EncodedText {
   inputIds: Int32Array;
   /** −100 = not trained. */
   labels: Int32Array;
+  /** Where the tokens of each picture and video are, [from, to), in order. */
+  mediaSpans: [number, number][];
 }
 
 /**
@@ -212,6 +214,7 @@ export function encodeSegments(
   const ids: number[] = [];
   const labels: number[] = [];
   const used = new Map<number, number>();
+  const mediaSpans: [number, number][] = [];
   const bos = tokenizer.special.bos_token;
   if (!(bos !== undefined && joined[0]?.text.startsWith(bos))) {
     for (const id of tokenizer.prefixIds) {
@@ -229,10 +232,12 @@ export function encodeSegments(
       }
       const place = used.get(id) ?? 0;
       used.set(id, place + 1);
+      const begin = ids.length;
       for (const inner of expanded[place] ?? []) {
         ids.push(inner);
         labels.push(-100);
       }
+      mediaSpans.push([begin, ids.length]);
     }
   }
   for (const [id, { length }] of expansions) {
@@ -246,5 +251,5 @@ export function encodeSegments(
     );
   }
   if (labels.length > 0) labels[0] = -100;
-  return { inputIds: Int32Array.from(ids), labels: Int32Array.from(labels) };
+  return { inputIds: Int32Array.from(ids), labels: Int32Array.from(labels), mediaSpans };
 }

@@ -55,6 +55,8 @@ export interface EncodedSample {
   /** −100 = not trained. */
   labels?: Int32Array;
   images: RgbImage[];
+  /** Where the tokens of each of `images` begin and end. */
+  mediaSpans?: [number, number][];
   id?: string;
 }
 

@@ -59,7 +59,7 @@ export function describe(event: TrainEvent, totalSteps: number): string[] {
       const share = (100 * event.trainableParams) / event.totalParams;
       const parts = Object.entries(event.parts)
         .filter(([, count]) => count > 0)
-        .map(([name, count]) => `${name} ${integer(count)}`)
+        .map(([name, count]) => `${name} ${integer(count)} (${significant((100 * count) / event.trainableParams)} %)`)
         .join(', ');
       return [
         `${integer(event.rows)} rows, ${event.epochs} epochs, ${event.steps} steps, output ${event.outputDir}`,
@@ -73,7 +73,7 @@ export function describe(event: TrainEvent, totalSteps: number): string[] {
       return [`step ${event.step}/${totalSteps}  ${figures(event)}`];
     case 'eval':
       return [
-        `eval at step ${event.step}: loss ${significant(event.loss)}, token accuracy ${(100 * event.tokenAccuracy).toFixed(1)} %, ${duration(event.seconds)}`,
+        `eval at step ${event.step}: loss ${significant(event.loss)}, token accuracy ${percent(event.tokenAccuracy)}${answerScores(event)}, ${duration(event.seconds)}`,
       ];
     case 'checkpoint':
       return [`checkpoint: ${event.dir}`];
@@ -81,16 +81,23 @@ export function describe(event: TrainEvent, totalSteps: number): string[] {
       return [`warning: ${event.message}`];
     case 'done':
       return [
-        `${event.stopped ? 'stopped' : 'done'} after ${event.steps} steps, loss ${significant(event.finalLoss)}: ${event.adapterDir}`,
+        `${event.stopped ? 'stopped' : event.stoppedEarly ? 'stopped early' : 'done'} after ${event.steps} steps, loss ${significant(event.finalLoss)}: ${event.adapterDir}`,
       ];
   }
 }
 
 type StepEvent = Extract<TrainEvent, { type: 'step' }>;
 
+const percent = (share: number) => `${(100 * share).toFixed(1)} %`;
+
+function answerScores({ exactMatch, rougeL, bleu }: Extract<TrainEvent, { type: 'eval' }>): string {
+  if (exactMatch === undefined) return '';
+  return `, exact match ${percent(exactMatch)}, ROUGE-L ${percent(rougeL ?? 0)}, BLEU ${percent(bleu ?? 0)}`;
+}
+
 function figures(event: StepEvent): string {
   return [
-    `loss ${significant(event.loss)}`,
+    `loss ${significant(event.loss)} (mean ${significant(event.smoothedLoss)})`,
     `lr ${significant(event.learningRate)}`,
     `mem ${bytes(event.memory)}`,
     `${integer(event.tokensPerSecond)} tok/s`,

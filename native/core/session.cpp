@@ -21,8 +21,11 @@
 #include "core/io/checkpoint.h"
 #include "core/lora/adapter.h"
 #include "core/lora/merge.h"
+#include "core/models/describe.h"
+#include "core/models/quantization.h"
 #include "core/models/registry.h"
 #include "core/train/loss.h"
+#include "core/train/train_options.h"
 #include "core/train/trainer.h"
 #include "core/vision/image_ops.h"
 
@@ -115,41 +118,6 @@ json memory_json(const MemoryStats& stats) {
           {"peakReserved", stats.peak_reserved}};
 }
 
-TrainOptions parse_train_options(const json& args) {
-  TrainOptions options;
-  options.full = args.at("method") == "full";
-  if (!options.full) {
-    const json& lora = args.at("lora");
-    options.lora.r = lora.at("r").get<int64_t>();
-    options.lora.lora_alpha = lora.at("alpha").get<double>();
-    options.lora.lora_dropout = lora.at("dropout").get<double>();
-    options.lora.use_rslora = lora.value("useRslora", false);
-    const json& targets = lora.at("targetModules");
-    if (targets.is_string() && targets != "all-linear") {
-      options.target_regex = targets.get<std::string>();
-    } else {
-      options.target_names =
-          targets.is_string() ? std::vector<std::string>{"all-linear"} : targets.get<std::vector<std::string>>();
-    }
-    options.adapter_dir = args.value("adapterDir", "");
-  }
-  const json& freeze = args.at("freeze");
-  options.freeze = {freeze.at("vision").get<bool>(), freeze.at("projector").get<bool>(),
-                    freeze.at("language").get<bool>()};
-  const json& optimizer = args.at("optimizer");
-  options.optimizer = {optimizer.at("beta1").get<double>(), optimizer.at("beta2").get<double>(),
-                       optimizer.at("epsilon").get<double>(), optimizer.at("weightDecay").get<double>()};
-  const json& schedule = args.at("schedule");
-  options.schedule.type = LrSchedule::parse(schedule.at("type").get<std::string>());
-  options.schedule.warmup_steps = schedule.at("warmupSteps").get<int64_t>();
-  options.schedule.total_steps = schedule.at("totalSteps").get<int64_t>();
-  options.learning_rate = args.at("learningRate").get<double>();
-  options.max_grad_norm = args.at("maxGradNorm").get<double>();
-  options.recompute = args.at("gradientCheckpointing").get<bool>();
-  options.seed = args.at("seed").get<uint64_t>();
-  return options;
-}
-
 }  // namespace
 
 struct Session::Impl {
@@ -160,6 +128,7 @@ struct Session::Impl {
   at::ScalarType dtype = at::kFloat;
   std::unique_ptr<VisionLanguageModel> model;
   std::map<std::string, Adapter> adapters;
+  double peak_flops = 0;             // of the device, once a run has begun
   std::unique_ptr<Trainer> trainer;  // destroyed before the model it points into
 
   VisionLanguageModel& loaded() {
@@ -174,6 +143,8 @@ struct Session::Impl {
 
   // Switches on the adapter that a job names, for that job.
   void use_adapter(const json& args) {
+    // A run asks its own model between steps (predict_with_generate).
+    if (trainer && args.value("trained", false)) return;
     if (trainer) fail(code::kConfig, "The model is being trained; wait until the run has ended.");
     const std::string name = args.value("adapter", "");
     if (name.empty()) return activate(loaded(), nullptr);
@@ -207,9 +178,14 @@ json Session::Impl::load(const json& args, JobContext& job) {
   device = parse_device(args.at("device").get<std::string>());
   const Checkpoint checkpoint = Checkpoint::open(model_dir);
 
-  std::map<std::string, std::string> stored;  // canonical → as in the file
+  std::map<std::string, std::string> stored, quantized_parts;  // canonical → as in the file
+  const std::set<std::string> all_names(checkpoint.names().begin(), checkpoint.names().end());
   for (const std::string& name : checkpoint.names()) {
     const std::string canonical = family->canonical_key(name);
+    if (all_names.count(quantized_owner(name))) {
+      quantized_parts.emplace(canonical, name);
+      continue;
+    }
     if (!stored.emplace(canonical, name).second) {
       fail(code::kWeights,
            "The checkpoint holds " + canonical + " twice, under two spellings (" + stored[canonical] + " and " + name +
@@ -246,9 +222,23 @@ json Session::Impl::load(const json& args, JobContext& job) {
   LoadOptions options;
   options.dtype = dtype;
   options.device = device;
+  options.quantization.method = QuantizationOptions::parse(args.value("quantization", "none"));
+  options.quantization.double_quantization = args.value("doubleQuantization", true);
+  if (options.quantization.enabled() && !quantized_parts.empty()) {
+    fail(code::kConfig, model_dir + " is quantised already: leave quantization out, or take the original model.",
+         {{"path", model_dir}});
+  }
+  const std::set<std::string> quantizable = quantizable_weights(*fresh);
+  options.is_quantized = [&](const std::string& name) { return quantizable.count(name) > 0; };
+  options.quantized_parts = [&](const std::string& name) {
+    const auto it = quantized_parts.find(name);
+    return it == quantized_parts.end() ? at::Tensor() : checkpoint.tensor(it->second);
+  };
   int64_t done = 0, bytes = 0;
-  options.on_parameter = [&](int64_t size) {
+  options.on_parameter = [&](const std::string& name, int64_t size) {
     job.check();
+    // What was read is copied: its pages of the file need not stay beside the copy.
+    if (const auto it = stored.find(name); it != stored.end()) checkpoint.release(it->second);
     bytes += size;
     job.emit(json{{"type", "load"}, {"done", ++done}, {"total", total}, {"bytes", bytes}}.dump());
   };
@@ -273,19 +263,15 @@ json Session::Impl::load(const json& args, JobContext& job) {
              list + (unexpected.size() > 5 ? ", …" : "") + ". Check that config.json belongs to these weights.",
          {{"unexpected", unexpected}});
   }
-  fresh->visit_parameters([&](const std::string&, Parameter& p) { parameters += p.value.numel(); });
+  std::string quantization = quantized_parts.empty() ? args.value("quantization", "none") : "stored";
+  fresh->visit_parameters([&](const std::string&, Parameter& p) { parameters += p.numel(); });
   synchronize(device);
   model = std::move(fresh);
   const ModelInfo& info = model->info();
-  return {{"modelType", info.model_type},
-          {"family", info.family},
-          {"device", device.str()},
-          {"dtype", dtype_name(dtype)},
-          {"parameters", parameters},
-          {"vocabSize", info.vocab_size},
-          {"maxPositions", info.max_positions},
-          {"imageTokenId", info.image_token_id},
-          {"seconds", clock.seconds()}};
+  return {{"modelType", info.model_type},        {"family", info.family},        {"device", device.str()},
+          {"dtype", dtype_name(dtype)},          {"parameters", parameters},     {"weightBytes", bytes},
+          {"quantization", quantization},        {"vocabSize", info.vocab_size}, {"maxPositions", info.max_positions},
+          {"imageTokenId", info.image_token_id}, {"seconds", clock.seconds()}};
 }
 
 json Session::Impl::load_adapter(const json& args) {
@@ -297,11 +283,9 @@ json Session::Impl::load_adapter(const json& args) {
   Adapter adapter = attach_adapter(
       loaded(), read_adapter(dir, family->canonical_key),
       [&](const std::string& key) { return family->is_unused_key(config, key); }, dtype, device, dir);
-  int64_t parameters = 0;
-  for (const auto& [path, layer] : adapter.layers) parameters += layer.a.numel() + layer.b.numel();
   const json result = {{"r", adapter.config.r},
                        {"alpha", adapter.config.lora_alpha},
-                       {"parameters", parameters},
+                       {"parameters", adapter.numel()},
                        {"targets", adapter.layers.size()}};
   adapters.emplace(name, std::move(adapter));
   return result;
@@ -349,18 +333,23 @@ json Session::Impl::begin_training(const json& args) {
   if (trainer) fail(code::kConfig, "A training run is under way on this model already.");
   const bool deterministic = args.value("deterministic", false);
   at::globalContext().setDeterministicAlgorithms(deterministic, /*warn_only=*/false);
+  at::globalContext().setAllowTF32CuBLAS(args.value("tf32", false));
   trainer = std::make_unique<Trainer>(loaded(), *family, model_dir, parse_train_options(args), dtype, device);
   int64_t base = 0;
-  model->visit_parameters([&](const std::string&, Parameter& p) { base += p.value.numel(); });
+  model->visit_parameters([&](const std::string&, Parameter& p) { base += p.numel(); });
+  if (peak_flops == 0) peak_flops = measured_peak_flops(device);
   const PartCounts parts = trainer->trainable();
   const bool full = args.at("method") == "full";
-  json unmatched = json::array(), targets = json::array();
+  json unmatched = json::array(), targets = json::array(), groups = json::array();
+  for (const ParameterGroup& group : trainer->groups())
+    groups.push_back({{"learningRate", group.learning_rate}, {"weightDecay", group.weight_decay}});
   for (const auto& [name, nearest] : trainer->targets().unmatched)
     unmatched.push_back({{"name", name}, {"nearest", nearest}});
   for (const auto& [path, linear] : trainer->targets().linears) targets.push_back(path);
   return {{"trainableParams", parts.total()},
           {"totalParams", full ? base : base + parts.total()},
           {"parts", {{"vision", parts.vision}, {"projector", parts.projector}, {"language", parts.language}}},
+          {"groups", groups},
           {"targets", targets},
           {"unmatched", unmatched},
           {"warnings", trainer->targets().warnings}};
@@ -417,8 +406,11 @@ Reply Session::handle(const std::string& method, const std::string& args_json, c
   } else if (method == "train.step") {
     const Clock clock;
     reset_peak_memory(s.device);
-    const StepResult step = s.training().step(parse_micro_batches(args), job);
+    Trainer& trainer = s.training();
+    const StepResult step = trainer.step(v.value("step", trainer.steps_done() + 1), parse_micro_batches(args), job);
     result = {{"step", step.step},
+              {"overflow", step.overflow},
+              {"lossScale", step.loss_scale},
               {"loss", step.loss},
               {"gradNorm", step.grad_norm},
               {"learningRate", step.learning_rate},
@@ -427,6 +419,7 @@ Reply Session::handle(const std::string& method, const std::string& args_json, c
               {"correctTokens", step.correct},
               {"seconds", clock.seconds()},
               {"memory", memory_json(memory_stats(s.device))}};
+    if (s.peak_flops > 0) result["modelFlopUtilisation"] = step.flops / clock.seconds() / s.peak_flops;
   } else if (method == "train.evaluate") {
     const StepResult step = s.training().evaluate(parse_micro_batches(args), job);
     result = {{"loss", step.loss}, {"labelledTokens", step.labelled}, {"correctTokens", step.correct}};
@@ -449,6 +442,10 @@ Reply Session::handle(const std::string& method, const std::string& args_json, c
     s.trainer.reset();
     const std::string name = v.value("keepAs", "");
     if (adapter && !name.empty()) s.adapters.insert_or_assign(name, std::move(*adapter));
+  } else if (method == "describe") {
+    result = describe_model_json(v);
+  } else if (method == "quantize") {
+    result = quantize_checkpoint_json(v, job);
   } else if (method == "merge") {
     result = merge_adapter_json(v, job);
   } else if (method == "convert") {

@@ -70,6 +70,9 @@ class TemporaryFolder {
 void write_bytes(const std::filesystem::path& path, std::string_view bytes);
 std::string read_bytes(const std::filesystem::path& path);
 
+// test/fixtures/engine (made by test/reference/make_engine.py).
+inline std::filesystem::path fixtures() { return std::filesystem::path(MARTLET_FIXTURES) / "engine"; }
+
 // Standard normal numbers that depend on the seed only.
 at::Tensor randn(at::IntArrayRef shape, uint64_t seed, at::ScalarType dtype = at::kFloat);
 

@@ -25,7 +25,9 @@ at::Tensor leaf(const at::Tensor& value) { return value.detach().clone().require
 struct LoraCase {
   at::Tensor x = leaf(randn({7, 12}, 1)), weight = leaf(randn({5, 12}, 2)), bias = leaf(randn({5}, 3)),
              dy = randn({7, 5}, 4);
-  LoraLayer lora{leaf(randn({3, 12}, 5)), leaf(randn({5, 3}, 6)), 1.75, 0.0, 0};
+  LoraLayer lora{leaf(randn({3, 12}, 5)), leaf(randn({5, 3}, 6)), 1.75, 0.0, 0, {}, {}};
+
+  Parameter base() const { return {"weight", {5, 12}, weight, nullptr, {}}; }
 
   // y = x Wᵀ + b + s · (kept(x) Aᵀ) Bᵀ, by autograd alone.
   at::Tensor plain(const at::Tensor& input, bool with_bias) const {
@@ -70,7 +72,7 @@ struct MergeCase {
     adapter.config.r = a_matrix.size(0);
     adapter.config.lora_alpha = 8;
     adapter.config.target_modules = {"q_proj"};
-    adapter.pairs[module] = {a_matrix, b_matrix};
+    adapter.pairs[module] = {a_matrix, b_matrix, {}};
     write_adapter(folder / "adapter", adapter);
   }
 
@@ -93,13 +95,13 @@ struct MergeCase {
 
 TEST("lora_linear is x Wᵀ + b + s (x Aᵀ) Bᵀ, all five gradients") {
   LoraCase c;
-  check_gradients(lora_linear(c.x, c.weight, c.bias, c.lora, nullptr), c.plain(c.x, true), c.dy,
+  check_gradients(lora_linear(c.x, c.base(), c.bias, c.lora, nullptr), c.plain(c.x, true), c.dy,
                   {c.x, c.weight, c.bias, c.lora.a, c.lora.b});
 }
 
 TEST("lora_linear without a bias") {
   LoraCase c;
-  check_gradients(lora_linear(c.x, c.weight, at::Tensor(), c.lora, nullptr), c.plain(c.x, false), c.dy,
+  check_gradients(lora_linear(c.x, c.base(), at::Tensor(), c.lora, nullptr), c.plain(c.x, false), c.dy,
                   {c.x, c.weight, c.lora.a, c.lora.b});
 }
 
@@ -108,7 +110,7 @@ TEST("lora_linear with a frozen base: gradients of x, A and B only") {
     LoraCase c;
     c.weight = c.weight.detach();
     c.bias = c.bias.detach();
-    check_gradients(lora_linear(c.x, c.weight, with_bias ? c.bias : at::Tensor(), c.lora, nullptr),
+    check_gradients(lora_linear(c.x, c.base(), with_bias ? c.bias : at::Tensor(), c.lora, nullptr),
                     c.plain(c.x, with_bias), c.dy, {c.x, c.lora.a, c.lora.b});
   }
 }
@@ -117,14 +119,14 @@ TEST("lora_linear on an input without gradient: the first layer of a frozen mode
   LoraCase c;
   c.x = c.x.detach();
   c.weight = c.weight.detach();
-  check_gradients(lora_linear(c.x, c.weight, at::Tensor(), c.lora, nullptr), c.plain(c.x, false), c.dy,
+  check_gradients(lora_linear(c.x, c.base(), at::Tensor(), c.lora, nullptr), c.plain(c.x, false), c.dy,
                   {c.lora.a, c.lora.b});
 }
 
 TEST("a dropout of 0 with a source is no dropout, to the bit") {
   LoraCase c;
   DropoutSource source{make_generator(at::kCPU), 9};
-  EXPECT_SAME(lora_linear(c.x, c.weight, c.bias, c.lora, &source), lora_linear(c.x, c.weight, c.bias, c.lora, nullptr));
+  EXPECT_SAME(lora_linear(c.x, c.base(), c.bias, c.lora, &source), lora_linear(c.x, c.base(), c.bias, c.lora, nullptr));
 }
 
 TEST("dropout acts on the adapter's input only and is scaled by 1 / (1 - p), gradients too") {
@@ -135,10 +137,10 @@ TEST("dropout acts on the adapter's input only and is scaled by 1 / (1 - p), gra
   const at::Tensor mask = source.mask(c.x, 0.4, 3);
   const int64_t kept = mask.sum().item<int64_t>();
   EXPECT(kept > 0 && kept < mask.numel());
-  const at::Tensor own = lora_linear(c.x, c.weight, c.bias, c.lora, &source);
+  const at::Tensor own = lora_linear(c.x, c.base(), c.bias, c.lora, &source);
   check_gradients(own, c.plain(c.x * mask / 0.6, true), c.dy, {c.x, c.weight, c.bias, c.lora.a, c.lora.b});
   // Evaluation has no source.
-  EXPECT_CLOSE(lora_linear(c.x, c.weight, c.bias, c.lora, nullptr), c.plain(c.x, true), 1e-5);
+  EXPECT_CLOSE(lora_linear(c.x, c.base(), c.bias, c.lora, nullptr), c.plain(c.x, true), 1e-5);
 }
 
 TEST("dropout masks depend on seed and layer, not on what was drawn before, and keep 1 - p") {
@@ -207,11 +209,11 @@ TEST("adapter folders: written and read back; half a pair, a wrong rank and brok
   adapter.config.r = 4;
   adapter.config.lora_alpha = 6;
   adapter.config.target_modules = {"q_proj"};
-  adapter.pairs["layers.0.q_proj"] = {randn({4, 8}, 1), randn({6, 4}, 2)};
+  adapter.pairs["layers.0.q_proj"] = {randn({4, 8}, 1), randn({6, 4}, 2), {}};
   write_adapter(folder.path(), adapter);
   const AdapterWeights read = read_adapter(folder.path(), same_key);
-  EXPECT_SAME(read.pairs.at("layers.0.q_proj").first, adapter.pairs["layers.0.q_proj"].first);
-  EXPECT_SAME(read.pairs.at("layers.0.q_proj").second, adapter.pairs["layers.0.q_proj"].second);
+  EXPECT_SAME(read.pairs.at("layers.0.q_proj").a, adapter.pairs["layers.0.q_proj"].a);
+  EXPECT_SAME(read.pairs.at("layers.0.q_proj").b, adapter.pairs["layers.0.q_proj"].b);
   EXPECT_CLOSE(read.config.scaling("layers.0.q_proj"), 1.5, 0);
 
   const auto refused = [&](const std::string& part) {

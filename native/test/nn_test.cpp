@@ -237,7 +237,8 @@ TEST("recompute gives the same gradients to the bit, and runs the layer twice") 
     const at::Tensor x = leaf(randn({4, 16}, 3));
     w.mutable_grad() = at::Tensor();
     at::Tensor y = x;
-    for (int i = 0; i < 3; ++i) y = run_layer(layer, y, {.recompute = recompute});
+    for (int i = 0; i < 3; ++i)
+      y = run_layer(layer, y, {.recompute = recompute ? Recompute::kLayer : Recompute::kNone});
     torch::autograd::backward({y}, {dy});
     return std::vector<at::Tensor>{y.detach(), x.grad(), w.grad()};
   };
@@ -256,7 +257,7 @@ TEST("an exception inside a recomputed layer comes out of the backward pass") {
         if (++runs == 2) fail(code::kAborted, "second run");
         return input * 2;
       },
-      x, {.recompute = true});
+      x, {.recompute = Recompute::kLayer});
   EXPECT_THROWS_CODE(code::kAborted, torch::autograd::backward({y.sum()}));
 }
 
@@ -275,7 +276,7 @@ TEST("Module::load fills the tree in the dtype asked for, with copies of its own
   auto weights = tree_weights();
   LoadOptions options;
   int64_t bytes = 0;
-  options.on_parameter = [&](int64_t size) { bytes += size; };
+  options.on_parameter = [&](const std::string&, int64_t size) { bytes += size; };
   tree.load(source_of(weights), options);
   tree.verify();
   EXPECT_EQ(bytes, static_cast<int64_t>(sizeof(float)) * (6 + 3 + 3 + 12));

@@ -331,7 +331,7 @@ TEST("decoding goes on at the row's next position and gives what one pass over t
   }
 }
 
-TEST("what adapter_config.json says of the targets, PEFT resolves to the same modules") {
+TEST("targets are described so that PEFT takes neither the patch convolution nor a whole block for one") {
   for (const std::string& name : kFamilies) {
     const auto model = fixture_model(name);
     // The tower has modules of the language model's names, and PEFT would take its convolution for `proj`.
@@ -341,9 +341,11 @@ TEST("what adapter_config.json says of the targets, PEFT resolves to the same mo
     EXPECT(std::find(vision.peft_names.begin(), vision.peft_names.end(), "proj") == vision.peft_names.end());
     EXPECT_EQ(vision.peft_regex.rfind("(?:.*\\.)?blocks\\.", 0), 0u);
     for (const auto& [path, linear] : vision.linears) EXPECT(model->part_of(path) == Part::kVision);
+    // `mlp.0` of the merger must not stand for the tower's block 0.
+    const TargetSelection merger = select_targets(*model, {"all-linear"}, "", {true, false, true});
+    EXPECT(std::find(merger.peft_names.begin(), merger.peft_names.end(), "0") == merger.peft_names.end());
     const TargetSelection all = select_targets(*model, {"all-linear"}, "", {false, false, false});
-    EXPECT_EQ(all.linears.size(), language.linears.size() + vision.linears.size() +
-                                      select_targets(*model, {"all-linear"}, "", {true, false, true}).linears.size());
+    EXPECT_EQ(all.linears.size(), language.linears.size() + vision.linears.size() + merger.linears.size());
   }
 }
 
@@ -369,14 +371,15 @@ TEST("a tied head that a file holds too is the embedding: trained once, saved tw
   int64_t alone = 0;
   for (const auto& [key, tensor] : tensors) alone += tensor.numel();
   EXPECT_EQ(loaded["parameters"].get<int64_t>(), alone - embedding.numel());
-  call("train.begin", {{"method", "full"},
-                       {"freeze", {{"vision", true}, {"projector", true}, {"language", false}}},
-                       {"optimizer", {{"beta1", 0.9}, {"beta2", 0.99}, {"epsilon", 1e-8}, {"weightDecay", 0}}},
-                       {"schedule", {{"type", "constant"}, {"warmupSteps", 0}, {"totalSteps", 1}}},
-                       {"learningRate", 1e-2},
-                       {"maxGradNorm", 0},
-                       {"gradientCheckpointing", false},
-                       {"seed", 1}});
+  call("train.begin",
+       {{"method", "full"},
+        {"freeze", {{"vision", true}, {"projector", true}, {"language", false}}},
+        {"optimizer", {{"name", "adamw"}, {"beta1", 0.9}, {"beta2", 0.99}, {"epsilon", 1e-8}, {"weightDecay", 0}}},
+        {"schedule", {{"type", "constant"}, {"warmupSteps", 0}, {"totalSteps", 1}}},
+        {"learningRate", 1e-2},
+        {"maxGradNorm", 0},
+        {"recompute", "none"},
+        {"seed", 1}});
   const json row = {{"inputIds", 0}, {"labels", 0}, {"images", json::array()}};
   call("train.step", {{"microBatches", {json::array({row})}}});
   call("train.save", {{"dir", out.path().string()}, {"baseModel", ""}, {"maxShardSize", 1 << 30}});

@@ -192,7 +192,7 @@ TEST("recomputing layers in the backward pass changes no gradient of tower, resa
     const auto gradients = [&](bool recompute) {
       const PackedBatch batch = pack({&one, &two}, *model, at::kCPU);
       ForwardOptions options;
-      options.recompute = recompute;
+      options.recompute = recompute ? Recompute::kLayer : Recompute::kNone;
       options.training = true;
       const DecoderInput input = embed(*model, batch, options, true);
       const at::Tensor out = model->decoder().norm.forward(model->decoder().forward(input.hidden, input.pass));

@@ -40,7 +40,7 @@ if [ "$stage" = everything ]; then
   fi
 fi
 
-source scripts/gpu/setup.sh || exit
+source scripts/gpu/setup.sh
 say built
 
 case $stage in

@@ -564,7 +564,7 @@ test('output: a folder below a file, and one that the system refuses', async () 
 function snapshot(dir: string): Record<string, string> {
   return Object.fromEntries(
     (readdirSync(dir, { recursive: true, withFileTypes: true }) as import('node:fs').Dirent[])
-      .filter((entry) => entry.isFile() && !/logging\.jsonl|train\.log|args\.yaml/.test(entry.name))
+      .filter((entry) => entry.isFile() && !/logging\.jsonl|train\.log|args\.yaml|\.svg$/.test(entry.name))
       .map((entry) => join(entry.parentPath, entry.name))
       .map((path) => [path, digest(path)]),
   );
@@ -669,7 +669,7 @@ test('CUDA asked for where it is not: by name, with the reason and the way out',
   }
 });
 
-test('out of memory in a training step: the code, what to change, and the process goes on', async () => {
+test('out of memory in a training step: it is done in smaller parts, and the process goes on', async () => {
   const dir = folder();
   const question = {
     model: MODEL,
@@ -680,14 +680,11 @@ test('out of memory in a training step: the code, what to change, and the proces
   };
   const [, , step, after] = await attempts([
     { call: 'infer', options: { ...question, maxNewTokens: 24 } },
-    { call: 'limit-memory', megabytes: 700 },
-    { call: 'train', config: slowConfig(dir, 512) },
+    { call: 'limit-memory', megabytes: 200 },
+    { call: 'train', config: { ...slowConfig(dir, 144), max_steps: 1 } },
     { call: 'infer', options: { ...question, maxNewTokens: 24 } },
   ]);
-  check(failed(step), {
-    code: 'ERR_MARTLET_OUT_OF_MEMORY',
-    says: [/smaller batch/, /gradient_checkpointing/],
-  });
-  assert.ok(!existsSync(join(dir, 'out', 'adapter_model.safetensors')));
+  assert.ok(step && 'result' in step, JSON.stringify(step));
+  assert.match(readFileSync(join(dir, 'out', 'logs', 'train.log'), 'utf8'), /out of memory with 144 rows at a time/);
   assert.ok(after && 'result' in after, JSON.stringify(after));
 });

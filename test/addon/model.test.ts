@@ -248,6 +248,6 @@ test('loading reports progress, and fails by name', async () => {
   assert.equal(progress.at(-1)?.done, progress.at(-1)?.total);
   await assert.rejects(loadModel('/no/such/model'), { code: 'ERR_MARTLET_MODEL_NOT_FOUND' });
   await assert.rejects(loadModel(MODEL, { adapters: { a: '/no/such' } }), { code: 'ERR_MARTLET_ADAPTER' });
-  await assert.rejects(loadModel(MODEL, { quantization: 'nf4' }), { code: 'ERR_MARTLET_USAGE' });
+  await assert.rejects(loadModel(MODEL, { quantization: 'fp4' as never }), { code: 'ERR_MARTLET_USAGE' });
   await assert.rejects(loadModel(MODEL, { signal: AbortSignal.abort() }), { code: 'ERR_MARTLET_ABORTED' });
 });

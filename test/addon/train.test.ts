@@ -75,6 +75,7 @@ test('a run learns, tells its steps, and leaves an adapter, checkpoints, logs an
     'args.yaml',
     'checkpoint-10',
     'checkpoint-5',
+    'images',
     'logging.jsonl',
     'logs',
     'runs',

@@ -5,7 +5,7 @@
  */
 import assert from 'node:assert/strict';
 import { after, before, describe, test } from 'node:test';
-import type { Dtype } from '../../lib/native/binding.js';
+import type { Dtype, Recompute } from '../../lib/native/binding.js';
 import { Engine } from '../../lib/native/engine.js';
 import { device } from '../support/device.js';
 import { cosine, expectedJson, getCase, NativeSamples, relativeError, tensor } from '../support/fixtures.js';
@@ -25,13 +25,13 @@ import { quickstartBatch } from '../support/quickstart.js';
 
 describe('the embedded model', () => {
   /** LoRA gradients and loss of 16 rows at the start of a run and after 20 steps. */
-  async function run(dtype: Dtype, gradientCheckpointing = false) {
+  async function run(dtype: Dtype, recompute: Recompute = 'none') {
     const engine = new Engine();
     try {
       await engine.call('load', { modelDir: QUICKSTART_MODEL, device, dtype });
       const { adapterDir: _, ...fresh } = lora;
       const schedule = { type: 'constant', warmupSteps: 0, totalSteps: 20 } as const;
-      await engine.call('train.begin', { ...fresh, schedule, learningRate: 1e-3, gradientCheckpointing });
+      await engine.call('train.begin', { ...fresh, schedule, learningRate: 1e-3, recompute });
       const { microBatches, buffers } = await quickstartBatch(16);
       const gradients = async () => {
         const out = await engine.call('train.gradients', { microBatches }, { buffers });
@@ -48,12 +48,12 @@ describe('the embedded model', () => {
 
   test('loss within 2e-3 and LoRA gradients with a cosine above 0.999 of float32, before and after training', async (t) => {
     const wanted = await run('float32');
-    for (const recompute of [false, true]) {
+    for (const recompute of ['none', 'layer'] as const) {
       const found = await run('bfloat16', recompute);
       for (const when of ['start', 'end'] as const) {
         const loss = Math.abs(found[when].loss / wanted[when].loss - 1);
         const direction = cosine(found[when].values, wanted[when].values);
-        t.diagnostic(`${when}${recompute ? ', recompute' : ''}: loss ${loss.toExponential(1)}, cosine ${direction}`);
+        t.diagnostic(`${when}, recompute: ${recompute}: loss ${loss.toExponential(1)}, cosine ${direction}`);
         // The two runs' own steps lie between start and end.
         assert.ok(loss < (when === 'start' ? 2e-3 : 1e-2), `${when}: ${found[when].loss} ${wanted[when].loss}`);
         assert.ok(direction > 0.999, `${when}: cosine ${direction}`);
@@ -90,11 +90,11 @@ describe('the fixture', () => {
 });
 
 describe('LoRA training on the fixture', () => {
-  for (const gradientCheckpointing of [false, true]) {
-    test(`the gradient points where PEFT's in float32 does${gradientCheckpointing ? ', with recompute' : ''}`, async () => {
+  for (const recompute of ['none', 'cheap', 'mlp', 'layer'] as const) {
+    test(`the gradient points where PEFT's in float32 does, recompute: ${recompute}`, async () => {
       const engine = await open('model-4x', device, 'bfloat16');
       try {
-        await engine.call('train.begin', { ...lora, gradientCheckpointing });
+        await engine.call('train.begin', { ...lora, recompute });
         const { gradients } = await gradientsOf(engine, expectedJson.loraGradients.rows);
         const own = [...gradients.values()].flatMap((gradient) => [...gradient]);
         const reference = [...gradients.keys()].flatMap((name) => [...tensor(`grad.${name}`).data]);

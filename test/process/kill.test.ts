@@ -5,6 +5,7 @@ import { mkdir, mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
+import { Rng } from '../../lib/api/rng.js';
 import { CALM, runChild } from '../support/process.js';
 import { readSafetensors } from '../support/safetensors.js';
 import { digest, smallConfig, train } from '../support/train.js';
@@ -94,4 +95,60 @@ test('a run that is killed again and again while it saves ends with the bits of 
     [],
     'what the killed ones left is gone',
   );
+});
+
+test('20 kills at random moments: the run ends with the bits of one that was not killed', async () => {
+  const STEPS = 400;
+  const changes = {
+    lora_rank: 8,
+    max_steps: STEPS,
+    save_steps: 5,
+    save_total_limit: 3,
+    optim: 'adamw_8bit',
+    neftune_noise_alpha: 5,
+    logging_steps: 7,
+    learning_rate: 1e-4,
+  };
+  const whole = join(root, 'whole-random');
+  await mkdir(whole);
+  await train(smallConfig(whole, changes));
+
+  const dir = join(root, 'killed-random');
+  const out = join(dir, 'out');
+  await mkdir(out, { recursive: true });
+  const config = smallConfig(dir, changes);
+  const rng = new Rng(1);
+  const reached: number[] = [];
+  let idle = 0; // kills in a row before anything new was saved: a busy machine needs longer
+  for (let kills = 0; kills < 20; kills++) {
+    const resume = checkpoints(out).length > 0;
+    const delay = rng.below(250) * (1 + idle);
+    let armed = false;
+    const { code, signal, stdout } = await runChild(
+      'train',
+      { ...config, ...(resume ? { resume_from_checkpoint: true } : { overwrite_output_dir: true }) },
+      {
+        // loading may not be what the kill hits
+        onLine: (_, killChild) => {
+          if (!armed) setTimeout(killChild, delay);
+          armed = true;
+        },
+      },
+    );
+    assert.deepEqual({ code, signal }, { code: null, signal: 'SIGKILL' }, `kill ${kills}: ${stdout.slice(-500)}`);
+    const done = checkpoints(out);
+    for (const step of done) checkWhole(out, step);
+    idle = (done.at(-1) ?? 0) > (reached.at(-1) ?? 0) ? 0 : idle + 1;
+    reached.push(done.at(-1) ?? 0);
+  }
+  assert.ok((reached.at(-1) as number) > 0, `no checkpoint was ever reached: ${reached}`);
+  assert.ok(new Set(reached).size > 5, `the kills did not hit different moments: ${reached}`);
+  const { result } = await train({ ...config, resume_from_checkpoint: true });
+  assert.equal(result.steps, STEPS);
+  for (const name of ['adapter_model.safetensors', `checkpoint-${STEPS}/optimizer.safetensors`]) {
+    assert.equal(digest(join(out, name)), digest(join(whole, 'out', name)), name);
+  }
+  const history = (folder: string) =>
+    JSON.parse(readFileSync(join(folder, `checkpoint-${STEPS}`, 'trainer_state.json'), 'utf8')).log_history;
+  assert.deepEqual(history(out), history(join(whole, 'out')));
 });

@@ -88,7 +88,7 @@ export const lora: TrainBeginArgs = {
   },
   learningRate: expectedJson.loraCurve.learningRate,
   maxGradNorm: 1,
-  gradientCheckpointing: false,
+  recompute: 'none',
   seed: 42,
   deterministic: false,
 };
@@ -201,11 +201,11 @@ export function float32Parity(device: string): void {
   });
 
   describe('LoRA training', () => {
-    for (const gradientCheckpointing of [false, true]) {
-      test(`every gradient equals PEFT's${gradientCheckpointing ? ', with recompute' : ''}`, async () => {
+    for (const recompute of ['none', 'cheap', 'mlp', 'layer'] as const) {
+      test(`every gradient equals PEFT's, recompute: ${recompute}`, async () => {
         const engine = await open('model-4x', device, 'float32');
         try {
-          await engine.call('train.begin', { ...lora, gradientCheckpointing });
+          await engine.call('train.begin', { ...lora, recompute });
           const { loss, gradients } = await gradientsOf(engine, expectedJson.loraGradients.rows);
           assert(Math.abs(loss - expectedJson.loraGradients.loss) < 1e-4);
           assert.equal(gradients.size, 3 * 7 * 2);

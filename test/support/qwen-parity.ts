@@ -227,7 +227,7 @@ export class QwenFixture {
       schedule: { type: 'cosine', warmupSteps: curve.warmupSteps, totalSteps: curve.totalSteps },
       learningRate: curve.learningRate,
       maxGradNorm: curve.maxGradNorm,
-      gradientCheckpointing: false,
+      recompute: 'none',
       seed: 42,
       deterministic: false,
     };
@@ -393,12 +393,12 @@ export function qwenFloat32Parity(device: string): void {
       });
 
       describe('LoRA training', () => {
-        for (const gradientCheckpointing of [false, true]) {
-          test(`every gradient equals PEFT's${gradientCheckpointing ? ', with recompute' : ''}`, async () => {
+        for (const recompute of ['none', 'cheap', 'mlp', 'layer'] as const) {
+          test(`every gradient equals PEFT's, recompute: ${recompute}`, async () => {
             await using(fixture.open('model-4x'), async (engine) => {
               const begun = await engine.call('train.begin', {
                 ...fixture.lora('adapter-peft'),
-                gradientCheckpointing,
+                recompute,
               });
               assert.deepEqual([begun.result.parts.vision, begun.result.parts.projector], [0, 0]);
               const { loss, gradients } = await fixture.gradients(engine, expectedJson.loraGradients.rows);
@@ -409,13 +409,13 @@ export function qwenFloat32Parity(device: string): void {
             });
           });
 
-          test(`on vision and merger too${gradientCheckpointing ? ', with recompute' : ''}`, async () => {
+          test(`on vision and merger too, recompute: ${recompute}`, async () => {
             const { rows, loss: expected, norms } = expectedJson.visionLoraGradients;
             await using(fixture.open('model-4x'), async (engine) => {
               const begun = await engine.call('train.begin', {
                 ...fixture.lora('adapter-vision'),
                 freeze: { vision: false, projector: false, language: false },
-                gradientCheckpointing,
+                recompute,
               });
               assert(begun.result.parts.vision > 0 && begun.result.parts.projector > 0);
               const { loss, gradients } = await fixture.gradients(engine, rows);

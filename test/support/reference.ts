@@ -163,7 +163,7 @@ export function trainArgs(changes: Partial<TrainBeginArgs>): TrainBeginArgs {
     schedule: { type: 'constant', warmupSteps: 0, totalSteps: 20 },
     learningRate: 1e-3,
     maxGradNorm: 1,
-    gradientCheckpointing: false,
+    recompute: 'none',
     seed: 42,
     deterministic: false,
     ...changes,

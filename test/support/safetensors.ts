@@ -1,5 +1,5 @@
 /** Reads the tensors of a trusted fixture file as float32 (whole numbers below 2^24 stay exact). */
-import { readFileSync } from 'node:fs';
+import { readFileSync, writeFileSync } from 'node:fs';
 
 export interface FixtureTensor {
   shape: number[];
@@ -30,6 +30,24 @@ function toFloat32(dtype: string, raw: Buffer, name: string): Float32Array {
     for (let i = 0; i < halves.length; i++) words[i] = (halves[i] as number) << 16;
     return new Float32Array(words.buffer);
   }
+  if (dtype === 'U8') return Float32Array.from(raw);
   if (dtype === 'I64') return Float32Array.from(new BigInt64Array(Uint8Array.from(raw).buffer), Number);
   throw new Error(`${name}: the fixture reader does not know ${dtype}`);
+}
+
+/** Changes a float32 tensor in a file, in place. */
+export function patchTensor(path: string, name: string, change: (data: Float32Array, shape: number[]) => void): void {
+  const bytes = readFileSync(path);
+  const headerSize = Number(bytes.readBigUInt64LE(0));
+  const header = JSON.parse(bytes.subarray(8, 8 + headerSize).toString()) as Record<
+    string,
+    { dtype: string; shape: number[]; data_offsets: [number, number] }
+  >;
+  const info = header[name];
+  if (info?.dtype !== 'F32') throw new Error(`${path} holds no float32 ${name}`);
+  const [begin, end] = info.data_offsets.map((offset) => 8 + headerSize + offset) as [number, number];
+  const data = new Float32Array(Uint8Array.from(bytes.subarray(begin, end)).buffer);
+  change(data, info.shape);
+  bytes.set(new Uint8Array(data.buffer), begin);
+  writeFileSync(path, bytes);
 }

@@ -64,6 +64,8 @@ test('the package exports these names and no others', () => {
     'loadModel',
     'mergeAdapter',
     'parseBoxes',
+    'planTraining',
+    'quantizeModel',
     'train',
     'trainLoRA',
   ]);
@@ -249,7 +251,7 @@ export const uses = {
       default:
         same<typeof event, never>();
     }
-    same<typeof config.sft_type, 'lora' | 'full'>();
+    same<typeof config.sft_type, 'lora' | 'qlora' | 'full' | 'lora_llm'>();
     same<typeof config.lora_rank, number>();
     same<
       typeof config.dataset,

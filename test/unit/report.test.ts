@@ -5,6 +5,7 @@ import { join } from 'node:path';
 import { test } from 'node:test';
 import type { TrainEvent } from '../../lib/api/types.js';
 import { bytes, duration, significant } from '../../lib/report/format.js';
+import { plotSvg } from '../../lib/report/plots.js';
 import { createProgressRenderer } from '../../lib/report/progress.js';
 import { RunLog } from '../../lib/report/run-log.js';
 
@@ -18,7 +19,14 @@ const step: TrainEvent = {
   tokenAccuracy: 0.7018,
   tokens: 120_000,
   tokensPerSecond: 1234.5,
+  smoothedLoss: 1.1,
+  samplesPerSecond: 2.5,
+  labelledTokensPerSecond: 456,
+  dataWait: 0.02,
   memory: 3.25 * 2 ** 30,
+  memoryAllocated: 3 * 2 ** 30,
+  lossScale: 1,
+  skippedSteps: 0,
   elapsed: 1074,
   remaining: 3338,
 };
@@ -109,7 +117,7 @@ test("logging.jsonl has ms-swift's keys, train.log the time, runs/ an event file
     await log.event(step);
     await log.event({ type: 'eval', step: 46, epoch: 0.736, loss: 1.5, tokenAccuracy: 0.5, seconds: 2 });
     await log.close();
-    const again = await RunLog.open({ outputDir: dir, totalSteps: 189, resumedStep: 40, tensorboard: false });
+    const again = await RunLog.open({ outputDir: dir, totalSteps: 189, resumedStep: 46, tensorboard: false });
     await again.event({ ...step, step: 47 } as TrainEvent);
     await again.close();
     const lines = (await readFile(join(dir, 'logging.jsonl'), 'utf8'))
@@ -127,14 +135,18 @@ test("logging.jsonl has ms-swift's keys, train.log the time, runs/ an event file
       remaining_time: '55m 38s',
       'memory(GiB)': 3.25,
       'train_speed(s/it)': 23.3478,
+      'memory_allocated(GiB)': 3,
       tokens_per_second: 1234.5,
+      labelled_tokens_per_second: 456,
+      samples_per_second: 2.5,
+      data_wait: 0.02,
     });
     assert.deepEqual(
       [lines[1].eval_loss, lines[1].eval_token_acc, lines[1].eval_runtime, lines[1]['global_step/max_steps']],
       [1.5, 0.5, 2, '46/189'],
     );
     assert.equal(lines[2]['global_step/max_steps'], '47/189');
-    assert.equal(lines[2]['train_speed(s/it)'], 153.429, 'steps of an earlier process do not count');
+    assert.equal(lines[2]['train_speed(s/it)'], 1074, 'steps of an earlier process do not count');
     const text = (await readFile(join(dir, 'logs', 'train.log'), 'utf8')).trimEnd().split('\n');
     assert.equal(text.length, 6);
     for (const line of text) assert.match(line, /^\d{4}-\d\d-\d\dT[\d:.]+Z {2}\S/);
@@ -142,7 +154,34 @@ test("logging.jsonl has ms-swift's keys, train.log the time, runs/ an event file
       (await readdir(join(dir, 'runs'))).map((name) => /^events\.out\.tfevents\.\d+\./.test(name)),
       [true],
     );
+    const plots = await readdir(join(dir, 'images'));
+    const loss = await readFile(join(dir, 'images', 'train_loss.svg'), 'utf8');
+    assert.equal(/points="([^"]*)"/.exec(loss)?.[1]?.split(' ').length, 2, 'the curve goes on where it was left');
+    for (const name of ['train_loss.svg', 'train_memory.svg', 'train_data_wait.svg', 'eval_loss.svg']) {
+      assert.ok(plots.includes(name), `${name}: ${plots}`);
+    }
   } finally {
     await rm(dir, { recursive: true });
+  }
+});
+
+test('a plot holds the curve, its smoothed form and round ticks, whatever the values', () => {
+  const curve = Array.from({ length: 5000 }, (_, i) => ({ step: i + 1, value: 3 / (1 + i / 500) }));
+  const svg = plotSvg('train/loss <a>', curve, 0.9);
+  assert.equal(svg.split('<polyline').length, 3);
+  assert.ok(svg.includes('train/loss &lt;a>') && svg.includes('>2000<') && svg.includes('>1<'));
+  const points = /points="([^"]*)"/.exec(svg)?.[1]?.split(' ') ?? [];
+  assert.ok(points.length > 1000 && points.length <= 2001);
+  const [x, y] = (points[0] as string).split(',').map(Number);
+  assert.ok(
+    Math.abs((x as number) - 78) < 0.2 && Math.abs((y as number) - 34) < 0.2,
+    'the highest value is at the top left',
+  );
+  for (const values of [[1], [2, 2, 2], [0, 0], [-1e-9, 1e-9], [1e300, 2e300]]) {
+    const flat = plotSvg(
+      'x',
+      values.map((value, i) => ({ step: i, value })),
+    );
+    assert.ok(!/NaN|Infinity|undefined/.test(flat), flat);
   }
 });

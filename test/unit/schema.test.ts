@@ -47,8 +47,9 @@ test('misspelt keys, wrong values and options that are not supported are not val
     { train_args: { learning_rate: 'high' } },
     { lr_scheduler_type: 'cosien' },
     { torch_dtype: 'fp15' },
-    { packing: true },
-    { quant_bits: 4 },
+    { streaming: true },
+    { quant_bits: 3 },
+    { optim: 'adam' },
     { dataset: { trian: 'a.json' } },
     { dataset: [{ path: 'a.json', image_fodler: 'x' }] },
   ])

@@ -15,7 +15,9 @@ const RESULT: TrainResult = {
   trainableParams: 1,
   totalParams: 2,
   skipped: [],
+  skippedSteps: 0,
   stopped: false,
+  stoppedEarly: false,
 };
 const warning = (message: string): TrainEvent => ({ type: 'warning', message });
 

@@ -13,6 +13,8 @@ const plan = (changes: Partial<SchedulePlan>): SchedulePlan => ({
   shuffleEpochs: false,
   dataSeed: 42,
   seed: 42,
+  packingLength: 0,
+  groupByLength: false,
   ...changes,
 });
 

@@ -11,6 +11,8 @@
 #include <fstream>
 #include <string>
 
+#include "core/base/limited_memory.h"
+
 namespace martlet {
 namespace {
 
@@ -27,6 +29,7 @@ int64_t proc_kilobytes(const char* file, const char* name) {
 }  // namespace
 
 MemoryStats memory_stats(c10::Device device) {
+  if (device.is_cpu() && cpu_memory_is_limited()) return limited_memory_stats();
   if (device.is_cpu()) {
     const int64_t now = proc_kilobytes("/proc/self/status", "VmRSS:"),
                   peak = proc_kilobytes("/proc/self/status", "VmHWM:");
@@ -39,7 +42,8 @@ MemoryStats memory_stats(c10::Device device) {
 }
 
 void reset_peak_memory(c10::Device device) {
-  if (!device.is_cpu()) c10::getDeviceAllocator(device.type())->resetPeakStats(device.index());
+  if (device.is_cpu()) return reset_limited_memory_peak();
+  c10::getDeviceAllocator(device.type())->resetPeakStats(device.index());
 }
 
 void empty_cache(c10::Device device) {

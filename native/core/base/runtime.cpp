@@ -14,6 +14,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/base/error.h"
+#include "core/base/limited_memory.h"
 #include "core/base/memory.h"
 #include "core/session.h"
 
@@ -54,6 +55,7 @@ void initialize_runtime(const std::string& libtorch_lib, bool cuda, int threads)
   } else if (cuda_devices() == 0) {
     cuda_error = "no CUDA device or driver was found (is nvidia-smi working?)";
   }
+  if (const char* limit = std::getenv("MARTLET_CPU_MEMORY_LIMIT")) limit_cpu_memory(std::strtoull(limit, nullptr, 10));
   if (threads > 0) at::set_num_threads(threads);
   at::set_num_interop_threads(1);
 }

@@ -105,6 +105,7 @@ Checkpoint Checkpoint::open(const fs::path& dir) {
 
 const TensorInfo& Checkpoint::info(const std::string& name) const { return *where_.at(name)->find(name); }
 at::Tensor Checkpoint::tensor(const std::string& name) const { return where_.at(name)->tensor(name); }
+void Checkpoint::release(const std::string& name) const { where_.at(name)->release(name); }
 
 json convert_checkpoint_json(const json& args, JobContext& job) {
   const Checkpoint base = Checkpoint::open(args.at("modelDir").get<std::string>());

@@ -22,6 +22,7 @@ class Checkpoint {
   const std::vector<std::string>& names() const { return names_; }
   const TensorInfo& info(const std::string& name) const;
   at::Tensor tensor(const std::string& name) const;
+  void release(const std::string& name) const;
 
  private:
   std::vector<std::shared_ptr<TensorFile>> files_;

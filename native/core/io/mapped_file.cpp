@@ -60,4 +60,13 @@ at::Tensor MappedFile::tensor(size_t offset, at::IntArrayRef shape, at::ScalarTy
       const_cast<char*>(begin), shape, [self = shared_from_this()](void*) {}, at::TensorOptions().dtype(dtype));
 }
 
+void MappedFile::release(size_t offset, size_t size) const {
+  // Whole pages only: the first and the last may hold a neighbour.
+  const auto page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data() + offset) + page - 1) / page * page;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(data() + offset + size) / page * page;
+  // The mapping is private and never written to, so its pages can be had from the file again.
+  if (end > begin) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
 }  // namespace martlet

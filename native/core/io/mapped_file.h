@@ -22,6 +22,8 @@ class MappedFile : public std::enable_shared_from_this<MappedFile> {
   // The caller has checked that the bytes are there. A view that keeps the mapping alive; a copy where `offset` does
   // not suit the dtype.
   at::Tensor tensor(size_t offset, at::IntArrayRef shape, at::ScalarType dtype) const;
+  // Lets go of these bytes' pages in memory; reading them again brings them back from the file.
+  void release(size_t offset, size_t size) const;
 
  private:
   MappedFile() = default;

@@ -177,6 +177,11 @@ at::Tensor SafetensorsFile::tensor(const std::string& name) const {
   return info == nullptr ? at::Tensor() : file_->tensor(data_ + info->begin, info->shape, info->dtype);
 }
 
+void SafetensorsFile::release(const std::string& name) const {
+  const TensorInfo* info = find(name);
+  if (info != nullptr) file_->release(data_ + info->begin, info->nbytes());
+}
+
 namespace {
 
 // The 8 bytes of length and the header, padded with spaces to a multiple of 8 so that tensors are aligned.

@@ -22,6 +22,7 @@ class SafetensorsFile : public TensorFile {
   // ERR_MARTLET_WEIGHTS names the path, the tensor and what is wrong.
   static std::shared_ptr<SafetensorsFile> open(const std::filesystem::path& path);
   at::Tensor tensor(const std::string& name) const override;
+  void release(const std::string& name) const override;
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
  private:

@@ -30,6 +30,8 @@ class TensorFile {
   }
   // A view of the mapped file that keeps it alive; read only. Undefined if there is no such tensor.
   virtual at::Tensor tensor(const std::string& name) const = 0;
+  // Lets go of the pages that reading the tensor brought into memory; reading it again brings them back.
+  virtual void release(const std::string& name) const = 0;
 
  protected:
   std::vector<TensorInfo> tensors_;

@@ -143,4 +143,9 @@ at::Tensor TorchFile::tensor(const std::string& name) const {
       .as_strided(info.shape, layout.strides, layout.offset);
 }
 
+void TorchFile::release(const std::string& name) const {
+  const TensorInfo* info = find(name);
+  if (info != nullptr) file_->release(info->begin, info->nbytes());
+}
+
 }  // namespace martlet

@@ -17,6 +17,7 @@ class TorchFile : public TensorFile {
   // ERR_MARTLET_WEIGHTS names the path and what is wrong or refused: an opcode, a function, a tensor.
   static std::shared_ptr<TorchFile> open(const std::filesystem::path& path);
   at::Tensor tensor(const std::string& name) const override;
+  void release(const std::string& name) const override;
 
  private:
   struct Layout {

@@ -90,8 +90,11 @@ DecoderLayer::DecoderLayer(const DecoderConfig& c)
 }
 
 at::Tensor DecoderLayer::forward(const at::Tensor& x, const DecoderPass& pass, int64_t layer) const {
-  const at::Tensor h = x + self_attn.forward(input_layernorm.forward(x), pass, layer);
-  return h + mlp.forward(post_attention_layernorm.forward(h), pass.options.dropout);
+  const at::Tensor h = x + self_attn.forward(run_norm(input_layernorm, x), pass, layer);
+  // With the sum in it: gradients of h add up in one order, whatever is run again.
+  return run_mlp([this, dropout = pass.options.dropout](
+                     const at::Tensor& y) { return y + mlp.forward(run_norm(post_attention_layernorm, y), dropout); },
+                 h, pass.options);
 }
 
 Decoder::Decoder(const DecoderConfig& config)

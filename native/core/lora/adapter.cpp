@@ -22,12 +22,6 @@ const char* freeze_flag(Part part) {
   return part == Part::kVision ? "freeze_vit" : part == Part::kProjector ? "freeze_aligner" : "freeze_llm";
 }
 
-bool matches_name(const std::string& path, const std::string& name) {
-  if (path == name) return true;
-  const std::string tail = "." + name;
-  return path.size() > tail.size() && path.compare(path.size() - tail.size(), tail.size(), tail) == 0;
-}
-
 // Levenshtein distance, for "did you mean".
 size_t edit_distance(const std::string& a, const std::string& b) {
   std::vector<size_t> row(b.size() + 1);
@@ -44,15 +38,6 @@ size_t edit_distance(const std::string& a, const std::string& b) {
   return row.back();
 }
 
-std::vector<std::string> nearest_names(const std::string& name, const std::set<std::string>& candidates) {
-  std::vector<std::pair<size_t, std::string>> ranked;
-  for (const std::string& candidate : candidates) ranked.emplace_back(edit_distance(name, candidate), candidate);
-  std::sort(ranked.begin(), ranked.end());
-  std::vector<std::string> out;
-  for (size_t i = 0; i < ranked.size() && i < 3; ++i) out.push_back(ranked[i].second);
-  return out;
-}
-
 std::string joined(const std::vector<std::string>& names) {
   std::string out;
   for (const std::string& name : names) out += (out.empty() ? "" : ", ") + name;
@@ -60,7 +45,8 @@ std::string joined(const std::vector<std::string>& names) {
 }
 
 // Fills peft_names or peft_regex. A bare `q_proj` would make PEFT put pairs into a vision tower that has modules of
-// that name too. `all`: paths of everything with weights, since PEFT takes convolutions and embeddings as well.
+// that name too. `all`: paths of all modules, since PEFT takes convolutions and embeddings as well, and stops at a
+// block named `0`.
 void describe_for_peft(TargetSelection& selection, const std::vector<std::string>& all) {
   std::set<std::string> chosen, names;
   for (const auto& [path, linear] : selection.linears) {
@@ -101,13 +87,45 @@ void describe_for_peft(TargetSelection& selection, const std::vector<std::string
 
 }  // namespace
 
+bool matches_name(const std::string& path, const std::string& name) {
+  if (path == name) return true;
+  const std::string tail = "." + name;
+  return path.size() > tail.size() && path.compare(path.size() - tail.size(), tail.size(), tail) == 0;
+}
+
+std::vector<std::string> nearest_names(const std::string& name, const std::set<std::string>& candidates) {
+  std::vector<std::pair<size_t, std::string>> ranked;
+  for (const std::string& candidate : candidates) ranked.emplace_back(edit_distance(name, candidate), candidate);
+  std::sort(ranked.begin(), ranked.end());
+  std::vector<std::string> out;
+  for (size_t i = 0; i < ranked.size() && i < 3; ++i) out.push_back(ranked[i].second);
+  return out;
+}
+
+std::map<std::string, Linear*> linears_of(VisionLanguageModel& model) {
+  std::map<std::string, Linear*> linears;
+  model.visit([&](const std::string& path, Module& module) {
+    if (auto* linear = dynamic_cast<Linear*>(&module); linear != nullptr && !model.info().is_head(path))
+      linears.emplace(path, linear);
+  });
+  return linears;
+}
+
+int64_t Adapter::numel() const {
+  int64_t count = 0;
+  for (const auto& [path, layer] : layers)
+    count += layer.a.numel() + layer.b.numel() + (layer.magnitude.defined() ? layer.magnitude.numel() : 0);
+  for (const auto& [name, value] : saved) count += value.numel();
+  return count;
+}
+
 TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std::string>& names,
                                const std::string& regex, const FreezeFlags& freeze) {
   std::vector<std::pair<std::string, Linear*>> linears;
-  std::vector<std::string> weighted;
+  std::vector<std::string> all;
   std::set<std::string> last_names;
   model.visit([&](const std::string& path, Module& module) {
-    if (!module.own_parameters().empty()) weighted.push_back(path);
+    all.push_back(path);
     auto* linear = dynamic_cast<Linear*>(&module);
     if (linear == nullptr || model.info().is_head(path)) return;
     linears.emplace_back(path, linear);
@@ -167,25 +185,93 @@ TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std
                   : "; the modules that did match are in a frozen part (see freeze_vit, freeze_aligner, freeze_llm)."),
          {{"path", "target_modules"}, {"asked", asked}, {"known", known}});
   }
-  describe_for_peft(out, weighted);
+  describe_for_peft(out, all);
   return out;
 }
 
-Adapter create_adapter(const TargetSelection& targets, const AdapterConfig& config, uint64_t seed, at::Device device) {
+LoraInit LoraInit::parse(const std::string& name) {
+  if (name == "true") return {};
+  if (name == "gaussian") return {Type::kGaussian};
+  if (name == "false") return {Type::kRandom};
+  if (name == "pissa") return {Type::kPissa};
+  const std::string prefix = "pissa_niter_";
+  if (name.rfind(prefix, 0) == 0 && name.size() > prefix.size() && name.size() < prefix.size() + 4 &&
+      name.find_first_not_of("0123456789", prefix.size()) == std::string::npos) {
+    return {Type::kPissa, std::stoll(name.substr(prefix.size()))};
+  }
+  fail(code::kConfig,
+       "init_weights \"" + name + "\" is not supported; known are true, false, gaussian, pissa and pissa_niter_N.",
+       {{"path", "init_weights"}});
+}
+
+namespace {
+
+// The r largest singular values of w with their vectors: u [out, r], s [r], v [in, r].
+std::tuple<at::Tensor, at::Tensor, at::Tensor> largest_singular(const at::Tensor& w, int64_t r, int64_t iterations,
+                                                                at::Generator& generator) {
+  if (iterations < 0) {
+    const auto [u, s, vh] = at::linalg_svd(w, /*full_matrices=*/false);
+    return {u.narrow(1, 0, r), s.narrow(0, 0, r), vh.narrow(0, 0, r).t()};
+  }
+  // Halko et al. 2009, algorithm 4.4 and 5.1, as torch.svd_lowrank.
+  const at::Tensor test = at::empty({w.size(1), r}, at::kFloat).normal_(0, 1, generator).to(w.device());
+  at::Tensor q = std::get<0>(at::linalg_qr(at::mm(w, test)));
+  for (int64_t i = 0; i < iterations; ++i) {
+    q = std::get<0>(at::linalg_qr(at::mm(w.t(), q)));
+    q = std::get<0>(at::linalg_qr(at::mm(w, q)));
+  }
+  const auto [u, s, vh] = at::linalg_svd(at::mm(q.t(), w), /*full_matrices=*/false);
+  return {at::mm(q, u), s, vh.t()};
+}
+
+}  // namespace
+
+Adapter create_adapter(const TargetSelection& targets, const AdapterConfig& config, const LoraInit& init, uint64_t seed,
+                       at::Device device) {
+  const at::NoGradGuard no_grad;
   Adapter adapter;
   adapter.config = config;
   int64_t index = 0;
   for (const auto& [path, linear] : targets.linears) {
     LoraLayer layer;
-    // One generator a module, so that the values of a layer do not depend on which other layers are trained.
-    at::Generator generator = make_generator(at::kCPU);
-    generator.set_current_seed(mix_seed(seed, std::hash<std::string>{}(path)));
-    const double bound = 1.0 / std::sqrt(static_cast<double>(linear->in_features()));
-    layer.a = at::empty({config.r, linear->in_features()}, at::kFloat).uniform_(-bound, bound, generator).to(device);
-    layer.b = at::zeros({linear->out_features(), config.r}, at::TensorOptions().dtype(at::kFloat).device(device));
     layer.scaling = config.scaling(path);
     layer.dropout = config.lora_dropout;
     layer.index = index++;
+    // One generator a module, so that the values of a layer do not depend on which other layers are trained.
+    at::Generator generator = make_generator(at::kCPU);
+    generator.set_current_seed(mix_seed(seed, std::hash<std::string>{}(path)));
+    const auto f32 = at::TensorOptions().dtype(at::kFloat).device(device);
+    if (init.type == LoraInit::Type::kPissa) {
+      if (config.r > std::min(linear->in_features(), linear->out_features())) {
+        fail(code::kConfig, "init_weights: pissa with lora_rank " + std::to_string(config.r) + " is too much for " +
+                                path + ", which is " + std::to_string(linear->out_features()) + "×" +
+                                std::to_string(linear->in_features()) + ".");
+      }
+      const auto [u, s, v] =
+          largest_singular(linear->weight.value.to(at::kFloat), config.r, init.pissa_iterations, generator);
+      const at::Tensor root = (s / layer.scaling).sqrt();
+      layer.a = (root.unsqueeze(1) * v.t()).contiguous();
+      layer.b = (u * root.unsqueeze(0)).contiguous();
+    } else {
+      const at::Tensor a = at::empty({config.r, linear->in_features()}, at::kFloat);
+      const double bound = 1.0 / std::sqrt(static_cast<double>(linear->in_features()));
+      if (init.type == LoraInit::Type::kGaussian) {
+        a.normal_(0, 1.0 / static_cast<double>(config.r), generator);
+      } else {
+        a.uniform_(-bound, bound, generator);
+      }
+      layer.a = a.to(device);
+      layer.b = at::zeros({linear->out_features(), config.r}, f32);
+      if (init.type == LoraInit::Type::kRandom) {
+        const double wide = 1.0 / std::sqrt(static_cast<double>(config.r));
+        layer.b.copy_(at::empty(layer.b.sizes(), at::kFloat).uniform_(-wide, wide, generator));
+      }
+    }
+    if (config.use_dora) {
+      // PEFT sets the magnitudes once the pair is there: those of W + scaling · B A.
+      refresh_weight_norm(linear->weight, layer);
+      layer.magnitude = layer.weight_norm.clone();
+    }
     adapter.layers.emplace(path, std::move(layer));
   }
   adapter.config.target_modules = targets.peft_names;
@@ -193,21 +279,21 @@ Adapter create_adapter(const TargetSelection& targets, const AdapterConfig& conf
   return adapter;
 }
 
+void subtract_pairs(VisionLanguageModel& model, const Adapter& adapter,
+                    const std::function<at::Tensor(const std::string&)>& original) {
+  const at::NoGradGuard no_grad;
+  const auto linears = linears_of(model);
+  for (const auto& [path, layer] : adapter.layers) {
+    at::Tensor& weight = linears.at(path)->weight.value;
+    const at::Tensor w = original(path + ".weight").to(weight.device(), at::kFloat);
+    weight.copy_(at::addmm(w, layer.b.detach(), layer.a.detach(), 1.0, -layer.scaling));
+  }
+}
+
 Adapter attach_adapter(VisionLanguageModel& model, AdapterWeights weights,
                        const std::function<bool(const std::string&)>& is_unused, at::ScalarType dtype,
                        at::Device device, const std::string& dir) {
-  std::map<std::string, Linear*> linears;
-  model.visit([&](const std::string& path, Module& module) {
-    if (auto* linear = dynamic_cast<Linear*>(&module); linear != nullptr && !model.info().is_head(path))
-      linears.emplace(path, linear);
-  });
-  if (!weights.saved_modules.empty()) {
-    fail(code::kAdapter,
-         "The adapter in " + dir +
-             " holds fully trained modules (modules_to_save: " + weights.saved_modules.begin()->first +
-             ", …), which are not supported yet. Merge it with PEFT and load the merged model.",
-         {{"path", dir}});
-  }
+  const std::map<std::string, Linear*> linears = linears_of(model);
   Adapter adapter;
   std::vector<std::string> unknown;
   int64_t index = 0;
@@ -218,21 +304,43 @@ Adapter attach_adapter(VisionLanguageModel& model, AdapterWeights weights,
       continue;
     }
     const Linear& linear = *it->second;
-    if (pair.first.size(1) != linear.in_features() || pair.second.size(0) != linear.out_features()) {
+    if (pair.a.size(1) != linear.in_features() || pair.b.size(0) != linear.out_features() ||
+        (pair.magnitude.defined() && pair.magnitude.size(0) != linear.out_features())) {
       fail(code::kAdapter,
            "The adapter in " + dir + " is for another model: " + path + " is " + std::to_string(linear.out_features()) +
                "×" + std::to_string(linear.in_features()) + " here, the adapter's is " +
-               std::to_string(pair.second.size(0)) + "×" + std::to_string(pair.first.size(1)) + ".",
+               std::to_string(pair.b.size(0)) + "×" + std::to_string(pair.a.size(1)) + ".",
            {{"path", dir}, {"module", path}});
     }
     LoraLayer layer;
-    layer.a = pair.first.to(device, dtype);
-    layer.b = pair.second.to(device, dtype);
+    layer.a = pair.a.to(device, dtype);
+    layer.b = pair.b.to(device, dtype);
     layer.scaling = weights.config.scaling(path);
     layer.index = index++;
+    if (pair.magnitude.defined()) {
+      layer.magnitude = pair.magnitude.to(device, at::kFloat);
+      refresh_weight_norm(linear.weight, layer);
+    }
     adapter.layers.emplace(path, std::move(layer));
   }
-  if (!unknown.empty() || adapter.layers.empty()) {
+  if (!weights.saved_modules.empty()) {
+    std::map<std::string, const Parameter*> parameters;
+    model.visit_parameters(
+        [&](const std::string& name, Parameter& parameter) { parameters.emplace(name, &parameter); });
+    for (const auto& [name, value] : weights.saved_modules) {
+      const auto it = parameters.find(name);
+      if (it == parameters.end()) {
+        if (!is_unused(name)) unknown.push_back(name);
+        continue;
+      }
+      if (value.numel() != it->second->numel()) {
+        fail(code::kAdapter, "The adapter in " + dir + " is for another model: the shape of " + name + " differs.",
+             {{"path", dir}, {"module", name}});
+      }
+      adapter.saved.emplace(name, value.reshape(it->second->shape).to(device, dtype));
+    }
+  }
+  if (!unknown.empty() || (adapter.layers.empty() && adapter.saved.empty())) {
     fail(code::kAdapter,
          "The adapter in " + dir + " is for another model: it has " +
              (unknown.empty() ? "no module of this one." : "modules that this model lacks: " + joined(unknown) + "."),
@@ -250,6 +358,17 @@ void activate(VisionLanguageModel& model, const Adapter* adapter) {
     if (adapter == nullptr) return;
     const auto it = adapter->layers.find(path);
     if (it != adapter->layers.end()) linear->lora = &it->second;
+  });
+  model.visit_parameters([&](const std::string& name, Parameter& parameter) {
+    if (parameter.replaced) {
+      parameter.value = *parameter.replaced;
+      parameter.replaced.reset();
+    }
+    if (adapter == nullptr) return;
+    const auto it = adapter->saved.find(name);
+    if (it == adapter->saved.end()) return;
+    parameter.replaced = parameter.value;
+    parameter.value = it->second;
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include <deque>
 #include <map>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,6 +17,10 @@ namespace martlet {
 struct Adapter {
   AdapterConfig config;
   std::map<std::string, LoraLayer> layers;  // by module path
+  // Parameters that stand in place of the model's own (modules_to_save, biases), by full name.
+  std::map<std::string, at::Tensor> saved;
+
+  int64_t numel() const;
 };
 
 struct FreezeFlags {
@@ -41,16 +46,44 @@ struct TargetSelection {
 TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std::string>& names,
                                const std::string& regex, const FreezeFlags& freeze);
 
-// A: uniform(±1/√in) as PEFT's kaiming_uniform(a = √5); B: zero. float32 on the model's device.
-Adapter create_adapter(const TargetSelection& targets, const AdapterConfig& config, uint64_t seed, at::Device device);
+// How fresh pairs begin (PEFT's init_lora_weights).
+struct LoraInit {
+  enum class Type {
+    kDefault,   // A: uniform(±1/√in), PEFT's kaiming_uniform(a = √5); B: zero
+    kGaussian,  // A: normal(0, 1/r); B: zero
+    kRandom,    // `false`: B: uniform(±1/√r) too, so that the pair is not the identity at first
+    kPissa,     // principal singular vectors of W; the base keeps the rest (Meng et al. 2024)
+  };
+  Type type = Type::kDefault;
+  int64_t pissa_iterations = -1;  // pissa_niter_N: randomised decomposition with N iterations; −1 = exact
 
-// Matrices of a PEFT folder for this model, cast to `dtype`. Pairs for modules that the model lacks are
+  // true | false | gaussian | pissa | pissa_niter_N; anything else is ERR_MARTLET_CONFIG.
+  static LoraInit parse(const std::string& name);
+};
+
+// Fresh pairs, float32 on the model's device. PiSSA leaves the base weights as they are: subtract_pairs() is next.
+Adapter create_adapter(const TargetSelection& targets, const AdapterConfig& config, const LoraInit& init, uint64_t seed,
+                       at::Device device);
+
+// W − scaling · B A for every pair, W being what `original` gives by the parameter's full name.
+void subtract_pairs(VisionLanguageModel& model, const Adapter& adapter,
+                    const std::function<at::Tensor(const std::string& name)>& original);
+
+// Every linear but the head, by module path.
+std::map<std::string, Linear*> linears_of(VisionLanguageModel& model);
+
+// The three candidates nearest to a name that matches nothing.
+std::vector<std::string> nearest_names(const std::string& name, const std::set<std::string>& candidates);
+// PEFT's ending rule: `path` is `name`, or ends with it after a dot.
+bool matches_name(const std::string& path, const std::string& name);
+
+// Weights of a PEFT folder for this model, cast to `dtype`. Those of modules that the model lacks are
 // ERR_MARTLET_ADAPTER.
 Adapter attach_adapter(VisionLanguageModel& model, AdapterWeights weights,
                        const std::function<bool(const std::string&)>& is_unused, at::ScalarType dtype,
                        at::Device device, const std::string& dir);
 
-// Switches `adapter` on in every linear; null = the base alone.
+// Switches `adapter` on: its pairs in their linears, its parameters in place of the model's own. null = the base alone.
 void activate(VisionLanguageModel& model, const Adapter* adapter);
 
 }  // namespace martlet

@@ -64,16 +64,26 @@ AdapterConfig read_adapter_config(const std::filesystem::path& dir) {
   if (file.value("peft_type", json("LORA")) != "LORA")
     wrong("peft_type", "is " + file["peft_type"].dump() + "; only LORA is supported");
   for (const char* field :
-       {"use_dora", "bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "layer_replication",
-        "megatron_config", "trainable_token_indices", "lora_bias", "use_qalora", "alora_invocation_tokens",
-        "target_parameters", "arrow_config", "corda_config", "eva_config", "loftq_config"}) {
+       {"fan_in_fan_out", "layers_to_transform", "layers_pattern", "layer_replication", "megatron_config",
+        "trainable_token_indices", "lora_bias", "use_qalora", "alora_invocation_tokens", "target_parameters",
+        "arrow_config", "corda_config", "eva_config", "loftq_config"}) {
     if (file.contains(field) && !is_default(file[field])) {
       wrong(field, "is " + file[field].dump() +
                        ", which is not supported; merge the adapter with PEFT and load the merged model");
     }
   }
+  // These change the base model's weights on loading, so that the pairs mean nothing beside the original ones.
+  if (const json init = file.value("init_lora_weights", json(true)); init.is_string() && init != "gaussian") {
+    wrong("init_lora_weights", "is " + init.dump() +
+                                   ": its pairs belong to weights other than the base model's. Save it again with "
+                                   "PEFT's path_initial_model_for_weight_conversion");
+  }
   AdapterConfig config;
   try {
+    config.use_dora = file.contains("use_dora") && file["use_dora"] == true;
+    if (file.contains("bias") && file["bias"].is_string()) config.bias = file["bias"].get<std::string>();
+    if (file.contains("modules_to_save") && file["modules_to_save"].is_array())
+      config.modules_to_save = file["modules_to_save"].get<std::vector<std::string>>();
     config.r = file.at("r").get<int64_t>();
     config.lora_alpha = file.at("lora_alpha").get<double>();
     config.lora_dropout = file.value("lora_dropout", 0.0);
@@ -103,7 +113,7 @@ std::string adapter_config_json(const AdapterConfig& c) {
   const json file = {{"alpha_pattern", c.alpha_pattern},
                      {"auto_mapping", nullptr},
                      {"base_model_name_or_path", c.base_model_name_or_path},
-                     {"bias", "none"},
+                     {"bias", c.bias},
                      {"fan_in_fan_out", false},
                      {"inference_mode", true},
                      {"init_lora_weights", true},
@@ -112,14 +122,14 @@ std::string adapter_config_json(const AdapterConfig& c) {
                      {"lora_alpha", c.lora_alpha == std::floor(c.lora_alpha) ? json(static_cast<int64_t>(c.lora_alpha))
                                                                              : json(c.lora_alpha)},
                      {"lora_dropout", c.lora_dropout},
-                     {"modules_to_save", nullptr},
+                     {"modules_to_save", c.modules_to_save.empty() ? json() : json(c.modules_to_save)},
                      {"peft_type", "LORA"},
                      {"r", c.r},
                      {"rank_pattern", c.rank_pattern},
                      {"revision", nullptr},
                      {"target_modules", targets},
                      {"task_type", "CAUSAL_LM"},
-                     {"use_dora", false},
+                     {"use_dora", c.use_dora},
                      {"use_rslora", c.use_rslora}};
   return file.dump(2) + "\n";
 }

@@ -1,4 +1,4 @@
-// PEFT's adapter_config.json, as far as it says something about plain LoRA.
+// PEFT's adapter_config.json, as far as it says something about LoRA and DoRA.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,9 @@ struct AdapterConfig {
   double lora_alpha = 32;
   double lora_dropout = 0.05;
   bool use_rslora = false;  // scaling α/√r instead of α/r
+  bool use_dora = false;
+  std::string bias = "none";  // biases of the base model that are trained and saved too: none | all | lora_only
+  std::vector<std::string> modules_to_save;  // modules that are trained as a whole
   std::vector<std::string> target_modules;
   std::string target_regex;  // instead of the list
   // Exceptions by module name pattern (PEFT: matches a path that ends with it).

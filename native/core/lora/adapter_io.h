@@ -14,16 +14,22 @@
 
 namespace martlet {
 
+struct LoraWeights {
+  at::Tensor a;          // [r, in]
+  at::Tensor b;          // [out, r]
+  at::Tensor magnitude;  // [out], DoRA only
+};
+
 struct AdapterWeights {
   AdapterConfig config;
-  // By canonical module path: A [r, in], B [out, r], as stored (views of the file while it is open).
-  std::map<std::string, std::pair<at::Tensor, at::Tensor>> pairs;
-  // modules_to_save: whole tensors by canonical key.
+  // By canonical module path, as stored (views of the file while it is open).
+  std::map<std::string, LoraWeights> pairs;
+  // modules_to_save and trained biases: whole tensors by canonical key.
   std::map<std::string, at::Tensor> saved_modules;
 };
 
-// `canonical_key` maps any known spelling of a weight key. Half a pair, a rank that disagrees with the config or a key
-// of no known form is ERR_MARTLET_ADAPTER.
+// `canonical_key` maps any known spelling of a weight key. Half a pair, a missing magnitude, a rank that disagrees with
+// the config or a key of no known form is ERR_MARTLET_ADAPTER.
 AdapterWeights read_adapter(const std::filesystem::path& dir,
                             const std::function<std::string(const std::string&)>& canonical_key);
 

@@ -3,16 +3,20 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
+
 #include "core/base/rng.h"
+#include "core/nn/linear_function.h"
 
 namespace martlet {
 
-at::Tensor DropoutSource::mask(const at::Tensor& like, double p, int64_t index) {
+at::Tensor DropoutSource::mask(const at::Tensor& like, double p, int64_t index) const {
+  at::Generator own = generator;
   {
-    std::lock_guard<std::mutex> lock(generator.mutex());
-    generator.set_current_seed(mix_seed(seed, static_cast<uint64_t>(index)));
+    std::lock_guard<std::mutex> lock(own.mutex());
+    own.set_current_seed(mix_seed(seed, static_cast<uint64_t>(index)));
   }
-  return at::empty_like(like, like.options().dtype(at::kBool)).bernoulli_(1.0 - p, generator);
+  return at::empty_like(like, like.options().dtype(at::kBool)).bernoulli_(1.0 - p, own);
 }
 
 namespace {
@@ -20,57 +24,126 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// The mask of one layer, drawn again in the backward pass: a byte an element is a third of what a layer keeps.
+struct MaskHolder : torch::CustomClassHolder {
+  MaskHolder(DropoutSource s, double probability, int64_t layer) : source(std::move(s)), p(probability), index(layer) {}
+  at::Tensor draw(const at::Tensor& like) const { return source.mask(like, p, index); }
+  DropoutSource source;
+  double p;
+  int64_t index;
+};
+
 struct LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+  // `weight` is absent where `quantized` stands for it; `bias` may be absent, `mask` null. (An undefined tensor would
+  // have no device to be asked for.)
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const std::optional<at::Tensor>& weight,
                             const std::optional<at::Tensor>& bias, const at::Tensor& a, const at::Tensor& b,
-                            const std::optional<at::Tensor>& mask, double scaling, double keep) {
-    at::Tensor y = at::linear(x, weight, bias);
-    const at::Tensor input = mask ? x * *mask / keep : x;
-    const at::Tensor h = at::mm(input, a.t());  // [T, r]
-    y.addmm_(h, b.t(), 1, scaling);
-    ctx->save_for_backward({x, weight, a, b, h, mask.value_or(at::Tensor())});
+                            const c10::intrusive_ptr<QuantizedHolder>& quantized,
+                            const c10::intrusive_ptr<MaskHolder>& mask, double scaling) {
+    at::Tensor y = at::linear(x, quantized ? quantized->weight->dequantize() : *weight, bias);
+    const at::Tensor h = at::mm(dropped(x, mask).to(a.scalar_type()), a.t());  // [T, r]
+    if (a.scalar_type() == y.scalar_type()) {
+      y.addmm_(h, b.t(), 1, scaling);
+    } else {
+      y.add_(at::mm(h, b.t()), scaling);
+    }
+    ctx->save_for_backward({KeptInput::keep(ctx, x), weight.value_or(at::Tensor()), a, b, h});
+    if (quantized) ctx->saved_data["quantized"] = c10::IValue::make_capsule(quantized);
+    if (mask) ctx->saved_data["mask"] = c10::IValue::make_capsule(mask);
     ctx->saved_data["scaling"] = scaling;
-    ctx->saved_data["keep"] = keep;
+    ctx->saved_data["has_weight"] = weight.has_value();
     ctx->saved_data["has_bias"] = bias.has_value();
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor &x = saved[0], &weight = saved[1], &a = saved[2], &b = saved[3], &h = saved[4], &mask = saved[5];
+    const at::Tensor &a = saved[2], &b = saved[3], &h = saved[4];
     const double scaling = ctx->saved_data["scaling"].toDouble();
-    const double keep = ctx->saved_data["keep"].toDouble();
+    const bool has_weight = ctx->saved_data["has_weight"].toBool(), has_bias = ctx->saved_data["has_bias"].toBool();
+    // An absent optional tensor takes no place among the inputs that gradients are asked for.
+    size_t next = 1;
+    const bool weight_grad = has_weight && ctx->needs_input_grad(next++);
+    const bool bias_grad = has_bias && ctx->needs_input_grad(next++);
+    const bool a_grad = ctx->needs_input_grad(next++), b_grad = ctx->needs_input_grad(next++);
+    c10::intrusive_ptr<MaskHolder> mask;
+    if (const auto it = ctx->saved_data.find("mask"); it != ctx->saved_data.end())
+      mask = c10::static_intrusive_pointer_cast<MaskHolder>(it->second.toCapsule());
     const at::Tensor& dy = grads[0];
-    const at::Tensor dh = at::mm(dy, b).mul_(scaling);  // [T, r]
-    at::Tensor dx, dweight, dbias;
+    const at::Tensor dy_low = dy.to(a.scalar_type());
+    const at::Tensor dh = at::mm(dy_low, b).mul_(scaling);  // [T, r]
+    at::Tensor dx, dweight, dbias, da, db;
     if (ctx->needs_input_grad(0)) {
+      at::Tensor weight = saved[1];
+      if (const auto it = ctx->saved_data.find("quantized"); it != ctx->saved_data.end()) {
+        weight = c10::static_intrusive_pointer_cast<QuantizedHolder>(it->second.toCapsule())->weight->dequantize();
+      }
       dx = at::mm(dy, weight);
-      if (mask.defined()) {
-        dx.add_(at::mm(dh, a).mul_(mask).div_(keep));
-      } else {
+      if (mask) {
+        dx.add_(at::mm(dh, a).mul_(mask->draw(dx)).div_(1.0 - mask->p));
+      } else if (a.scalar_type() == dx.scalar_type()) {
         dx.addmm_(dh, a);
+      } else {
+        dx.add_(at::mm(dh, a));
       }
     }
-    if (ctx->needs_input_grad(1)) dweight = at::mm(dy.t(), x);
-    // An absent optional tensor takes no place among the inputs that gradients are asked for.
-    const size_t after_bias = ctx->saved_data["has_bias"].toBool() ? 1 : 0;
-    if (after_bias == 1 && ctx->needs_input_grad(2)) dbias = dy.sum(0);
-    at::Tensor da, db;
-    if (ctx->needs_input_grad(2 + after_bias)) da = at::mm(dh.t(), mask.defined() ? x * mask / keep : x);
-    if (ctx->needs_input_grad(3 + after_bias)) db = at::mm(dy.t(), h).mul_(scaling);
+    if (weight_grad || a_grad) {
+      const at::Tensor x = KeptInput::restore(ctx, saved[0]);
+      if (weight_grad) dweight = at::mm(dy.t(), x);
+      if (a_grad) da = at::mm(dh.t(), dropped(x, mask).to(a.scalar_type()));
+    }
+    if (bias_grad) dbias = dy.sum(0);
+    if (b_grad) db = at::mm(dy_low.t(), h).mul_(scaling);
     return {dx, dweight, dbias, da, db, at::Tensor(), at::Tensor(), at::Tensor()};
+  }
+
+ private:
+  static at::Tensor dropped(const at::Tensor& x, const c10::intrusive_ptr<MaskHolder>& mask) {
+    return mask ? x * mask->draw(x) / (1.0 - mask->p) : x;
   }
 };
 
+at::Tensor pair_linear(const at::Tensor& x, const Parameter& weight, const at::Tensor& bias, const LoraLayer& lora,
+                       const DropoutSource* dropout) {
+  c10::intrusive_ptr<QuantizedHolder> quantized;
+  if (!weight.value.defined()) quantized = c10::make_intrusive<QuantizedHolder>(weight.quantized);
+  c10::intrusive_ptr<MaskHolder> mask;
+  if (dropout != nullptr) mask = c10::make_intrusive<MaskHolder>(*dropout, lora.dropout, lora.index);
+  const auto optional = [](const at::Tensor& t) { return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt; };
+  return LoraLinearFunction::apply(x, optional(weight.value), optional(bias), lora.a, lora.b, quantized, mask,
+                                   lora.scaling);
+}
+
 }  // namespace
 
-at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const LoraLayer& lora,
+at::Tensor row_norms(const Parameter& weight, const LoraLayer& lora) {
+  const at::NoGradGuard no_grad;
+  const at::Tensor w = weight.dense(), a = lora.a.detach().to(at::kFloat), b = lora.b.detach().to(at::kFloat);
+  at::Tensor out = at::empty({w.size(0)}, a.options());
+  // 4 M elements = 16 MB of float32 at a time.
+  const int64_t step = std::max<int64_t>(1, (int64_t{4} << 20) / w.size(1));
+  for (int64_t begin = 0; begin < w.size(0); begin += step) {
+    const int64_t count = std::min(step, w.size(0) - begin);
+    const at::Tensor rows =
+        at::addmm(w.narrow(0, begin, count).to(at::kFloat), b.narrow(0, begin, count), a, 1.0, lora.scaling);
+    out.narrow(0, begin, count).copy_(at::linalg_vector_norm(rows, 2, at::IntArrayRef{1}));
+  }
+  return out;
+}
+
+void refresh_weight_norm(const Parameter& weight, LoraLayer& lora) { lora.weight_norm = row_norms(weight, lora); }
+
+at::Tensor lora_linear(const at::Tensor& x, const Parameter& weight, const at::Tensor& bias, const LoraLayer& lora,
                        DropoutSource* dropout) {
-  at::Tensor mask;
-  if (dropout != nullptr && lora.dropout > 0) mask = dropout->mask(x, lora.dropout, lora.index);
-  const auto optional = [](const at::Tensor& t) { return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt; };
-  return LoraLinearFunction::apply(x, weight, optional(bias), lora.a, lora.b, optional(mask), lora.scaling,
-                                   1.0 - lora.dropout);
+  if (dropout != nullptr && lora.dropout == 0) dropout = nullptr;
+  if (!lora.magnitude.defined()) return pair_linear(x, weight, bias, lora, dropout);
+  // PEFT drops the input of the base product too: y = W x + bias − W d + m/‖·‖ · (W d + s B A d) with d = dropout(x).
+  const at::Tensor kept =
+      dropout != nullptr ? x * dropout->mask(x, lora.dropout, lora.index) / (1.0 - lora.dropout) : x;
+  const at::Tensor factor = lora.magnitude / lora.weight_norm;
+  at::Tensor y = pair_linear(kept, weight, at::Tensor(), lora, nullptr) * factor.to(x.scalar_type());
+  if (dropout != nullptr) return y + base_linear(x - kept, weight, bias);
+  return bias.defined() ? y + bias : y;
 }
 
 }  // namespace martlet

@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
@@ -14,6 +15,7 @@
 #include "core/io/checkpoint.h"
 #include "core/io/safetensors.h"
 #include "core/lora/adapter_io.h"
+#include "core/models/quantization.h"
 #include "core/models/registry.h"
 
 namespace martlet {
@@ -24,16 +26,24 @@ using nlohmann::json;
 // Rows at a time in the float64 check: 4 M elements = 32 MB.
 int64_t rows_per_block(int64_t columns) { return std::max<int64_t>(1, (int64_t{4} << 20) / columns); }
 
-at::Tensor merged(const at::Tensor& weight, const at::Tensor& a, const at::Tensor& b, double scaling,
-                  at::ScalarType dtype, double& max_error) {
+// DoRA: each row is then given the length that its magnitude says.
+at::Tensor merged(const at::Tensor& weight, const LoraWeights& pair, double scaling, at::ScalarType dtype,
+                  double& max_error) {
   at::Tensor out = at::empty(weight.sizes(), dtype);
   const int64_t rows = weight.size(0), block = rows_per_block(weight.size(1));
-  const at::Tensor a64 = a.to(at::kDouble), b64 = b.to(at::kDouble), a32 = a.to(at::kFloat), b32 = b.to(at::kFloat);
+  const at::Tensor a64 = pair.a.to(at::kDouble), b64 = pair.b.to(at::kDouble), a32 = pair.a.to(at::kFloat),
+                   b32 = pair.b.to(at::kFloat);
+  const auto at_length = [&](const at::Tensor& sum, int64_t start) {
+    if (!pair.magnitude.defined()) return sum;
+    const at::Tensor length = pair.magnitude.narrow(0, start, sum.size(0)).to(sum.scalar_type());
+    return sum * (length / at::linalg_vector_norm(sum, 2, at::IntArrayRef{1})).unsqueeze(1);
+  };
   for (int64_t start = 0; start < rows; start += block) {
     const int64_t n = std::min(block, rows - start);
     const at::Tensor w = weight.narrow(0, start, n);
-    const at::Tensor sum = at::addmm(w.to(at::kFloat), b32.narrow(0, start, n), a32, 1.0, scaling).to(dtype);
-    const at::Tensor exact = at::addmm(w.to(at::kDouble), b64.narrow(0, start, n), a64, 1.0, scaling);
+    const at::Tensor sum =
+        at_length(at::addmm(w.to(at::kFloat), b32.narrow(0, start, n), a32, 1.0, scaling), start).to(dtype);
+    const at::Tensor exact = at_length(at::addmm(w.to(at::kDouble), b64.narrow(0, start, n), a64, 1.0, scaling), start);
     max_error = std::max(max_error, (sum.to(at::kDouble) - exact).abs().max().item<double>());
     out.narrow(0, start, n).copy_(sum);
   }
@@ -46,11 +56,26 @@ json merge_adapter_json(const json& args, JobContext& job) {
   const at::NoGradGuard no_grad;
   const std::filesystem::path model_dir = args.at("modelDir").get<std::string>(),
                               adapter_dir = args.at("adapterDir").get<std::string>();
-  const Family& family = family_for(read_json_file(model_dir / "config.json"), model_dir.string());
-  const Checkpoint base = Checkpoint::open(model_dir);
+  const json config = read_json_file(model_dir / "config.json");
+  const Family& family = family_for(config, model_dir.string());
+  const DenseCheckpoint base(model_dir.string());
   const AdapterWeights adapter = read_adapter(adapter_dir, family.canonical_key);
   std::optional<at::ScalarType> dtype;
   if (args.contains("dtype")) dtype = parse_dtype(args["dtype"].get<std::string>());
+
+  // base: 'quantized' — the weights that the adapter was trained against: quantised as then, and back.
+  std::set<std::string> requantized;
+  QuantizationOptions quantization;
+  at::ScalarType compute_dtype = at::kFloat;
+  if (args.contains("quantization") && !base.is_quantized()) {
+    const json& q = args["quantization"];
+    quantization.method = QuantizationOptions::parse(q.at("method").get<std::string>());
+    quantization.double_quantization = q.at("doubleQuantization").get<bool>();
+    const std::string wanted = q.at("dtype").get<std::string>();
+    compute_dtype = wanted == "auto" ? base.main_dtype() : parse_dtype(wanted);
+    // Built without weights, for its names.
+    requantized = quantizable_weights(*family.create(config, [](const std::string&) { return at::Tensor(); }));
+  }
 
   std::set<std::string> open_modules, open_saved;
   for (const auto& [module, pair] : adapter.pairs) open_modules.insert(module);
@@ -70,8 +95,7 @@ json merge_adapter_json(const json& args, JobContext& job) {
     const std::string module = key.substr(0, key.size() - 7);
     const auto it = adapter.pairs.find(module);
     if (it == adapter.pairs.end()) continue;
-    if (info.shape.size() != 2 || it->second.second.size(0) != info.shape[0] ||
-        it->second.first.size(1) != info.shape[1]) {
+    if (info.shape.size() != 2 || it->second.b.size(0) != info.shape[0] || it->second.a.size(1) != info.shape[1]) {
       fail(code::kAdapter,
            "The adapter in " + adapter_dir.string() + " is for another model: the shape of " + module + " differs.",
            {{"path", adapter_dir.string()}, {"module", module}});
@@ -95,9 +119,10 @@ json merge_adapter_json(const json& args, JobContext& job) {
     job.check();
     const std::string key = family.canonical_key(info.name);
     at::Tensor value = base.tensor(info.name);
+    if (requantized.count(key)) value = quantize(value.to(compute_dtype), quantization)->dequantize();
     const std::string module = key.size() > 7 ? key.substr(0, key.size() - 7) : key;
     if (const auto it = adapter.pairs.find(module); it != adapter.pairs.end() && key == module + ".weight") {
-      value = merged(value, it->second.first, it->second.second, adapter.config.scaling(module), info.dtype, max_error);
+      value = merged(value, it->second, adapter.config.scaling(module), info.dtype, max_error);
       ++merged_tensors;
     } else if (const auto saved = adapter.saved_modules.find(key); saved != adapter.saved_modules.end()) {
       value = saved->second.reshape(info.shape).to(info.dtype);

@@ -53,10 +53,64 @@ at::Tensor run_layer(std::function<at::Tensor(const at::Tensor&)> fn, const at::
                      const ForwardOptions& options) {
   if (options.job != nullptr) options.job->check();
   if (!x.requires_grad()) return fn(x);
+  const bool again = options.recompute == Recompute::kLayer;
+  // A layer that is run again as a whole keeps everything for the moment between its second run and its backward.
+  const CheapRecompute cheap(options.recompute == Recompute::kCheap || options.recompute == Recompute::kMlp);
+  // A view, where nothing is run again: the layer's gradients of x add up among themselves before those of other
+  // readers join them, as they do where it is.
   at::Tensor y =
-      options.recompute ? RecomputeFunction::apply(x, c10::make_intrusive<LayerFunction>(std::move(fn))) : fn(x);
+      again ? RecomputeFunction::apply(x, c10::make_intrusive<LayerFunction>(std::move(fn))) : fn(x.view_as(x));
   // The job outlives the backward pass, which it runs.
   return options.job == nullptr ? y : CancellableFunction::apply(y, reinterpret_cast<int64_t>(options.job));
+}
+
+at::Tensor run_mlp(std::function<at::Tensor(const at::Tensor&)> fn, const at::Tensor& x,
+                   const ForwardOptions& options) {
+  if (!x.requires_grad()) return fn(x);
+  if (options.recompute != Recompute::kMlp) return fn(x.view_as(x));
+  return RecomputeFunction::apply(x, c10::make_intrusive<LayerFunction>(std::move(fn)));
+}
+
+namespace {
+
+thread_local bool cheap_on = false;
+// Tensors of this forward pass that can be made again. Weak: an entry is of no use once its tensor is gone.
+struct Remembered {
+  Remembered(const c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>& t, Recipe r)
+      : tensor(t), recipe(std::move(r)) {}
+  c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> tensor;
+  Recipe recipe;
+};
+thread_local std::vector<Remembered> remembered;
+
+}  // namespace
+
+CheapRecompute::CheapRecompute(bool on) : before_(cheap_on) { cheap_on = on; }
+CheapRecompute::~CheapRecompute() {
+  cheap_on = before_;
+  if (!cheap_on) remembered.clear();
+}
+
+at::Tensor run_cheap(const std::function<at::Tensor(const std::vector<at::Tensor>&)>& fn,
+                     const std::vector<at::Tensor>& inputs) {
+  const at::Tensor y = fn(inputs);
+  if (!cheap_on || !y.requires_grad()) return y;
+  std::erase_if(remembered, [](const Remembered& entry) { return entry.tensor.expired(); });
+  // Detached, or the recipe would keep the graph that keeps the recipe.
+  std::vector<at::Tensor> kept;
+  for (const at::Tensor& input : inputs) kept.push_back(input.detach());
+  remembered.emplace_back(y.getIntrusivePtr(), [fn, kept] {
+    const at::NoGradGuard no_grad;
+    return fn(kept);
+  });
+  return y;
+}
+
+const Recipe* recipe_of(const at::Tensor& x) {
+  for (const Remembered& entry : remembered) {
+    if (!entry.tensor.expired() && entry.tensor._unsafe_get_target() == x.unsafeGetTensorImpl()) return &entry.recipe;
+  }
+  return nullptr;
 }
 
 }  // namespace martlet

@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include "core/nn/linear_function.h"
+
 namespace martlet {
 
 Linear::Linear(int64_t in_features, int64_t out_features, bool has_bias)
@@ -11,12 +13,18 @@ Linear::Linear(int64_t in_features, int64_t out_features, bool has_bias)
 }
 
 at::Tensor Linear::forward(const at::Tensor& x, DropoutSource* dropout) const {
-  if (lora != nullptr) return lora_linear(x, weight.value, bias.value, *lora, dropout);
-  return at::linear(x, weight.value, bias.value.defined() ? std::optional<at::Tensor>(bias.value) : std::nullopt);
+  at::Tensor y =
+      lora != nullptr ? lora_linear(x, weight, bias.value, *lora, dropout) : base_linear(x, weight, bias.value);
+  observe_output(*this, y);
+  return y;
 }
 
 Embedding::Embedding(int64_t rows, int64_t dim) { register_parameter(weight, "weight", {rows, dim}); }
 
-at::Tensor Embedding::forward(const at::Tensor& ids) const { return at::embedding(weight.value, ids); }
+at::Tensor Embedding::forward(const at::Tensor& ids) const {
+  at::Tensor y = at::embedding(weight.value, ids);
+  observe_output(*this, y);
+  return y;
+}
 
 }  // namespace martlet

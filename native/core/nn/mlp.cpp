@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include "core/nn/checkpoint.h"
+
 namespace martlet {
 
 Mlp::Mlp(const Sizes& sizes, Activation activation, bool bias, const std::string& first_name,
@@ -12,7 +14,10 @@ Mlp::Mlp(const Sizes& sizes, Activation activation, bool bias, const std::string
 }
 
 at::Tensor Mlp::forward(const at::Tensor& x, DropoutSource* dropout) const {
-  return second.forward(activate(first.forward(x, dropout), activation_), dropout);
+  const at::Tensor product =
+      run_cheap([act = activation_](const std::vector<at::Tensor>& in) { return activate(in[0], act); },
+                {first.forward(x, dropout)});
+  return second.forward(product, dropout);
 }
 
 GatedMlp::GatedMlp(int64_t hidden_size, int64_t intermediate_size, bool bias, const GatedMlpNames& names)
@@ -25,7 +30,9 @@ GatedMlp::GatedMlp(int64_t hidden_size, int64_t intermediate_size, bool bias, co
 }
 
 at::Tensor GatedMlp::forward(const at::Tensor& x, DropoutSource* dropout) const {
-  return down_proj.forward(swiglu(gate_proj.forward(x, dropout), up_proj.forward(x, dropout)), dropout);
+  const at::Tensor product = run_cheap([](const std::vector<at::Tensor>& in) { return swiglu(in[0], in[1]); },
+                                       {gate_proj.forward(x, dropout), up_proj.forward(x, dropout)});
+  return down_proj.forward(product, dropout);
 }
 
 }  // namespace martlet

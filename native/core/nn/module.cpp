@@ -8,6 +8,16 @@
 
 namespace martlet {
 
+int64_t Parameter::numel() const {
+  int64_t n = 1;
+  for (const int64_t extent : shape) n *= extent;
+  return n;
+}
+
+at::Device Parameter::device() const {
+  return value.defined() ? value.device() : quantized->stored().front().second.device();
+}
+
 void Module::register_parameter(Parameter& parameter, std::string name, std::vector<int64_t> shape) {
   parameter.name = std::move(name);
   parameter.shape = std::move(shape);
@@ -19,6 +29,16 @@ void Module::register_module(Module& child, std::string name) { children_.emplac
 void Module::load(const WeightSource& source, const LoadOptions& options, const std::string& prefix) {
   for (Parameter* parameter : parameters_) {
     const std::string name = join_path(prefix, parameter->name);
+    parameter->quantized = read_quantized(
+        name,
+        [&](const std::string& suffix) {
+          return suffix.empty() ? source(name) : options.quantized_parts(quantized_part_name(name, suffix));
+        },
+        parameter->shape, options.dtype, options.device);
+    if (parameter->quantized) {
+      options.on_parameter(name, parameter->quantized->nbytes());
+      continue;
+    }
     const at::Tensor stored = source(name);
     if (!stored.defined()) continue;
     // A patch convolution is kept as the matrix it is (Linear over flat patches), so equal element counts with the same
@@ -33,16 +53,21 @@ void Module::load(const WeightSource& source, const LoadOptions& options, const 
                ". The weights and config.json are not of one model: download the checkpoint again.",
            {{"key", name}, {"expected", parameter->shape}, {"found", stored.sizes().vec()}});
     }
-    parameter->value = stored.reshape(parameter->shape)
-                           .to(at::TensorOptions().dtype(options.dtype).device(options.device), false, /*copy=*/true);
-    options.on_parameter(parameter->value.nbytes());
+    const auto wanted = at::TensorOptions().dtype(options.dtype).device(options.device);
+    if (options.quantization.enabled() && options.is_quantized(name)) {
+      parameter->quantized = quantize(stored.reshape(parameter->shape).to(wanted), options.quantization);
+      options.on_parameter(name, parameter->quantized->nbytes());
+      continue;
+    }
+    parameter->value = stored.reshape(parameter->shape).to(wanted, false, /*copy=*/true);
+    options.on_parameter(name, static_cast<int64_t>(parameter->value.nbytes()));
   }
   for (auto& [name, child] : children_) child->load(source, options, join_path(prefix, name));
 }
 
 void Module::collect_missing(const std::string& prefix, std::vector<std::string>& missing) const {
   for (const Parameter* parameter : parameters_) {
-    if (!parameter->value.defined()) missing.push_back(join_path(prefix, parameter->name));
+    if (!parameter->loaded()) missing.push_back(join_path(prefix, parameter->name));
   }
   for (const auto& [name, child] : children_) child->collect_missing(join_path(prefix, name), missing);
 }
@@ -74,6 +99,20 @@ void Module::visit_parameters(const std::function<void(const std::string&, Param
   visit([&](const std::string& path, Module& module) {
     for (Parameter* parameter : module.parameters_) fn(join_path(path, parameter->name), *parameter);
   });
+}
+
+namespace {
+thread_local std::function<void(const Module&, const at::Tensor&)>* observer = nullptr;
+}  // namespace
+
+OutputObserver::OutputObserver(std::function<void(const Module&, const at::Tensor&)> fn)
+    : fn_(std::move(fn)), before_(observer) {
+  observer = &fn_;
+}
+OutputObserver::~OutputObserver() { observer = before_; }
+
+void observe_output(const Module& module, const at::Tensor& output) {
+  if (observer != nullptr) (*observer)(module, output);
 }
 
 }  // namespace martlet

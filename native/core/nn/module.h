@@ -5,17 +5,30 @@
 #include <ATen/core/Tensor.h>
 
 #include <functional>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "core/quant/quantized_tensor.h"
 
 namespace martlet {
 
 struct Parameter {
   std::string name;  // within its module
   std::vector<int64_t> shape;
-  at::Tensor value;    // undefined until loaded
+  at::Tensor value;        // undefined until loaded, and where `quantized` stands for it
+  QuantizedPtr quantized;  // null = kept in full
+  // The model's own value while an adapter's fully trained one stands in its place.
+  std::optional<at::Tensor> replaced;
   bool fixed = false;  // a table of the checkpoint that is never trained
+
+  int64_t numel() const;
+  bool loaded() const { return value.defined() || quantized != nullptr; }
+  at::ScalarType dtype() const { return value.defined() ? value.scalar_type() : quantized->dtype(); }
+  at::Device device() const;
+  // The value, dequantised if need be.
+  at::Tensor dense() const { return value.defined() ? value : quantized->dequantize(); }
 };
 
 // Gives the tensor stored under a canonical name, or an undefined tensor.
@@ -24,8 +37,13 @@ using WeightSource = std::function<at::Tensor(const std::string& name)>;
 struct LoadOptions {
   at::ScalarType dtype = at::kFloat;
   at::Device device = at::kCPU;
-  // Called after each parameter.
-  std::function<void(int64_t bytes)> on_parameter = [](int64_t) {};
+  // What lies beside a weight that is stored quantised, by quantized_part_name().
+  WeightSource quantized_parts = [](const std::string&) { return at::Tensor(); };
+  // Full names of the parameters that are quantised as they are loaded.
+  std::function<bool(const std::string& name)> is_quantized = [](const std::string&) { return false; };
+  QuantizationOptions quantization;
+  // Called after each parameter with its full name and what it takes in memory.
+  std::function<void(const std::string& name, int64_t bytes)> on_parameter = [](const std::string&, int64_t) {};
 };
 
 class Module {
@@ -59,6 +77,20 @@ class Module {
   std::vector<Parameter*> parameters_;
   std::vector<std::pair<std::string, Module*>> children_;
 };
+
+// Sees the output of every linear, norm and embedding that runs on this thread while it lives.
+class OutputObserver {
+ public:
+  explicit OutputObserver(std::function<void(const Module&, const at::Tensor&)> fn);
+  ~OutputObserver();
+  OutputObserver(const OutputObserver&) = delete;
+  OutputObserver& operator=(const OutputObserver&) = delete;
+
+ private:
+  std::function<void(const Module&, const at::Tensor&)> fn_, *before_;
+};
+// For the modules: tells the observer, if there is one.
+void observe_output(const Module& module, const at::Tensor& output);
 
 inline std::string join_path(const std::string& prefix, const std::string& name) {
   return prefix.empty() ? name : prefix + "." + name;

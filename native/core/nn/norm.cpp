@@ -13,7 +13,9 @@ RmsNorm::RmsNorm(int64_t dim, double eps) : dim_(dim), eps_(eps) { register_para
 
 at::Tensor RmsNorm::forward(const at::Tensor& x) const {
   // Without its weight argument the fused op rounds x̂ to x's dtype, as the original does before it multiplies.
-  return at::rms_norm(x, {dim_}, std::nullopt, eps_) * weight.value;
+  at::Tensor y = at::rms_norm(x, {dim_}, std::nullopt, eps_) * weight.value;
+  observe_output(*this, y);
+  return y;
 }
 
 LayerNorm::LayerNorm(int64_t dim, double eps) : dim_(dim), eps_(eps) {
@@ -22,7 +24,9 @@ LayerNorm::LayerNorm(int64_t dim, double eps) : dim_(dim), eps_(eps) {
 }
 
 at::Tensor LayerNorm::forward(const at::Tensor& x) const {
-  return at::layer_norm(x, {dim_}, weight.value, bias.value, eps_);
+  at::Tensor y = at::layer_norm(x, {dim_}, weight.value, bias.value, eps_);
+  observe_output(*this, y);
+  return y;
 }
 
 }  // namespace martlet

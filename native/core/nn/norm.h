@@ -2,6 +2,7 @@
 
 #include <memory>
 
+#include "core/nn/checkpoint.h"
 #include "core/nn/module.h"
 
 namespace martlet {
@@ -38,5 +39,10 @@ class LayerNorm : public Norm {
   int64_t dim_;
   double eps_;
 };
+
+// norm(x) for linears to read: not kept where cheap parts are computed again.
+inline at::Tensor run_norm(const Norm& norm, const at::Tensor& x) {
+  return run_cheap([&norm](const std::vector<at::Tensor>& in) { return norm.forward(in[0]); }, {x});
+}
 
 }  // namespace martlet

@@ -17,7 +17,8 @@ at::Tensor logits_of(const at::Tensor& hidden, const at::Tensor& weight) {
 
 struct ChunkedCrossEntropy : public torch::autograd::Function<ChunkedCrossEntropy> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const at::Tensor& hidden,
-                                                const at::Tensor& weight, const at::Tensor& targets, double scale) {
+                                                const at::Tensor& weight, const at::Tensor& targets, double scale,
+                                                double smoothing) {
     const bool hidden_grad = hidden.requires_grad(), weight_grad = weight.requires_grad();
     const int64_t n = hidden.size(0), chunk = rows_per_chunk(weight.size(0));
     at::Tensor loss = at::zeros({}, hidden.options().dtype(at::kFloat));
@@ -31,11 +32,13 @@ struct ChunkedCrossEntropy : public torch::autograd::Function<ChunkedCrossEntrop
       at::Tensor logits = logits_of(h, weight);
       correct.add_(logits.argmax(1, /*keepdim=*/true).eq(target).sum());
       const at::Tensor log_norm = logits.logsumexp(1, /*keepdim=*/true);
-      loss.add_((log_norm - logits.gather(1, target)).sum());
+      loss.add_((log_norm - logits.gather(1, target)).sum(), 1 - smoothing);
+      if (smoothing > 0) loss.add_((log_norm - logits.mean(1, /*keepdim=*/true)).sum(), smoothing);
       if (!hidden_grad && !weight_grad) continue;
-      // d loss / d logits = softmax − one-hot, formed in the logits' own memory.
+      // d loss / d logits = softmax − (1 − ε) one-hot − ε/V, formed in the logits' own memory.
       logits.sub_(log_norm).exp_();
-      logits.scatter_add_(1, target, at::full_like(target, -1, logits.options()));
+      logits.scatter_add_(1, target, at::full_like(target, smoothing - 1, logits.options()));
+      if (smoothing > 0) logits.sub_(smoothing / static_cast<double>(weight.size(0)));
       const at::Tensor dlogits = logits.mul_(scale).to(hidden.scalar_type());
       if (hidden_grad) {
         at::Tensor out = dhidden.narrow(0, start, rows);
@@ -54,15 +57,15 @@ struct ChunkedCrossEntropy : public torch::autograd::Function<ChunkedCrossEntrop
     const auto scaled = [&](const at::Tensor& grad) {
       return grad.defined() ? grad * grads[0].to(grad.scalar_type()) : grad;
     };
-    return {scaled(saved[0]), scaled(saved[1]), at::Tensor(), at::Tensor()};
+    return {scaled(saved[0]), scaled(saved[1]), at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
 }  // namespace
 
 LossOutput chunked_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
-                                 double scale) {
-  const auto outputs = ChunkedCrossEntropy::apply(hidden, weight, targets, scale);
+                                 double scale, double smoothing) {
+  const auto outputs = ChunkedCrossEntropy::apply(hidden, weight, targets, scale, smoothing);
   return {outputs[0], outputs[1]};
 }
 

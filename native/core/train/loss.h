@@ -7,14 +7,15 @@
 namespace martlet {
 
 struct LossOutput {
-  at::Tensor loss;     // float32 scalar: sum of −log p(target) · scale; differentiable
+  at::Tensor loss;     // float32 scalar: scale times the sum over targets; differentiable
   at::Tensor correct;  // int64 scalar: targets that were the most likely token
 };
 
 // hidden: [N, H] after the final norm; weight: [V, H]; targets: [N] int64. Logits are rounded to hidden's dtype and
-// softmaxed in float32, as transformers does.
+// softmaxed in float32, as transformers does. Each target counts (1 − ε) · −log p(target) + ε · the mean of −log p over
+// the vocabulary, ε = `smoothing` (transformers' LabelSmoother).
 LossOutput chunked_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
-                                 double scale);
+                                 double scale, double smoothing = 0);
 
 // log p(target) for each row, [N] float32.
 at::Tensor target_logprobs(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets);

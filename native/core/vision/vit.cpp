@@ -64,8 +64,8 @@ VitLayer::VitLayer(const VitConfig& c)
 
 at::Tensor VitLayer::forward(const at::Tensor& x, const SequenceLengths& rows, const std::optional<RotaryTable>& rotary,
                              DropoutSource* dropout) const {
-  const at::Tensor h = x + attention_.forward(norm1_->forward(x), rows, rotary, dropout);
-  return h + mlp_->forward(norm2_->forward(h), dropout);
+  const at::Tensor h = x + attention_.forward(run_norm(*norm1_, x), rows, rotary, dropout);
+  return h + mlp_->forward(run_norm(*norm2_, h), dropout);
 }
 
 Vit::PatchEmbedding::PatchEmbedding(const VitConfig& c) {

@@ -1,0 +1,134 @@
+/**
+ * How much memory a training run takes, by part, from the sizes in config.json. The activations follow from what native code keeps for the backward
+ * pass (native/core/nn/checkpoint.h); they are those of the largest micro-batch.
+ */
+import type { TrainConfig } from '../config/index.js';
+import type { ModelDescription, Recompute } from '../native/binding.js';
+
+export interface MemoryEstimate {
+  /** Bytes of each part. */
+  weights: number;
+  /** What is trained, in every copy: float32 master and gradient, and the copies that the network computes with. */
+  adapters: number;
+  optimizer: number;
+  activations: number;
+  /** The loss, the layer that is computed, a dequantised matrix, the vision tower at work. */
+  workspace: number;
+  total: number;
+}
+
+export interface MemoryOptions {
+  quantization: 'none' | 'int8' | 'nf4';
+  doubleQuantization: boolean;
+  /** Bytes of a number in the arithmetic: 2 or 4. */
+  computeBytes: number;
+  recompute: Recompute;
+  /** Of the largest micro-batch, image tokens counted. */
+  tokens: number;
+  /** Of these, those with a label. */
+  labelled: number;
+}
+
+/** What a run trains beside the model's weights, by element. */
+export interface TrainedElements {
+  /** Pairs and magnitudes. */
+  adapters: number;
+  /** The model's own parameters that are trained. */
+  parameters: number;
+  ranks: number;
+}
+
+type Config = Pick<
+  TrainConfig,
+  'sft_type' | 'lora_rank' | 'optim' | 'freeze_vit' | 'freeze_aligner' | 'freeze_llm' | 'target_modules'
+>;
+
+/** Counts what would be trained, as native code selects it. Regular expressions are taken as JavaScript's. */
+export function trainedElements(config: Config, model: ModelDescription): TrainedElements {
+  const frozen = { vision: config.freeze_vit, projector: config.freeze_aligner, language: config.freeze_llm };
+  const sum = (values: number[]) => values.reduce((a, b) => a + b, 0);
+  if (config.sft_type === 'full') {
+    const trained = model.parameters.filter(({ part }) => !frozen[part]);
+    return { adapters: 0, parameters: sum(trained.map(({ numel }) => numel)), ranks: 0 };
+  }
+  const whole = config.sft_type === 'lora_llm';
+  const { target_modules: targets } = config;
+  const matches = (path: string, part: 'vision' | 'projector' | 'language') => {
+    if (path === 'lm_head' || (whole ? part !== 'language' : frozen[part])) return false;
+    if (targets === 'all-linear') return true;
+    if (typeof targets === 'string') return new RegExp(`^(?:${targets})$`).test(path);
+    return targets.some((name) => name === 'all-linear' || path === name || path.endsWith(`.${name}`));
+  };
+  const chosen = model.linears.filter(({ path, part }) => matches(path, part));
+  return {
+    adapters: sum(chosen.map((linear) => config.lora_rank * (linear.in + linear.out))),
+    parameters: whole ? sum(model.parameters.filter(({ part }) => part !== 'language').map(({ numel }) => numel)) : 0,
+    ranks: chosen.length,
+  };
+}
+
+/** Bytes a trained element takes in the optimiser. */
+function optimizerBytes(optim: TrainConfig['optim']): number {
+  if (optim.startsWith('paged_')) return 0; // in host memory
+  if (optim.includes('8bit')) return 2 + 8 / 256;
+  return optim === 'sgd' || optim === 'adafactor' ? 0.02 : 8;
+}
+
+export function estimateMemory(
+  model: ModelDescription,
+  trained: TrainedElements,
+  optim: TrainConfig['optim'],
+  options: MemoryOptions,
+): MemoryEstimate {
+  const { computeBytes, tokens, labelled, recompute } = options;
+  const { hiddenSize: h, intermediateSize: i, layers, heads, keyValueHeads, headDim, vocabSize } = model.decoder;
+  // 4.127 bits an element with double quantisation, 4.5 without: codes, and a scale for each 64
+  const nf4 = 0.5 + (options.doubleQuantization ? (1 + 4 / 256) / 64 : 4 / 64);
+  const perWeight = options.quantization === 'nf4' ? nf4 : 1.001;
+  let weights = 0;
+  let largest = 0;
+  for (const { numel, quantizable } of model.parameters) {
+    const quantized = quantizable && options.quantization !== 'none';
+    weights += numel * (quantized ? perWeight : computeBytes);
+    if (quantized) largest = Math.max(largest, numel);
+  }
+  const copies = computeBytes === 4 ? 8 : 8 + 2 * computeBytes;
+  // the model's own weights that are trained are counted among the weights once
+  const adapters =
+    trained.adapters * copies +
+    trained.parameters * (copies - (computeBytes === 4 ? 4 : 0) - (computeBytes === 4 ? 0 : computeBytes));
+  const optimizer = (trained.adapters + trained.parameters) * optimizerBytes(optim);
+
+  const attention = heads * headDim;
+  const keyValue = 2 * keyValueHeads * headDim;
+  // numbers that one layer keeps of a token
+  const kept: Record<Recompute, number> = {
+    none: 4 * h + 2 * attention + keyValue + 3 * i,
+    cheap: 2 * h + 2 * attention + keyValue + 2 * i,
+    mlp: 2 * h + 2 * attention + keyValue,
+    layer: h,
+  };
+  const softmax = 4 * heads; // float32, one a head
+  const perLayer =
+    kept[recompute] * computeBytes + (recompute === 'layer' ? 0 : softmax + (7 * Math.min(64, i) * computeBytes) / 8);
+  // besides: the embeddings, the states that the loss reads and their gradient
+  const activations = tokens * (layers * perLayer + 2 * h * computeBytes) + 2 * labelled * h * computeBytes;
+
+  // the layer at work: everything it keeps, and the gradients of its widest part
+  const layerAtWork =
+    tokens *
+    ((recompute === 'layer' ? kept.none : recompute === 'mlp' ? 3 * i + 2 * h : 0) + 3 * i + 2 * h) *
+    computeBytes;
+  const rows = Math.min(labelled, Math.max(1, Math.floor(2 ** 25 / vocabSize)));
+  const loss = rows * vocabSize * (2 * computeBytes + 8);
+  const dequantised = largest * computeBytes + (largest > 0 ? 3 * 4 * 2 ** 22 : 0);
+  const workspace = Math.max(loss, layerAtWork + dequantised) + 64 * 2 ** 20;
+  return {
+    weights,
+    adapters,
+    optimizer,
+    activations,
+    workspace,
+    total: weights + adapters + optimizer + activations + workspace,
+  };
+}

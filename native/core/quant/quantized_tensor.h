@@ -1,0 +1,63 @@
+// Weights kept in 4 or 8 bits, computed with in 16: NF4 with double quantisation (Dettmers et al. 2023, QLoRA) and int8
+// by rows (Dettmers et al. 2022, LLM.int8). Codes and scales are bitsandbytes', bit for bit; ATen operations only, so
+// that both run where the tensors are.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace martlet {
+
+struct QuantizationOptions {
+  enum class Method { kNone, kInt8, kNf4 };
+  Method method = Method::kNone;
+  bool double_quantization = true;  // nf4: scales in 8 bits too
+
+  bool enabled() const { return method != Method::kNone; }
+  // none | int8 | nf4; anything else is ERR_MARTLET_CONFIG.
+  static Method parse(const std::string& name);
+};
+
+// A matrix [out, in].
+class QuantizedTensor {
+ public:
+  virtual ~QuantizedTensor() = default;
+
+  // The whole matrix in the dtype that it was quantised from (the one that is computed in).
+  virtual at::Tensor dequantize() const = 0;
+  // The tensors of a checkpoint by what follows the weight's name ("" = the weight itself), as bitsandbytes saves them.
+  virtual std::vector<std::pair<std::string, at::Tensor>> stored() const = 0;
+
+  at::IntArrayRef sizes() const { return shape_; }
+  at::ScalarType dtype() const { return dtype_; }
+  int64_t nbytes() const;
+
+ protected:
+  QuantizedTensor(at::IntArrayRef shape, at::ScalarType dtype) : shape_(shape.vec()), dtype_(dtype) {}
+  std::vector<int64_t> shape_;
+  at::ScalarType dtype_;
+};
+using QuantizedPtr = std::shared_ptr<const QuantizedTensor>;
+
+// `weight` is in the dtype to compute in, on the device to compute on.
+QuantizedPtr quantize(const at::Tensor& weight, const QuantizationOptions& options);
+
+// The name that a checkpoint stores a part of a quantised weight under: `….weight.absmax`, but `….SCB` (bitsandbytes
+// keeps the parts of an int8 weight in its module).
+std::string quantized_part_name(const std::string& weight_name, const std::string& suffix);
+
+// A weight that a checkpoint holds quantised. `find` gives the stored part with that suffix ("" = the weight itself),
+// or an undefined tensor. Null: it is not quantised. A form that is not known is ERR_MARTLET_WEIGHTS.
+QuantizedPtr read_quantized(const std::string& name, const std::function<at::Tensor(const std::string& suffix)>& find,
+                            at::IntArrayRef shape, at::ScalarType dtype, at::Device device);
+
+// The weight that `key` is a part of in a quantised checkpoint (`….weight` of `….weight.absmax`); empty when it is
+// none.
+std::string quantized_owner(const std::string& key);
+
+}  // namespace martlet
