@@ -236,12 +236,15 @@ const TYPE_SOURCES = [
   'lib/config/schema.ts',
   'lib/native/binding.ts',
   'lib/api/system-info.ts',
+  'lib/api/draw-boxes.ts',
   'lib/report/progress.ts',
 ];
 const FUNCTION_SOURCES = [
   'api/model',
   'api/train',
   'api/boxes',
+  'api/convert',
+  'api/draw-boxes',
   'api/infer',
   'api/merge',
   'api/quantize',

@@ -54,6 +54,7 @@ export function parseRow(value: unknown, { takesVideos }: { takesVideos: boolean
   }
   checkOrder(messages);
   const images = parseImages(value);
+  if (images.length === 0) takeTaggedImages(messages, images);
   const videos = parseVideos(value);
   const objects = parseObjects(value.objects);
   const vision = parseVision(value.chat_template_kwargs);
@@ -222,6 +223,20 @@ function parseImages(row: Json): string[] {
     }
   }
   return images;
+}
+
+/**
+ * Qwen-VL's own form of a picture, `Picture 1: <img>PATH</img>` and a line end, becomes a mark and an entry of `images`; a bare `<img>PATH</img>` too, as
+ * in ms-swift. Only in rows that list no pictures.
+ */
+function takeTaggedImages(messages: ChatMessage[], images: string[]): void {
+  for (const message of messages) {
+    if (typeof message.content !== 'string') continue;
+    message.content = message.content.replaceAll(/(?:Picture \d+: ?)?<img>(.+?)<\/img>\n?/g, (form, path: string) => {
+      images.push(path);
+      return `<image>${!form.startsWith('Picture') && form.endsWith('\n') ? '\n' : ''}`;
+    });
+  }
 }
 
 /** `videos`: one list of frames each; `video`: one list of frames. */

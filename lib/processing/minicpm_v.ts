@@ -32,6 +32,9 @@ type Triple = [number, number, number];
 const FAMILY = 'minicpm_v';
 const END = '<|im_end|>';
 const DEFAULT_SYSTEM = 'You are a helpful assistant.';
+const THINK = '<think>';
+const THINK_END = '</think>';
+const NO_THOUGHT = '<think>\n\n</think>\n\n';
 /** A picture's mark in text is one token, which its placeholder's ids then replace; a line end follows it. */
 const MEDIA = { image: `${IMAGE_MARK}\n` };
 
@@ -62,7 +65,7 @@ export async function createMiniCpmVProcessor(
   config: Json,
   options: ProcessorOptions,
 ): Promise<Processor> {
-  checkVersion(modelDir, config);
+  const version = checkVersion(modelDir, config);
   const tokenizer = await Tokenizer.load(modelDir);
   const settings = await sliceSettings(modelDir, config);
   const tokenId = (token: string): number => {
@@ -87,10 +90,11 @@ export async function createMiniCpmVProcessor(
       endToken: END,
       renderer:
         options.template === 'ms-swift'
-          ? swiftRenderer(tokenizer)
+          ? swiftRenderer(tokenizer, version === '4.5')
           : templateRenderer(
               jinjaRenderer(await requireChatTemplate(modelDir, tokenizer), tokenizer, END, MEDIA, modelDir, {
                 content: 'text',
+                variables: { enable_thinking: false },
               }),
             ),
       vision,
@@ -112,10 +116,13 @@ export async function createMiniCpmVProcessor(
   );
 }
 
-/** The row's own line end after a mark is the template's. */
+/**
+ * The row's own line end after a mark is the template's. An answer that begins with a thought of its own takes the place of the empty one that the
+ * template of 4.5 writes before an answer.
+ */
 function templateRenderer(render: SegmentRenderer): SegmentRenderer {
-  return (messages, options) =>
-    render(
+  return (messages, options) => {
+    const segments = render(
       messages.map((message) => ({
         ...message,
         content:
@@ -125,11 +132,24 @@ function templateRenderer(render: SegmentRenderer): SegmentRenderer {
       })),
       options,
     );
+    return segments.map(({ text, ...rest }, i) => {
+      const thinks = segments[i + 1]?.text.startsWith(THINK) && text.endsWith(NO_THOUGHT);
+      return { ...rest, text: thinks ? text.slice(0, -NO_THOUGHT.length) : text };
+    });
+  };
 }
 
-/** ms-swift's ChatML: the mark and the line end after it are made into ids apart from the text around them. */
-function swiftRenderer(tokenizer: Tokenizer): SegmentRenderer {
+/**
+ * ms-swift's ChatML: the mark and the line end after it are made into ids apart from the text around them. 4.5 (its `Qwen3MixedTemplateMeta`): no
+ * default system message, an empty thought before every answer that is trained and before the one that is generated, none in the history.
+ */
+function swiftRenderer(tokenizer: Tokenizer, thinking: boolean): SegmentRenderer {
   const encode = (text: string) => tokenizer.encode(text);
+  const answerText = (text: string, forGeneration: boolean) => {
+    if (!thinking) return text;
+    if (forGeneration) return (text.split(THINK_END).at(-1) as string).trim();
+    return text.startsWith(THINK) ? text : NO_THOUGHT + text;
+  };
   return (messages, { forGeneration }) => {
     const segments: Segment[] = [];
     const prompt = (text: string) => {
@@ -138,14 +158,19 @@ function swiftRenderer(tokenizer: Tokenizer): SegmentRenderer {
         segments.push({ text: piece, trained: false });
       }
     };
-    const system = messages[0]?.role === 'system' ? contentText(messages[0].content, MEDIA) : DEFAULT_SYSTEM;
+    const given = messages[0]?.role === 'system' ? contentText(messages[0].content, MEDIA) : undefined;
+    const system = given ?? (thinking ? '' : DEFAULT_SYSTEM);
     if (system !== '') prompt(`<|im_start|>system\n${system}${END}\n`);
-    for (const { role, content, loss } of messages) {
+    for (const [i, { role, content, loss }] of messages.entries()) {
       const text = contentText(content, MEDIA);
-      if (role === 'user') prompt(`<|im_start|>user\n${text}${END}\n<|im_start|>assistant\n`);
-      else if (role === 'assistant') segments.push({ text: `${text}${END}\n`, trained: loss !== false });
+      if (role === 'user') {
+        prompt(`<|im_start|>user\n${text}${END}\n`);
+        if (forGeneration || i + 1 < messages.length) prompt('<|im_start|>assistant\n');
+      } else if (role === 'assistant') {
+        segments.push({ text: `${answerText(text, forGeneration)}${END}\n`, trained: loss !== false });
+      }
     }
-    if (!forGeneration && messages.at(-1)?.role === 'user') segments.pop();
+    if (forGeneration && thinking) prompt(NO_THOUGHT);
     return segments;
   };
 }
@@ -187,9 +212,9 @@ function placeholder({ slicing: { grid }, useImageId }: SlicedPlan, index: numbe
 const SUPPORTED = ['2.6', '4.5'];
 
 /** `model_type` is one for all versions; some files say no `version`. */
-function checkVersion(modelDir: string, config: Json): void {
+function checkVersion(modelDir: string, config: Json): string {
   const version = miniCpmVersion(config);
-  if (SUPPORTED.includes(version)) return;
+  if (SUPPORTED.includes(version)) return version;
   throw new MartletError(
     'ERR_MARTLET_UNSUPPORTED_MODEL',
     `${join(modelDir, 'config.json')} is of MiniCPM-V ${version}, which is not supported. Supported: ${SUPPORTED.join(' and ')}.`,

@@ -67,9 +67,16 @@ export function withSystem(messages: ChatMessage[], system: string | undefined):
 const OPEN = '\uE0F0';
 const CLOSE = '\uE0F1';
 
+export interface JinjaOptions {
+  /** What the template takes a message's content for: a list of parts, or plain text. Defaults to parts. */
+  content?: 'parts' | 'text';
+  /** What else the template is told. */
+  variables?: Record<string, unknown>;
+}
+
 /**
  * The checkpoint's own template. Each answer ends with `endToken`, also where the template forgets it; white space that the template puts between an
- * answer and the next message is then dropped. `content`: what the template takes a message's content for, a list of parts or plain text.
+ * answer and the next message is then dropped.
  */
 export function jinjaRenderer(
   source: string,
@@ -77,7 +84,7 @@ export function jinjaRenderer(
   endToken: string,
   media: MediaText,
   path: string,
-  { content = 'parts' }: { content?: 'parts' | 'text' } = {},
+  { content = 'parts', variables = {} }: JinjaOptions = {},
 ): SegmentRenderer {
   const videos = media.video !== undefined;
   let template: Template;
@@ -94,7 +101,7 @@ export function jinjaRenderer(
   }
   const render = (messages: { role: string; content: unknown }[], generation: boolean): string => {
     try {
-      return template.render({ ...tokenizer.special, messages, add_generation_prompt: generation });
+      return template.render({ ...tokenizer.special, ...variables, messages, add_generation_prompt: generation });
     } catch (cause) {
       throw new MartletError(
         'ERR_MARTLET_TEMPLATE',

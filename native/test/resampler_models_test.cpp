@@ -51,6 +51,7 @@ json minicpm_v(double version = 2.6) {
                  {"rope_theta", 1e6},
                  {"query_num", 4},
                  {"image_token_id", 32},
+                 {"drop_vision_last_layer", false},
                  {"vision_config",
                   {{"hidden_size", 24},
                    {"intermediate_size", 32},

@@ -58,3 +58,22 @@ test('objects: as they are and as JSON in text; limits of a row', () => {
   });
   assert.deepEqual(vision, { maxPixels: 1000, videoMaxPixels: 1000, videoTotalPixels: 5000, fps: 0.5 });
 });
+
+test("Qwen-VL's own form of pictures in the text", () => {
+  const messages = [
+    { role: 'user', content: 'Picture 1: <img>a.jpg</img>\nPicture 2: <img>https://example.org/b c.jpg</img>\nWhich?' },
+    { role: 'assistant', content: 'The second.' },
+    { role: 'user', content: 'And <img>c.jpg</img>\nthis?' },
+    { role: 'assistant', content: 'No.' },
+  ];
+  const row = parse({ messages });
+  assert.deepEqual(row.images, ['a.jpg', 'https://example.org/b c.jpg', 'c.jpg']);
+  assert.equal(row.messages[0]?.content, '<image><image>Which?');
+  assert.equal(row.messages[2]?.content, 'And <image>\nthis?');
+  const listed = parse({ messages: ask('<img>a.jpg</img><image>What?'), images: ['b.jpg'] });
+  assert.equal(
+    listed.messages[0]?.content,
+    '<img>a.jpg</img><image>What?',
+    'a row that lists its pictures is left alone',
+  );
+});

@@ -80,8 +80,12 @@ Config parse_config(const json& config) {
   }
   Config c;
   c.text = parse_text(config, version == "4.5");
-  // Class defaults: SiglipVisionConfig.
-  const json vision = section(config, "vision_config");
+  // Class defaults: SiglipVisionConfig of the remote code, and its so400m where nothing is said at all.
+  json vision = section(config, "vision_config");
+  if (vision.empty()) {
+    vision = {{"hidden_size", 1152},     {"image_size", 980},         {"intermediate_size", 4304},
+              {"num_hidden_layers", 27}, {"num_attention_heads", 16}, {"patch_size", 14}};
+  }
   VitConfig& tower = c.vision;
   tower.hidden_size = field<int64_t>(vision, "hidden_size", 768);
   tower.intermediate_size = field<int64_t>(vision, "intermediate_size", 3072);
@@ -98,8 +102,8 @@ Config parse_config(const json& config) {
     fail(code::kUnsupportedModel, "config.json: vision_config has sizes that do not fit together.",
          {{"field", "vision_config"}});
   }
-  // The last layer is left out of the model then, and of its files.
-  if (field(config, "drop_vision_last_layer", false)) --tower.num_layers;
+  // The last layer is left out of the model then, and of its files. (The class default; published files say false.)
+  if (field(config, "drop_vision_last_layer", true)) --tower.num_layers;
   c.position_side = image / patch;
   tower.patch_elements = 3 * patch * patch;
   tower.patch_bias = true;
