@@ -61,7 +61,7 @@ const begin = (recompute) => ({
   schedule: { type: 'constant', warmupSteps: 0, totalSteps: 1000 },
   learningRate: 1e-4,
   maxGradNorm: 1,
-  gradientCheckpointing: recompute,
+  recompute: recompute ? 'layer' : 'none',
   seed: 42,
   deterministic: false,
 });

@@ -1,5 +1,7 @@
 /** The public API. Everything that is not exported here may change without notice. */
 export { type ParseBoxesOptions, parseBoxes } from './api/boxes.js';
+export { convertCheckpoint } from './api/convert.js';
+export { type DrawBoxesOptions, drawBoxes } from './api/draw-boxes.js';
 export { infer } from './api/infer.js';
 export { mergeAdapter } from './api/merge.js';
 export { loadModel } from './api/model.js';
@@ -9,6 +11,8 @@ export { getSystemInfo } from './api/system-info.js';
 export { trainLoRA, trainLoRA as train } from './api/train.js';
 export type {
   ChatMessage,
+  ConvertOptions,
+  ConvertReport,
   GenerateOptions,
   GenerateResult,
   GroundingObjects,

@@ -231,6 +231,7 @@ const TYPE_SOURCES = [
   'lib/processing/types.ts',
   'lib/processing/vision-options.ts',
   'lib/api/boxes.ts',
+  'lib/api/draw-boxes.ts',
   'lib/errors.ts',
   'lib/config/schema.ts',
   'lib/native/binding.ts',
@@ -245,6 +246,8 @@ const FUNCTION_SOURCES = [
   'api/merge',
   'api/quantize',
   'api/plan',
+  'api/convert',
+  'api/draw-boxes',
   'api/system-info',
   'report/progress',
 ].map((name) => `dist/lib/${name}.d.ts`);

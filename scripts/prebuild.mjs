@@ -3,8 +3,8 @@
  * `npm pack` packs, in a folder of its own: node-gyp, which prebuildify calls, empties build/.
  */
 import { spawnSync } from 'node:child_process';
-import { mkdtempSync, rmSync } from 'node:fs';
-import { join } from 'node:path';
+import { existsSync, mkdtempSync, rmSync } from 'node:fs';
+import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { asScript, bootstrap, run } from './bootstrap.mjs';
 
@@ -20,20 +20,15 @@ asScript(import.meta.url, async () => {
     const pack = ['pack', '--ignore-scripts', '--silent', '--pack-destination', temporary];
     const { stdout } = spawnSync('npm', pack, { cwd: root, encoding: 'utf8' });
     run('tar', ['-xzf', join(temporary, stdout.trim()), '-C', temporary]);
-    run(process.execPath, [
-      join(root, 'node_modules/prebuildify/bin.js'),
-      ...[
-        '--cwd',
-        join(temporary, 'package'),
-        '--out',
-        join(root, 'prebuilds', `torch${minor}`),
-        '--napi',
-        '--strip',
-        '--tag-libc',
-      ],
-      // Without -t prebuildify takes the newest Node and downloads its headers.
-      ...['-t', process.versions.node],
-    ]);
+    const source = join(temporary, 'package');
+    const out = join(root, 'prebuilds', `torch${minor}`);
+    const prebuildify = [join(root, 'node_modules/prebuildify/bin.js'), '--cwd', source, '--out', out];
+    // Without -t prebuildify takes the newest Node and downloads its headers.
+    const options = ['--napi', '--strip', '--tag-libc', '-t', process.versions.node];
+    // node-gyp would download the headers of this Node too, which stand beside it.
+    const beside = dirname(dirname(process.execPath));
+    const env = existsSync(join(beside, 'include/node/node.h')) ? { npm_config_nodedir: beside } : {};
+    run(process.execPath, [...prebuildify, ...options], env);
   } finally {
     rmSync(temporary, { recursive: true, force: true });
   }

@@ -1,12 +1,13 @@
 import { MartletError } from '../errors.js';
 import { parseBoxes as parse } from '../processing/grounding.js';
 import type { ParsedBox } from '../processing/index.js';
+import { QWEN_VL_GROUNDING } from '../processing/qwen_vl.js';
 import { QWEN2_5_VL } from '../processing/qwen2_5_vl.js';
 import { QWEN2_VL } from '../processing/qwen2_vl.js';
 import { QWEN3_VL } from '../processing/qwen3_vl.js';
 import { smartResize } from '../processing/smart-resize.js';
 
-const FAMILIES = { qwen2_vl: QWEN2_VL, qwen2_5_vl: QWEN2_5_VL, qwen3_vl: QWEN3_VL };
+const FAMILIES = { qwen_vl: QWEN_VL_GROUNDING, qwen2_vl: QWEN2_VL, qwen2_5_vl: QWEN2_5_VL, qwen3_vl: QWEN3_VL };
 
 export interface ParseBoxesOptions {
   /** Says how coordinates are meant, unless `normBbox` does. */

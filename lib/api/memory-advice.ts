@@ -85,10 +85,10 @@ export function memoryBudget(config: TrainConfig): number {
 export async function savingsText(config: TrainConfig, modelDir: string, tokens: number): Promise<string> {
   const model = await describeModel(modelDir);
   const now = predict(config, model, memoryOptions(config, tokens));
-  const remedies: string[] = [];
+  const remedies: { what: string; saved: number }[] = [];
   const offer = (what: string, options: Partial<MemoryOptions>, changed: TrainConfig = config) => {
     const saved = now.total - predict(changed, model, memoryOptions(config, tokens, options)).total;
-    if (saved > 0.01 * now.total) remedies.push(`${what} saves about ${bytes(saved)}`);
+    if (saved > 0) remedies.push({ what, saved });
   };
   offer('gradient_checkpointing: layer', { recompute: 'layer' });
   if (config.sft_type !== 'full') offer('sft_type: qlora', { quantization: 'nf4' });
@@ -98,5 +98,8 @@ export async function savingsText(config: TrainConfig, modelDir: string, tokens:
     labelled: Math.ceil(tokens / 4),
   });
   offer('optim: adamw_8bit', {}, { ...config, optim: 'adamw_8bit' });
-  return `About ${bytes(now.total)} are needed. ${remedies.length === 0 ? 'Use a larger device.' : `${remedies.join('; ')}.`}`;
+  // What saves next to nothing beside the best is no advice.
+  const worth = Math.max(...remedies.map(({ saved }) => saved)) / 20;
+  const advice = remedies.flatMap(({ what, saved }) => (saved < worth ? [] : [`${what} saves about ${bytes(saved)}`]));
+  return `About ${bytes(now.total)} are needed. ${advice.length === 0 ? 'Use a larger device.' : `${advice.join('; ')}.`}`;
 }

@@ -1,21 +1,17 @@
-import { readdir, readFile, rm } from 'node:fs/promises';
-import { join, relative, resolve } from 'node:path';
+import { readFile } from 'node:fs/promises';
+import { join } from 'node:path';
 import { dump } from 'js-yaml';
 import { MartletError } from '../errors.js';
-import { copyFileAtomic, exists, isDirectory, listDir, makeDir, writeDirAtomic, writeFileAtomic } from '../files.js';
+import { exists, writeFileAtomic } from '../files.js';
 import { resolveModel } from '../hub/index.js';
-import type { MergeArgs, MergeResult } from '../native/binding.js';
+import type { MergeArgs } from '../native/binding.js';
 import { Engine } from '../native/engine.js';
 import { visionOptionsToKeys } from '../processing/vision-options.js';
 import { abortedError, throwIfAborted } from './abort.js';
 import { ARGS_FILE, adapterBaseModel, readAdapterArgs } from './adapter-args.js';
+import { DEFAULT_SHARD_SIZE, writeModelFolder } from './model-folder.js';
 import { parseSize } from './size.js';
 import type { MergeOptions, MergeReport } from './types.js';
-
-export const DEFAULT_SHARD_SIZE = '5GB';
-
-/** Weight files: written anew by a merge or a full save. Everything else in a model folder is kept byte for byte. */
-const WEIGHT_FILE = /\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf)$|\.(safetensors|bin)\.index\.json$/;
 
 /**
  * Adds an adapter to its base model and writes a Hugging Face folder: merged weights shard by shard, all other files as they were.
@@ -36,15 +32,12 @@ export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> 
     );
   }
   const modelDir = await resolveModel(options.model ?? (await adapterBaseModel(adapter)), { signal });
-  const quantization = options.base === 'quantized' ? await trainedQuantization(adapter) : undefined;
-  refuseInputs(outputDir, [modelDir, adapter]);
-  await checkOutputDir(outputDir, options.overwrite === true);
 
+  const quantization = options.base === 'quantized' ? await trainedQuantization(adapter) : undefined;
   const engine = new Engine();
   try {
-    let merged: MergeResult | undefined;
-    await writeDirAtomic(resolve(outputDir), 'merge', async (dir) => {
-      await copyModelFiles(modelDir, dir, signal);
+    const folder = { modelDir, outputDir, inputs: [adapter], overwrite: options.overwrite, signal };
+    const { shards, mergedTensors, maxAbsError } = await writeModelFolder(folder, async (dir) => {
       await dropQuantizationConfig(join(dir, 'config.json'));
       await keepPromptArgs(adapter, dir);
       const { result } = await engine.call(
@@ -59,28 +52,13 @@ export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> 
         },
         { signal, onEvent: (event) => onProgress?.(event as { done: number; total: number }) },
       );
-      throwIfAborted(signal);
-      merged = result;
+      return result;
     });
-    const { shards, mergedTensors, maxAbsError } = merged as unknown as MergeResult;
-    await removeStaleWeights(outputDir, shards);
     return { outputDir, shards, mergedTensors, maxAbsError, seconds: (performance.now() - started) / 1000 };
   } catch (error) {
     throw abortedError(error, signal);
   } finally {
     await engine.close();
-  }
-}
-
-/** Refuses to write into a folder that is read. */
-export function refuseInputs(outputDir: string, inputs: string[]): void {
-  for (const input of inputs) {
-    if (relative(resolve(outputDir), resolve(input)).startsWith('..')) continue;
-    throw new MartletError(
-      'ERR_MARTLET_IO',
-      `outputDir ${outputDir} is, or holds, ${input}, which is read: choose another folder.`,
-      { path: outputDir, input },
-    );
   }
 }
 
@@ -117,43 +95,4 @@ async function keepPromptArgs(adapter: string, target: string): Promise<void> {
   } = await readAdapterArgs(adapter);
   const args = { ...prompt, ...visionOptionsToKeys(vision) };
   if (Object.keys(args).length > 0) await writeFileAtomic(join(target, ARGS_FILE), dump(args));
-}
-
-export async function checkOutputDir(outputDir: string, overwrite: boolean): Promise<void> {
-  if ((await exists(outputDir)) && !(await isDirectory(outputDir))) {
-    throw new MartletError('ERR_MARTLET_IO', `outputDir ${outputDir} is a file: choose another name.`, {
-      path: outputDir,
-    });
-  }
-  const names = await listDir(outputDir);
-  if (names.length > 0 && !overwrite) {
-    throw new MartletError(
-      'ERR_MARTLET_IO',
-      `outputDir ${outputDir} already holds files. Choose another folder, or write into this one with overwrite: true.`,
-      { path: outputDir, files: names.length },
-    );
-  }
-}
-
-/** In a folder written over: weights of the model that was there before, which a loader would mix up with the new ones. */
-export async function removeStaleWeights(outputDir: string, shards: string[]): Promise<void> {
-  const index = shards.length > 1 ? 'model.safetensors.index.json' : '';
-  for (const name of await listDir(outputDir)) {
-    if (WEIGHT_FILE.test(name) && !shards.includes(name) && name !== index) await rm(join(outputDir, name));
-  }
-}
-
-/** Copies the files of a model folder, weights and hidden files left out, byte for byte. */
-export async function copyModelFiles(modelDir: string, target: string, signal?: AbortSignal): Promise<void> {
-  for (const name of (await readdir(modelDir)).sort()) {
-    throwIfAborted(signal);
-    if (WEIGHT_FILE.test(name) || name.startsWith('.')) continue;
-    const source = join(modelDir, name);
-    if (await isDirectory(source)) {
-      await makeDir(join(target, name));
-      await copyModelFiles(source, join(target, name), signal);
-    } else {
-      await copyFileAtomic(source, join(target, name));
-    }
-  }
 }

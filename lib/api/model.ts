@@ -49,6 +49,7 @@ export async function loadModel(dirOrId: string, options: LoadModelOptions = {})
   const saved = await readAdapterArgs(adapters[0]?.[1] ?? modelDir);
   const processor = await loadProcessor(modelDir, {
     template: options.template ?? saved.template ?? 'default',
+    labels: options.labels ?? 'default',
     system: options.system ?? saved.system,
     exifOrientation: options.exifOrientation ?? saved.exif_orientation ?? true,
     vision: pickVisionOptions(options),
@@ -59,7 +60,13 @@ export async function loadModel(dirOrId: string, options: LoadModelOptions = {})
   try {
     const { result: loaded } = await engine.call(
       'load',
-      { modelDir, device: options.device ?? 'auto', dtype: options.dtype ?? 'auto', quantization },
+      {
+        modelDir,
+        device: options.device ?? 'auto',
+        dtype: options.dtype ?? 'auto',
+        imageTokenId: processor.imageTokenId,
+        quantization,
+      },
       {
         signal,
         onEvent: (event) => onProgress?.(event as { done: number; total: number; bytes: number }),
@@ -226,13 +233,13 @@ class LoadedModel implements Model {
         { images },
         { buffers: job.buffers, signal: options.signal },
       );
-      const patched = images.some(({ plan }) => plan.patches !== undefined);
+      const patched = images.some(({ plan }) => plan.patches !== undefined && !plan.patches.sideBySide);
       const names = new Set(result.pixels.map(({ name }) => name));
       for (const name of names) {
         const parts = result.pixels
           .filter((pixel) => pixel.name === name)
           .map(({ shape, buffer }) => ({ data: new Float32Array(buffers[buffer] as ArrayBuffer), shape }));
-        Object.assign(pixels, (patched ? concatenate : stack)(name, parts));
+        Object.assign(pixels, (patched || name !== 'pixel_values' ? concatenate : stack)(name, parts));
       }
       const seconds = images.flatMap(({ secondsPerGrid }) => secondsPerGrid ?? []);
       if (seconds.length > 0) pixels.second_per_grid_ts = { data: Float32Array.from(seconds), shape: [seconds.length] };

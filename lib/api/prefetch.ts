@@ -80,8 +80,6 @@ export class Prefetcher<S> {
 }
 
 function pixelBytes(loaded: LoadedStep<unknown>): number {
-  return loaded.microBatches
-    .flat()
-    .flatMap((entry) => entry.sample.images)
-    .reduce((sum, image) => sum + image.data.byteLength, 0);
+  const pictures = new Set(loaded.microBatches.flat().flatMap(({ sample }) => sample.images.map(({ data }) => data)));
+  return [...pictures].reduce((sum, data) => sum + data.byteLength, 0);
 }

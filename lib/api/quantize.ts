@@ -1,13 +1,13 @@
 /** A model folder whose language model is quantised, in the form that transformers with bitsandbytes reads too. */
 import { readFile } from 'node:fs/promises';
-import { join, resolve } from 'node:path';
+import { join } from 'node:path';
 import { MartletError } from '../errors.js';
-import { writeDirAtomic, writeFileAtomic } from '../files.js';
+import { writeFileAtomic } from '../files.js';
 import { resolveModel } from '../hub/index.js';
-import type { Dtype, ModelDescription, QuantizeResult } from '../native/binding.js';
+import type { Dtype, ModelDescription } from '../native/binding.js';
 import { Engine } from '../native/engine.js';
 import { abortedError, throwIfAborted } from './abort.js';
-import { checkOutputDir, copyModelFiles, DEFAULT_SHARD_SIZE, refuseInputs, removeStaleWeights } from './merge.js';
+import { DEFAULT_SHARD_SIZE, writeModelFolder } from './model-folder.js';
 import { parseSize } from './size.js';
 import type { QuantizeOptions, QuantizeReport } from './types.js';
 
@@ -29,14 +29,11 @@ export async function quantizeModel(options: QuantizeOptions): Promise<QuantizeR
   }
   const maxShardSize = parseSize(options.maxShardSize ?? DEFAULT_SHARD_SIZE, 'maxShardSize');
   const modelDir = await resolveModel(options.model, { signal });
-  refuseInputs(outputDir, [modelDir]);
-  await checkOutputDir(outputDir, options.overwrite === true);
   const engine = new Engine();
   try {
-    let written: QuantizeResult | undefined;
     const { result: description } = await engine.call('describe', { modelDir }, { signal });
-    await writeDirAtomic(resolve(outputDir), 'merge', async (dir) => {
-      await copyModelFiles(modelDir, dir, signal);
+    const folder = { modelDir, outputDir, overwrite: options.overwrite, signal };
+    const { shards, quantizedTensors, bytes } = await writeModelFolder(folder, async (dir) => {
       await addQuantizationConfig(join(dir, 'config.json'), description, quantization, dtype, doubleQuantization);
       const { result } = await engine.call(
         'quantize',
@@ -51,11 +48,8 @@ export async function quantizeModel(options: QuantizeOptions): Promise<QuantizeR
         },
         { signal, onEvent: (event) => onProgress?.(event as { done: number; total: number }) },
       );
-      throwIfAborted(signal);
-      written = result;
+      return result;
     });
-    const { shards, quantizedTensors, bytes } = written as unknown as QuantizeResult;
-    await removeStaleWeights(outputDir, shards);
     return { outputDir, shards, quantizedTensors, bytes, seconds: (performance.now() - started) / 1000 };
   } catch (error) {
     throw abortedError(error, signal);

@@ -64,6 +64,7 @@ async function trainingProcessor(config: TrainConfig, modelDir: string): Promise
   try {
     return await loadProcessor(modelDir, {
       template: config.template,
+      labels: config.labels,
       ...(config.system !== null && { system: config.system }),
       exifOrientation: config.exif_orientation,
       maxImagePixels: config.max_image_pixels,

@@ -13,7 +13,7 @@ import { ARGS_FILE } from './adapter-args.js';
 import { type LogInterval, removeOldCheckpoints, type TrainerState, writeTrainerState } from './checkpoint.js';
 import { LossAdvice } from './loss-advice.js';
 import { chooseRecompute, savingsText } from './memory-advice.js';
-import { copyModelFiles } from './merge.js';
+import { copyModelFiles } from './model-folder.js';
 import { PREDICTIONS_FILE, removeRun } from './output-dir.js';
 import { type LoadedRow, type LoadedStep, Prefetcher } from './prefetch.js';
 import { JobBuffers } from './samples.js';
@@ -74,7 +74,11 @@ export async function runTrainer(input: TrainerInput, control: RunControl): Prom
   const { signal } = control;
   const engine = new Engine();
   try {
-    const { result: loaded } = await engine.call('load', loadArgs(config, modelDir), { signal });
+    const { result: loaded } = await engine.call(
+      'load',
+      { ...loadArgs(config, modelDir), imageTokenId: input.data.processor.imageTokenId },
+      { signal },
+    );
     checkModelType(config, loaded);
     const data = limitLength(input.data, config, loaded.maxPositions);
     const plan = planSteps(config, data);
@@ -113,7 +117,8 @@ export async function runTrainer(input: TrainerInput, control: RunControl): Prom
 function checkModelType({ model, model_type }: TrainConfig, { family, modelType }: LoadResult): void {
   if (model_type === null) return;
   const plain = (name: string) => name.toLowerCase().replaceAll(/[^a-z0-9]/g, '');
-  if ([family, modelType].some((name) => plain(model_type).startsWith(plain(name)))) return;
+  // "qwen" alone would be the beginning of every Qwen's name.
+  if (plain(model_type).startsWith(plain(family)) || plain(model_type) === plain(modelType)) return;
   throw new MartletError(
     'ERR_MARTLET_CONFIG',
     `model_type is ${model_type}, but ${model} is a ${modelType}. Correct model or model_type, or leave model_type out.`,

@@ -26,6 +26,8 @@ export interface LoadModelOptions extends VisionOptions {
   adapters?: Record<string, string>;
   /** `default` = the checkpoint's own chat template; `ms-swift` = its registered template. Defaults to what an adapter's `args.yaml` says, else `default`. */
   template?: 'default' | 'ms-swift';
+  /** What `score` and `prepare` label: `default` = the answers with their end; `official` = as the model's authors trained it (Qwen-VL-Chat). Defaults to `default`. */
+  labels?: 'default' | 'official';
   /** System prompt used when the messages have none. */
   system?: string;
   /** Turn pictures as their EXIF orientation says. Defaults to true. */
@@ -268,6 +270,27 @@ export interface QuantizeReport {
   quantizedTensors: number;
   /** Of all weights. */
   bytes: number;
+  seconds: number;
+}
+
+export interface ConvertOptions {
+  /** Model folder or hub id. */
+  model: string;
+  outputDir: string;
+  /** Defaults to the dtype stored. */
+  dtype?: 'float32' | 'bfloat16' | 'float16';
+  /** Bytes or `5GB`. Defaults to `5GB`. */
+  maxShardSize?: number | string;
+  /** Write into a folder that already holds files. Defaults to false. */
+  overwrite?: boolean;
+  signal?: AbortSignal;
+  onProgress?: (progress: { done: number; total: number }) => void;
+}
+
+export interface ConvertReport {
+  outputDir: string;
+  shards: string[];
+  tensors: number;
   seconds: number;
 }
 

@@ -1,4 +1,5 @@
 import { adapterBaseModel } from '../api/adapter-args.js';
+import { convertCheckpoint } from '../api/convert.js';
 import { mergeAdapter } from '../api/merge.js';
 import { quantizeModel } from '../api/quantize.js';
 import { bytes, duration, significant } from '../report/format.js';
@@ -35,16 +36,22 @@ const OPTIONS: OptionSpecs = {
   },
   quant_method: { kind: 'value', placeholder: 'bnb', help: 'write --model quantised instead of merging' },
   quant_bits: { kind: 'value', placeholder: '4|8', help: '4 = NF4 with double quantisation (default), 8 = int8' },
+  safetensors: {
+    kind: 'flag',
+    help: "writes the model's own weights as safetensors instead (from pytorch_model*.bin); needs --model, takes no adapter",
+  },
   merge_lora: { kind: 'flag', help: 'accepted for ms-swift command lines; merging is what export does' },
 };
 
 export const command: Command = {
-  usage: 'export --adapters DIR [--model DIR|ID] [--output_dir DIR] | export --model DIR --quant_method bnb',
+  usage:
+    'export --adapters DIR [--model DIR|ID] [--output_dir DIR] | export --model DIR --quant_method bnb | export --safetensors --model DIR|ID --output_dir DIR',
   description: `Merges a LoRA adapter into its base model (alias: merge-lora). The result is a Hugging Face folder: merged weights, all other
-files of the base model byte for byte. With --quant_method, writes a model quantised instead.`,
+files of the base model byte for byte. With --quant_method it writes a model quantised instead, with --safetensors it converts a model's weights.`,
   options: () => OPTIONS,
-  footer: `Example:
-  martlet export --adapters out --output_dir merged`,
+  footer: `Examples:
+  martlet export --adapters out --output_dir merged
+  martlet export --safetensors --model Qwen-VL-Chat --output_dir Qwen-VL-Chat-safetensors`,
   run,
 };
 
@@ -53,6 +60,7 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
   if (options.string('quant_method') !== undefined || options.string('quant_bits') !== undefined) {
     return quantize(options, io);
   }
+  if (options.flag('safetensors')) return convert(options, io);
   const adapter = options.string('adapters');
   if (adapter === undefined) throw usageError('export needs --adapters DIR. --help shows more.');
   if (options.string('merge_lora') === 'false')
@@ -106,6 +114,37 @@ async function quantize(options: Options, io: CliIo): Promise<number> {
   } else {
     io.stdout.write(
       `quantised ${report.quantizedTensors} tensors into ${report.outputDir} (${report.shards.length} weight files, ${bytes(report.bytes)}) in ${duration(report.seconds)}\n`,
+    );
+  }
+  return 0;
+}
+
+async function convert(options: Options, io: CliIo): Promise<number> {
+  const model = options.string('model');
+  const outputDir = options.string('output_dir');
+  if (model === undefined || outputDir === undefined)
+    throw usageError('export --safetensors needs --model DIR|ID and --output_dir DIR.');
+  if (options.string('adapters') !== undefined)
+    throw usageError(
+      'export --safetensors converts a model without an adapter: merging one writes safetensors anyway.',
+    );
+  const dtype = options.dtype('dtype');
+  const report = await interruptible(async (signal) =>
+    convertCheckpoint({
+      model: await resolveWithNotice(model, io, signal),
+      outputDir,
+      ...(dtype !== undefined && dtype !== 'auto' && { dtype }),
+      maxShardSize: options.string('max_shard_size'),
+      overwrite: options.flag('overwrite'),
+      signal,
+    }),
+  );
+  if (options.flag('json')) {
+    printJson(io, report);
+  } else {
+    const { shards, tensors, seconds } = report;
+    io.stdout.write(
+      `wrote ${tensors} tensors into ${outputDir} (${shards.length} weight files) in ${duration(seconds)}\n`,
     );
   }
   return 0;

@@ -20,6 +20,7 @@ import {
   checkVisionOptions,
   VISION_OPTION_NAMES,
   VISION_OPTIONS,
+  type VisionOptionName,
   type VisionOptions,
   visionOptionsFromKeys,
 } from '../processing/vision-options.js';
@@ -32,7 +33,14 @@ const VISION_SPECS: OptionSpecs = Object.fromEntries(
   VISION_OPTION_NAMES.map((name) => {
     const { key, kind } = VISION_OPTIONS[name];
     const help = trainConfigSchema.shape[key as 'max_pixels'].description?.replace(/ null = .*/, '');
-    return [key, { kind: 'value', placeholder: typeof kind === 'string' ? 'N' : kind.join('|'), help }];
+    return [
+      key,
+      {
+        kind: 'value',
+        placeholder: kind === 'flag' ? 'true|false' : typeof kind === 'string' ? 'N' : kind.join('|'),
+        help,
+      },
+    ];
   }),
 );
 
@@ -186,10 +194,14 @@ function loadOptions(options: Options): LoadModelOptions {
 }
 
 function visionOptions(options: Options): VisionOptions {
-  const given = VISION_OPTION_NAMES.map((name) => VISION_OPTIONS[name]).map(({ key, kind }) => [
-    key,
-    typeof kind === 'string' ? options.number(key) : options.choice(key, kind),
-  ]);
+  const value = (key: string, kind: (typeof VISION_OPTIONS)[VisionOptionName]['kind']) => {
+    if (kind === 'flag') {
+      const text = options.choice(key, ['true', 'false']);
+      return text === undefined ? undefined : text === 'true';
+    }
+    return typeof kind === 'string' ? options.number(key) : options.choice(key, kind);
+  };
+  const given = VISION_OPTION_NAMES.map((name) => VISION_OPTIONS[name]).map(({ key, kind }) => [key, value(key, kind)]);
   return checkVisionOptions(visionOptionsFromKeys(Object.fromEntries(given)), 'snake_case');
 }
 

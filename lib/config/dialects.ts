@@ -1,6 +1,7 @@
 /** Two dialects in, flat keys out: the tutorial's nested YAML, and ms-swift's flat keys under any of their names. */
 import { join } from 'node:path';
 import type { z } from 'zod';
+import { MODEL_ALIASES } from '../hub/index.js';
 import { VISION_OPTIONS, WITHOUT_EFFECT } from '../processing/vision-options.js';
 import { nearest } from '../suggest.js';
 import { ALIASES, IGNORED, TRAIN_CONFIG_KEYS, type TrainConfig, trainConfigSchema, UNSUPPORTED } from './schema.js';
@@ -38,7 +39,6 @@ const KNOWN_KEYS = [
   ...ENV_SECTIONS,
 ];
 
-const MODEL_ALIASES: Record<string, string> = { 'qwen/Qwen-VL-Chat-7B': 'Qwen/Qwen-VL-Chat' };
 const DTYPES: Record<string, string> = {
   fp16: 'float16',
   half: 'float16',

@@ -83,6 +83,12 @@ export const trainConfigSchema = z.strictObject({
     .enum(['default', 'ms-swift'])
     .default('default')
     .describe("`default` = the checkpoint's own chat template; `ms-swift` = ms-swift's registered one."),
+  labels: z
+    .enum(['default', 'official'])
+    .default('default')
+    .describe(
+      "What is trained: `default` = the answers with their end token; `official` = as the model's authors did it (Qwen-VL-Chat: the marks of every turn as well).",
+    ),
   system: z.string().nullable().default(null).describe('System prompt of rows that have none.'),
   adapters: z.array(z.string()).max(1).default([]).describe('PEFT adapter folder to start from.'),
 
@@ -171,6 +177,16 @@ export const trainConfigSchema = z.strictObject({
     .describe(
       '`legacy`: boxes and names between tags such as `<|box_start|>`; `new`: `[x1, y1, x2, y2]` and the plain name. null = QWENVL_BBOX_FORMAT, else legacy.',
     ),
+
+  // ---- pictures cut into slices (MiniCPM-V)
+  max_slice_nums: limit(
+    "Most slices that a picture is cut into, the whole view not counted. null = MAX_SLICE_NUMS, else the checkpoint's.",
+  ),
+  use_image_id: z
+    .boolean()
+    .nullable()
+    .default(null)
+    .describe("Write each picture's number before it. null = the checkpoint's."),
 
   // ---- LoRA
   lora_rank: positive().max(4096).default(8).describe('Rank r of the adapters.'),

@@ -13,6 +13,9 @@ export interface ResolveOptions {
   onProgress?: (progress: DownloadProgress) => void;
 }
 
+/** Ids that tutorials use → those that are published. */
+export const MODEL_ALIASES: Record<string, string> = { 'qwen/Qwen-VL-Chat-7B': 'Qwen/Qwen-VL-Chat' };
+
 /** `organisation/name`, as hubs name models. */
 const HUB_ID = /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*$/;
 
@@ -20,8 +23,9 @@ const HUB_ID = /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*$/;
  * The folder of a model given as a folder or a hub id. Rejects with `ERR_MARTLET_MODEL_NOT_FOUND` (naming every place searched),
  * `ERR_MARTLET_HUB` (network, access, damaged download) or `_ABORTED`.
  */
-export async function resolveModel(dirOrId: string, options: ResolveOptions = {}): Promise<string> {
-  const local = resolve(dirOrId);
+export async function resolveModel(given: string, options: ResolveOptions = {}): Promise<string> {
+  const local = resolve(given);
+  const dirOrId = (Object.hasOwn(MODEL_ALIASES, given) && MODEL_ALIASES[given]) || given;
   if (await isDirectory(local)) {
     if (await exists(resolve(local, 'config.json'))) return local;
     const adapter = await exists(resolve(local, 'adapter_config.json'));

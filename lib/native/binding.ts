@@ -57,9 +57,10 @@ export interface ImagePlan {
   rescale: number;
   /**
    * Cut into patches, [grid.t · grid.h · grid.w, 3 · temporal · size · size], `merge`² neighbours one after the other (Qwen2-VL's order); a
-   * last temporal patch that is not full repeats its last frame. Absent: one [3, H, W].
+   * last temporal patch that is not full repeats its last frame. `sideBySide`: one after the other to the right instead, [3, size, size · patches]
+   * (MiniCPM-V's; what the network is fed is the same). Absent: one [3, H, W].
    */
-  patches?: { size: number; temporal: number; merge: number };
+  patches?: { size: number; temporal: number; merge: number; sideBySide?: boolean };
   mean: [number, number, number];
   std: [number, number, number];
 }
@@ -98,6 +99,8 @@ export interface LoadArgs {
   quantization?: Quantization;
   /** nf4: scales in 8 bits too. Defaults to true. */
   doubleQuantization?: boolean;
+  /** The id that marks a picture's places, for families whose config.json does not say it. */
+  imageTokenId?: number;
 }
 
 export type Quantization = 'none' | 'int8' | 'nf4';
@@ -333,6 +336,13 @@ export interface MergeResult {
   maxAbsError: number;
 }
 
+export interface ConvertArgs {
+  modelDir: string;
+  outputDir: string; // exists, empty: native code writes weight shards and the index into it
+  dtype?: Dtype; // absent = as stored
+  maxShardSize: number; // bytes
+}
+
 /** Method name → [arguments, result]. Progress events are given beside each. */
 export interface Methods {
   /** events: {type:'load', done, total, bytes} */
@@ -365,6 +375,8 @@ export interface Methods {
   merge: [MergeArgs, MergeResult];
   /** Writes a checkpoint quantised. Events: {type:'quantize', done, total} */
   quantize: [QuantizeArgs, QuantizeResult];
+  /** events: {type:'convert', done, total} */
+  convert: [ConvertArgs, { shards: string[]; tensors: number }];
   stats: [Record<string, never>, MemoryStats];
   emptyCache: [Record<string, never>, Record<string, never>];
   /** For tests only: keeps the engine busy for `ms`, honouring cancellation. */

@@ -31,6 +31,8 @@ export interface MediaSize {
 /** What becomes of one picture or video. Families add what their tokens depend on. */
 export interface MediaPlan {
   plan: ImagePlan;
+  /** Further views of the same picture, after `plan`'s. */
+  slices?: ImagePlan[];
   secondsPerGrid?: number;
 }
 
@@ -43,6 +45,8 @@ export interface FamilyProcessing<P extends MediaPlan> {
   videoTokenId?: number;
   /** Ends an answer. */
   endToken: string;
+  /** Others that end one. */
+  stopTokens?: string[];
   renderer: SegmentRenderer;
   /** The options in force. */
   vision: VisionOptions;
@@ -95,7 +99,7 @@ export async function createProcessor<P extends MediaPlan>(
     imageTokenId,
     ...(videoTokenId !== undefined && { videoTokenId }),
     vision: family.vision,
-    stopTokenIds: stopTokens(generation, tokenizer, family.endToken),
+    stopTokenIds: stopTokens(generation, tokenizer, [family.endToken, ...(family.stopTokens ?? [])]),
     generationDefaults: generationDefaults(generation),
 
     async encode(input, { for: purpose, signal }): Promise<EncodedSample> {
@@ -109,18 +113,19 @@ export async function createProcessor<P extends MediaPlan>(
       return {
         inputIds,
         ...(purpose === 'train' && { labels }),
-        images: decoded.map(({ data, size: { width, height, video } }, i) => {
-          const { plan, secondsPerGrid } = media[i] as MediaPlan;
-          return {
+        images: decoded.flatMap(({ data, size: { width, height, video } }, i) => {
+          const { plan, slices = [], secondsPerGrid } = media[i] as MediaPlan;
+          return [plan, ...slices].map((view) => ({
             data,
             width,
             height,
             ...(video && { frames: video.frames }),
             ...(secondsPerGrid !== undefined && { secondsPerGrid }),
-            plan,
-          };
+            plan: view,
+          }));
         }),
-        mediaSpans,
+        // one for each view: a picture's slices stand and fall with it
+        mediaSpans: mediaSpans.flatMap((span, i) => [span, ...(media[i]?.slices ?? []).map(() => span)]),
         ...(input.id !== undefined && { id: input.id }),
       };
     },
@@ -266,11 +271,11 @@ function videoSize(
   };
 }
 
-function stopTokens(generation: Record<string, unknown>, tokenizer: Tokenizer, endToken: string): number[] {
+function stopTokens(generation: Record<string, unknown>, tokenizer: Tokenizer, tokens: string[]): number[] {
   const ids = new Set<number>();
   const listed = generation.eos_token_id;
   for (const id of Array.isArray(listed) ? listed : [listed]) if (Number.isInteger(id)) ids.add(id as number);
-  for (const token of [tokenizer.special.eos_token, endToken]) {
+  for (const token of [tokenizer.special.eos_token, ...tokens]) {
     const id = token === undefined ? undefined : tokenizer.tokenId(token);
     if (id !== undefined) ids.add(id);
   }

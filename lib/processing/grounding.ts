@@ -127,7 +127,7 @@ export interface BoxScale extends GroundingPicture {
 
 /**
  * The boxes of an answer in pixels of the picture as it was given, cut off at its edges. Read are Qwen's tags (`<|box_start|>(x1,y1),(x2,y2)<|box_end|>`
- * with `<|object_ref_start|>…<|object_ref_end|>` before it), JSON (`[{"bbox_2d": [x1, y1, x2, y2], "label": "…"}]`, `point_2d` for points, also in a
+ * with `<|object_ref_start|>…<|object_ref_end|>` before it; Qwen-VL's `<ref>`, `<box>` and `<quad>`), JSON (`[{"bbox_2d": [x1, y1, x2, y2], "label": "…"}]`, `point_2d` for points, also in a
  * fence of three backquotes), and without either the pairs `(x1,y1),(x2,y2)` and lists `[x1, y1, x2, y2]` of the text. No box: an empty list.
  *
  * @throws ERR_MARTLET_USAGE when a box begins and is none
@@ -135,14 +135,15 @@ export interface BoxScale extends GroundingPicture {
 export function parseBoxes(text: string, scale: BoxScale): ParsedBox[] {
   const { width, height, resized, normBbox } = scale;
   const from = normBbox === 'norm1000' ? { width: 1000, height: 1000 } : resized;
-  return (jsonBoxes(text) ?? taggedBoxes(text) ?? plainBoxes(text)).map(({ label, bbox }) => ({
-    ...(label !== undefined && { label }),
-    bbox: inOrder(
-      bbox.map((value, i) => {
-        const [unit, side] = i % 2 === 0 ? [from.width, width] : [from.height, height];
-        return Math.min(Math.max((value * side) / unit, 0), side);
-      }),
-    ),
+  const scaled = (corners: number[]) =>
+    corners.map((value, i) => {
+      const [unit, side] = i % 2 === 0 ? [from.width, width] : [from.height, height];
+      return Math.min(Math.max((value * side) / unit, 0), side);
+    });
+  return (jsonBoxes(text) ?? taggedBoxes(text) ?? plainBoxes(text)).map(({ bbox, quad, ...rest }) => ({
+    ...rest,
+    bbox: inOrder(scaled(bbox)),
+    ...(quad && { quad: scaled(quad) }),
   }));
 }
 
@@ -179,7 +180,6 @@ function jsonBoxes(text: string): ParsedBox[] | undefined {
 
 const NUMBER = String.raw`\s*(-?\d+(?:\.\d+)?)\s*`;
 const POINT = String.raw`\(${NUMBER},${NUMBER}\)`;
-const TAGGED = new RegExp(String.raw`^\s*${POINT}(?:\s*,\s*${POINT})?\s*$`);
 const PLAIN = new RegExp(String.raw`${POINT}\s*,\s*${POINT}|\[${NUMBER},${NUMBER},${NUMBER},${NUMBER}\]`, 'g');
 
 const numbers = (match: RegExpMatchArray) =>
@@ -188,24 +188,43 @@ const numbers = (match: RegExpMatchArray) =>
     .filter((group) => group !== undefined)
     .map(Number);
 
+const TAGGED = new RegExp(String.raw`^\s*${POINT}(?:\s*,\s*${POINT})?\s*$`);
+const QUAD = new RegExp(String.raw`^\s*${POINT}\s*,\s*${POINT}\s*,\s*${POINT}\s*,\s*${POINT}\s*$`);
+/** Qwen2-VL's tags and Qwen-VL's; an opening or closing one alone is a box that was cut off. */
+const TAGS =
+  /<\|object_ref_start\|>([\s\S]*?)<\|object_ref_end\|>|<ref>([\s\S]*?)<\/ref>|<\|box_start\|>([\s\S]*?)<\|box_end\|>|<box>([\s\S]*?)<\/box>|<quad>([\s\S]*?)<\/quad>|<\|box_(?:start|end)\|>|<\/?(?:box|quad)>/g;
+
 function taggedBoxes(text: string): ParsedBox[] | undefined {
-  if (!/<\|box_(start|end)\|>/.test(text)) return undefined;
+  if (!/<\|box_(start|end)\|>|<\/?(box|quad)>/.test(text)) return undefined;
   const boxes: ParsedBox[] = [];
   let label: string | undefined;
-  const tags =
-    /<\|object_ref_start\|>([\s\S]*?)<\|object_ref_end\|>|<\|box_start\|>([\s\S]*?)<\|box_end\|>|<\|box_(?:start|end)\|>/g;
-  for (const match of text.matchAll(tags)) {
-    const [, name, inside] = match;
+  for (const match of text.matchAll(TAGS)) {
+    const [, newName, oldName, newBox, oldBox, quad] = match;
+    const name = newName ?? oldName?.trim();
     if (name !== undefined) {
       label = name;
       continue;
     }
-    const box = inside === undefined ? null : TAGGED.exec(inside);
-    if (!box)
-      throw malformed('expected (x1,y1),(x2,y2) between <|box_start|> and <|box_end|>', text.slice(match.index));
-    boxes.push({ ...(label !== undefined && { label }), bbox: numbers(box) });
+    const inside = newBox ?? oldBox;
+    const box = quad !== undefined ? QUAD.exec(quad) : inside === undefined ? null : TAGGED.exec(inside);
+    if (!box) {
+      const tags = text[match.index + 1] === '|' ? '<|box_start|> and <|box_end|>' : 'the tags';
+      throw malformed(`expected (x1,y1),(x2,y2) between ${tags}`, text.slice(match.index));
+    }
+    const corners = numbers(box);
+    boxes.push({
+      ...(label !== undefined && { label }),
+      ...(quad === undefined ? { bbox: corners } : { bbox: hull(corners), quad: corners }),
+    });
   }
   return boxes;
+}
+
+/** The upright box around four corners. */
+function hull(corners: number[]): number[] {
+  const xs = corners.filter((_, i) => i % 2 === 0);
+  const ys = corners.filter((_, i) => i % 2 === 1);
+  return [Math.min(...xs), Math.min(...ys), Math.max(...xs), Math.max(...ys)];
 }
 
 function plainBoxes(text: string): ParsedBox[] {

@@ -1,6 +1,6 @@
 /** Qwen2.5-VL: Qwen2-VL's pictures and videos, time in the positions of videos, boxes in pixels of the resized picture. */
 
-import { createQwenVlProcessor, type QwenVlTraits } from './qwen_vl.js';
+import { createQwenVlProcessor, type QwenVlTraits } from './qwen_vl_common.js';
 import { QWEN2_VL } from './qwen2_vl.js';
 import type { ProcessorFactory } from './registry.js';
 

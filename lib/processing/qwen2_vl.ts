@@ -1,5 +1,5 @@
 /** Qwen2-VL: patches of 14 pixels, every video frame resized as a picture is. */
-import { CLIP_MEAN, CLIP_STD, checkLimits, createQwenVlProcessor, type QwenVlTraits } from './qwen_vl.js';
+import { CLIP_MEAN, CLIP_STD, checkLimits, createQwenVlProcessor, type QwenVlTraits } from './qwen_vl_common.js';
 import type { ProcessorFactory } from './registry.js';
 import { smartResize } from './smart-resize.js';
 

@@ -1,5 +1,5 @@
 /** Qwen3-VL: patches of 16 pixels, a video's limits are those of all its frames together, every temporal patch stands behind its time in text. */
-import { CLIP_MEAN, CLIP_STD, createQwenVlProcessor, type QwenVlTraits } from './qwen_vl.js';
+import { CLIP_MEAN, CLIP_STD, createQwenVlProcessor, type QwenVlTraits } from './qwen_vl_common.js';
 import type { ProcessorFactory } from './registry.js';
 import { roundHalfEven, smartResize } from './smart-resize.js';
 

@@ -3,6 +3,8 @@ import { join } from 'node:path';
 import { MartletError } from '../errors.js';
 import { readJsonFile } from './json.js';
 import { createLlavaProcessor } from './llava.js';
+import { createMiniCpmVProcessor } from './minicpm_v.js';
+import { createQwenVlChatProcessor } from './qwen_vl.js';
 import { createQwen25VlProcessor } from './qwen2_5_vl.js';
 import { createQwen2VlProcessor } from './qwen2_vl.js';
 import { createQwen3VlProcessor } from './qwen3_vl.js';
@@ -17,10 +19,15 @@ export type ProcessorFactory = (
 
 const FAMILIES: Record<string, ProcessorFactory> = {
   llava: createLlavaProcessor,
+  minicpmv: createMiniCpmVProcessor,
+  qwen: createQwenVlChatProcessor,
   qwen2_vl: createQwen2VlProcessor,
   qwen2_5_vl: createQwen25VlProcessor,
   qwen3_vl: createQwen3VlProcessor,
 };
+
+/** Known by name, and refused with the versions that are supported. */
+const REFUSED: Record<string, ProcessorFactory> = { minicpmv4_6: createMiniCpmVProcessor };
 
 /**
  * The processor for a checkpoint: text to ids, pictures to RGB with a plan, ids to text.
@@ -35,7 +42,7 @@ export async function loadProcessor(modelDir: string, options: ProcessorOptions 
     'A model folder holds config.json, the tokenizer and the weights.',
   );
   const type = typeof config.model_type === 'string' ? config.model_type : '';
-  const factory = Object.hasOwn(FAMILIES, type) ? FAMILIES[type] : undefined;
+  const factory = [FAMILIES, REFUSED].find((list) => Object.hasOwn(list, type))?.[type];
   if (!factory) {
     throw new MartletError(
       'ERR_MARTLET_UNSUPPORTED_MODEL',

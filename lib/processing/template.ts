@@ -22,6 +22,8 @@ export interface MediaText {
 export interface Segment {
   text: string;
   trained: boolean;
+  /** Makes ids of this text alone, which is not joined with its neighbours then. */
+  encode?: (text: string) => number[];
 }
 
 export interface RenderOptions {
@@ -67,7 +69,7 @@ const CLOSE = '\uE0F1';
 
 /**
  * The checkpoint's own template. Each answer ends with `endToken`, also where the template forgets it; white space that the template puts between an
- * answer and the next message is then dropped.
+ * answer and the next message is then dropped. `content`: what the template takes a message's content for, a list of parts or plain text.
  */
 export function jinjaRenderer(
   source: string,
@@ -75,6 +77,7 @@ export function jinjaRenderer(
   endToken: string,
   media: MediaText,
   path: string,
+  { content = 'parts' }: { content?: 'parts' | 'text' } = {},
 ): SegmentRenderer {
   const videos = media.video !== undefined;
   let template: Template;
@@ -101,18 +104,23 @@ export function jinjaRenderer(
       );
     }
   };
-  const writesNewline = render(
-    [{ role: 'user', content: [{ type: 'image' }, { type: 'text', text: 'x' }] }],
-    false,
-  ).includes(`${media.image}\n`);
+  const writesNewline =
+    content === 'parts' &&
+    render([{ role: 'user', content: [{ type: 'image' }, { type: 'text', text: 'x' }] }], false).includes(
+      `${media.image}\n`,
+    );
+  const textContent = (text: string) => (content === 'text' ? text : [{ type: 'text', text }]);
 
   return (messages, { forGeneration }) => {
     const answers: string[] = [];
     const marked = messages.map((message) => {
-      if (message.role !== 'assistant')
-        return { role: message.role, content: templateParts(message.content, videos, writesNewline) };
-      answers.push(contentText(message.content, media));
-      return { role: 'assistant', content: [{ type: 'text', text: `${OPEN}${answers.length - 1}${CLOSE}` }] };
+      const { role } = message;
+      if (role === 'assistant') {
+        answers.push(contentText(message.content, media));
+        return { role, content: textContent(`${OPEN}${answers.length - 1}${CLOSE}`) };
+      }
+      if (content === 'text') return { role, content: contentText(message.content, media) };
+      return { role, content: templateParts(message.content, videos, writesNewline) };
     });
     const whole = render(marked, forGeneration);
     const segments: Segment[] = [];
@@ -175,7 +183,7 @@ export interface EncodedText {
   inputIds: Int32Array;
   /** −100 = not trained. */
   labels: Int32Array;
-  /** Where the tokens of each picture and video begin and end, in order. */
+  /** Where the tokens of each picture and video are, [from, to), in order. */
   mediaSpans: [number, number][];
 }
 
@@ -193,7 +201,7 @@ export function encodeSegments(
   const joined: Segment[] = [];
   for (const segment of segments) {
     const last = joined.at(-1);
-    if (last && last.trained === segment.trained) last.text += segment.text;
+    if (last && last.trained === segment.trained && !last.encode && !segment.encode) last.text += segment.text;
     else joined.push({ ...segment });
   }
   const ids: number[] = [];
@@ -207,8 +215,8 @@ export function encodeSegments(
       labels.push(-100);
     }
   }
-  for (const { text, trained } of joined) {
-    for (const id of tokenizer.encode(text)) {
+  for (const { text, trained, encode } of joined) {
+    for (const id of encode ? encode(text) : tokenizer.encode(text)) {
       const expanded = expansions.get(id);
       if (expanded === undefined) {
         ids.push(id);
@@ -217,11 +225,12 @@ export function encodeSegments(
       }
       const place = used.get(id) ?? 0;
       used.set(id, place + 1);
-      mediaSpans.push([ids.length, ids.length + (expanded[place]?.length ?? 0)]);
+      const begin = ids.length;
       for (const inner of expanded[place] ?? []) {
         ids.push(inner);
         labels.push(-100);
       }
+      mediaSpans.push([begin, ids.length]);
     }
   }
   for (const [id, { length }] of expansions) {

@@ -34,7 +34,7 @@ export class Tokenizer {
     this.chatTemplate = typeof config.chat_template === 'string' ? config.chat_template : undefined;
   }
 
-  /** @throws ERR_MARTLET_TOKENIZER */
+  /** From tokenizer.json. @throws ERR_MARTLET_TOKENIZER */
   static async load(modelDir: string): Promise<Tokenizer> {
     const path = join(modelDir, 'tokenizer.json');
     const definition = await readJsonFile(
@@ -47,6 +47,11 @@ export class Tokenizer {
       'ERR_MARTLET_TOKENIZER',
       'Download it with the checkpoint.',
     );
+    return Tokenizer.fromDefinition(definition, config, path);
+  }
+
+  /** @param definition what tokenizer.json holds; `path` names the file in messages. @throws ERR_MARTLET_TOKENIZER */
+  static fromDefinition(definition: Record<string, unknown>, config: Record<string, unknown>, path: string): Tokenizer {
     try {
       return new Tokenizer(new HubTokenizer(definition, config), config, definition);
     } catch (cause) {

@@ -25,7 +25,7 @@ export type ImageSource = string | URL | Uint8Array | Sharp;
 /** A video as its frames in order, all of one size, at `fps` frames a second. Video files are not decoded. */
 export type VideoSource = ImageSource[] | { frames: ImageSource[]; fps?: number };
 
-/** A decoded picture or video and what native code does to it. */
+/** A decoded picture or video and what native code does to it. Several views of one picture share `data`. */
 export interface RgbImage {
   /** frames × height × width × 3, uint8 */
   data: Uint8Array;
@@ -117,6 +117,8 @@ export interface ParsedBox {
   label?: string;
   /** `[x1, y1, x2, y2]`, corners in order, or a point `[x, y]`: pixels of the picture as it was given. */
   bbox: number[];
+  /** Qwen-VL's quadrangles: four corners, `[x1, y1, …, x4, y4]`; `bbox` is the upright box around them. */
+  quad?: number[];
 }
 
 export interface ProcessorOptions {
@@ -124,6 +126,8 @@ export interface ProcessorOptions {
   template?: 'default' | 'ms-swift';
   /** Used when the messages have no system message. */
   system?: string;
+  /** What is trained: `default` = the answers with their end; `official` = as the model's authors did it, where that differs. Defaults to `default`. */
+  labels?: 'default' | 'official';
   /** Defaults to true. */
   exifOrientation?: boolean;
   /** Largest picture that is decoded, in pixels. Defaults to 268 million (16384²). */

@@ -27,6 +27,10 @@ export interface VisionOptions {
   normBbox?: 'norm1000' | 'none';
   /** Text of boxes and names: `legacy` with `<|box_start|>` and `<|object_ref_start|>`, `new` = `[x1, y1, x2, y2]` and the plain name. Defaults to `legacy`. */
   bboxFormat?: 'legacy' | 'new';
+  /** MiniCPM-V: most slices that a picture is cut into, the whole view not counted. Defaults to the checkpoint's (9). */
+  maxSliceNums?: number;
+  /** MiniCPM-V: write each picture's number before it. Defaults to the checkpoint's (yes). */
+  useImageId?: boolean;
 }
 
 export type VisionOptionName = keyof VisionOptions;
@@ -36,7 +40,7 @@ interface OptionSpec {
   key: string;
   /** ms-swift's environment variable. */
   env?: string;
-  kind: 'count' | 'rate' | readonly string[];
+  kind: 'count' | 'rate' | 'flag' | readonly string[];
 }
 
 const count = (key: string): OptionSpec => ({ key, env: key.toUpperCase(), kind: 'count' });
@@ -54,9 +58,18 @@ export const VISION_OPTIONS: Record<VisionOptionName, OptionSpec> = {
   fps: { key: 'fps', env: 'FPS', kind: 'rate' },
   normBbox: { key: 'norm_bbox', kind: ['norm1000', 'none'] },
   bboxFormat: { key: 'bbox_format', env: 'QWENVL_BBOX_FORMAT', kind: ['legacy', 'new'] },
+  maxSliceNums: count('max_slice_nums'),
+  useImageId: { key: 'use_image_id', kind: 'flag' },
 };
 
+/** Options of families that cut pictures into slices (MiniCPM-V). */
+export const SLICE_OPTIONS: readonly VisionOptionName[] = ['maxSliceNums', 'useImageId'];
+
 export const VISION_OPTION_NAMES = Object.keys(VISION_OPTIONS) as VisionOptionName[];
+/** Options of families that take pictures at their own size (Qwen2-VL and later). */
+export const PIXEL_OPTIONS: readonly VisionOptionName[] = VISION_OPTION_NAMES.filter(
+  (name) => !SLICE_OPTIONS.includes(name),
+);
 
 /** Two ways to say one limit: pixels and tokens. */
 const SAME_LIMIT: [VisionOptionName, VisionOptionName][] = [
@@ -86,6 +99,7 @@ function fault(kind: OptionSpec['kind'], value: unknown): string | undefined {
   if (kind === 'rate') {
     return typeof value === 'number' && Number.isFinite(value) && value > 0 ? undefined : 'a number above 0';
   }
+  if (kind === 'flag') return typeof value === 'boolean' ? undefined : 'true or false';
   return kind.includes(value as string) ? undefined : kind.join(' or ');
 }
 
@@ -229,13 +243,33 @@ function misspelt(variable: string): string | undefined {
   return undefined;
 }
 
-/** A family without such options refuses them: a limit without effect would not be noticed. */
-export function refuseVisionOptions(family: string, options: VisionOptions | undefined): void {
-  const given = VISION_OPTION_NAMES.find((name) => options?.[name] !== undefined);
+/**
+ * The options in force, of those that the family knows: given ones, else the environment's, else what an adapter was trained with.
+ *
+ * @throws ERR_MARTLET_USAGE for a given one that the family does not know: a limit without effect would not be noticed
+ */
+export function familyVisionOptions(
+  family: string,
+  known: readonly VisionOptionName[],
+  { vision, savedVision }: { vision?: VisionOptions | undefined; savedVision?: VisionOptions | undefined },
+): VisionOptions {
+  refuseVisionOptions(family, vision, known);
+  const all = layerVisionOptions(checkVisionOptions(vision ?? {}), visionOptionsFromEnv(), savedVision);
+  return Object.fromEntries(known.flatMap((name) => (all[name] === undefined ? [] : [[name, all[name]]])));
+}
+
+/** @throws ERR_MARTLET_USAGE for an option that the family does not know */
+export function refuseVisionOptions(
+  family: string,
+  options: VisionOptions | undefined,
+  known: readonly VisionOptionName[] = [],
+): void {
+  const given = VISION_OPTION_NAMES.find((name) => options?.[name] !== undefined && !known.includes(name));
   if (given === undefined) return;
+  const why = known.length === 0 ? ', whose pictures all become one size' : '';
   throw new MartletError(
     'ERR_MARTLET_USAGE',
-    `${VISION_OPTIONS[given].key} has no meaning for ${family}, whose pictures all become one size: leave it out.`,
+    `${VISION_OPTIONS[given].key} has no meaning for ${family}${why}: leave it out.`,
     { field: given, key: VISION_OPTIONS[given].key, family },
   );
 }

@@ -18,7 +18,7 @@
 #include "core/base/memory.h"
 #include "core/base/runtime.h"
 #include "core/generate/generator.h"
-#include "core/io/safetensors.h"
+#include "core/io/checkpoint.h"
 #include "core/lora/adapter.h"
 #include "core/lora/merge.h"
 #include "core/models/describe.h"
@@ -170,6 +170,10 @@ json Session::Impl::load(const json& args, JobContext& job) {
          {{"path", model_dir}});
   }
   config = read_json_file(config_path);
+  // Some families' files do not say it; the tokenizer does.
+  if (args.contains("imageTokenId") && !config.contains("image_token_id")) {
+    config["image_token_id"] = args["imageTokenId"];
+  }
   family = &family_for(config, model_dir);
   device = parse_device(args.at("device").get<std::string>());
   const Checkpoint checkpoint = Checkpoint::open(model_dir);
@@ -207,12 +211,13 @@ json Session::Impl::load(const json& args, JobContext& job) {
   } else {
     // As stored, read off the language model's largest part.
     dtype = at::kFloat;
-    fresh->visit_parameters([&](const std::string& name, Parameter&) {
-      const auto it = stored.find(name);
-      if (it == stored.end() || name.find("embed_tokens") == std::string::npos) return;
-      const at::ScalarType found = checkpoint.info(it->second).dtype;
-      if (found == at::kBFloat16 || found == at::kHalf) dtype = found;
-    });
+    size_t largest = 0;
+    for (const auto& [canonical, name] : stored) {
+      const TensorInfo& info = checkpoint.info(name);
+      if (info.nbytes() <= largest || fresh->part_of(canonical) != Part::kLanguage) continue;
+      largest = info.nbytes();
+      dtype = info.dtype == at::kBFloat16 || info.dtype == at::kHalf ? info.dtype : at::kFloat;
+    }
   }
   LoadOptions options;
   options.dtype = dtype;
@@ -246,7 +251,7 @@ json Session::Impl::load(const json& args, JobContext& job) {
       },
       options);
   fresh->verify();
-  if (fresh->has_tied_head()) used.insert(kHeadKey);  // a copy of the embedding
+  if (fresh->has_tied_head()) used.insert(fresh->info().head_key);  // a copy of the embedding
   std::vector<std::string> unexpected;
   for (const auto& [canonical, name] : stored) {
     if (!used.count(canonical) && !family->is_unused_key(config, canonical)) unexpected.push_back(name);
@@ -381,9 +386,14 @@ Reply Session::handle(const std::string& method, const std::string& args_json, c
     };
     for (const json& entry : v.at("images")) {
       const Picture picture = parse_image(entry, args);
-      add(picture.video ? "pixel_values_videos" : "pixel_values", picture.pixels);
-      if (picture.grid.patches() == 0) continue;
       const PatchGrid& grid = picture.grid;
+      if (picture.side_by_side) {
+        add("pixel_values", patches_side_by_side(picture.pixels));
+        add("tgt_sizes", at::tensor({grid.h, grid.w}, at::kFloat).view({1, 2}));
+        continue;
+      }
+      add(picture.video ? "pixel_values_videos" : "pixel_values", picture.pixels);
+      if (grid.patches() == 0) continue;
       add(picture.video ? "video_grid_thw" : "image_grid_thw",
           at::tensor({grid.t, grid.h, grid.w}, at::kFloat).view({1, 3}));
     }
@@ -439,6 +449,8 @@ Reply Session::handle(const std::string& method, const std::string& args_json, c
     result = quantize_checkpoint_json(v, job);
   } else if (method == "merge") {
     result = merge_adapter_json(v, job);
+  } else if (method == "convert") {
+    result = convert_checkpoint_json(v, job);
   } else if (method == "stats") {
     result = memory_json(memory_stats(s.device));
   } else if (method == "emptyCache") {

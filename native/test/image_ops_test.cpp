@@ -222,3 +222,15 @@ TEST("a plan is read from JSON; sides out of range are ERR_MARTLET_IMAGE") {
   }
   EXPECT_THROWS_CODE(code::kImage, preprocess_image(nullptr, 1, 0, 4, raw_plan(true)));
 }
+
+TEST("a crop of a resized picture has the bits of the whole resized picture there") {
+  const at::Tensor image = picture(37, 23);
+  for (const auto& [height, width] : {std::pair<int64_t, int64_t>{50, 61}, {11, 9}, {23, 61}, {50, 37}, {23, 37}}) {
+    const at::Tensor whole = resize_pillow_bicubic(image, height, width);
+    for (const ImagePlan::Box& box : {ImagePlan::Box{0, 0, height, width}, ImagePlan::Box{0, 0, 1, 1},
+                                      ImagePlan::Box{height - 1, width - 1, 1, 1}, ImagePlan::Box{3, 2, 5, 6}}) {
+      const at::Tensor part = resize_pillow_bicubic(image, {height, width}, box);
+      EXPECT_SAME(part, whole.narrow(0, box.top, box.height).narrow(1, box.left, box.width));
+    }
+  }
+}

@@ -190,7 +190,8 @@ TEST("decoding token by token against the cache gives what one pass over the who
   for (const int64_t id : answer) {
     DecoderPass pass;
     pass.cache = &cache;
-    pass.rotary = model->decoder().rotary(at::tensor({cache.length()}, at::kLong), at::kFloat);
+    const int64_t place = cache.length();
+    model->decoder().place(pass, at::tensor({place}, at::kLong), {{1, place + 1, place}}, at::kFloat);
     parts.push_back(model->decoder().forward(model->decoder().embed(at::tensor({id}, at::kLong)), pass));
     whole.input_ids.push_back(id);
   }

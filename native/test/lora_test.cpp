@@ -6,6 +6,7 @@
 #include "check.h"
 #include "core/base/fs.h"
 #include "core/base/rng.h"
+#include "core/io/checkpoint.h"
 #include "core/io/safetensors.h"
 #include "core/lora/adapter_config.h"
 #include "core/lora/adapter_io.h"

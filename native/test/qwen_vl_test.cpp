@@ -9,6 +9,7 @@
 #include "check.h"
 #include "core/base/fs.h"
 #include "core/base/json.h"
+#include "core/io/checkpoint.h"
 #include "core/io/safetensors.h"
 #include "core/lora/adapter.h"
 #include "core/models/qwen_vl_common/config.h"
@@ -321,7 +322,8 @@ TEST("decoding goes on at the row's next position and gives what one pass over t
     for (const int64_t id : {11, 3, 16}) {
       DecoderPass pass;
       pass.cache = &cache;
-      pass.rotary = model->decoder().rotary(at::tensor({position++}, at::kLong), at::kFloat);
+      model->decoder().place(pass, at::tensor({position}, at::kLong), {{1, position + 1, cache.length()}}, at::kFloat);
+      ++position;
       parts.push_back(model->decoder().forward(model->decoder().embed(at::tensor({id}, at::kLong)), pass));
       whole.input_ids.push_back(id);
     }
@@ -329,7 +331,7 @@ TEST("decoding goes on at the row's next position and gives what one pass over t
   }
 }
 
-TEST("what adapter_config.json says of the targets, PEFT resolves to the same modules") {
+TEST("targets are described so that PEFT takes neither the patch convolution nor a whole block for one") {
   for (const std::string& name : kFamilies) {
     const auto model = fixture_model(name);
     // The tower has modules of the language model's names, and PEFT would take its convolution for `proj`.
@@ -339,9 +341,11 @@ TEST("what adapter_config.json says of the targets, PEFT resolves to the same mo
     EXPECT(std::find(vision.peft_names.begin(), vision.peft_names.end(), "proj") == vision.peft_names.end());
     EXPECT_EQ(vision.peft_regex.rfind("(?:.*\\.)?blocks\\.", 0), 0u);
     for (const auto& [path, linear] : vision.linears) EXPECT(model->part_of(path) == Part::kVision);
+    // `mlp.0` of the merger must not stand for the tower's block 0.
+    const TargetSelection merger = select_targets(*model, {"all-linear"}, "", {true, false, true});
+    EXPECT(std::find(merger.peft_names.begin(), merger.peft_names.end(), "0") == merger.peft_names.end());
     const TargetSelection all = select_targets(*model, {"all-linear"}, "", {false, false, false});
-    EXPECT_EQ(all.linears.size(), language.linears.size() + vision.linears.size() +
-                                      select_targets(*model, {"all-linear"}, "", {true, false, true}).linears.size());
+    EXPECT_EQ(all.linears.size(), language.linears.size() + vision.linears.size() + merger.linears.size());
   }
 }
 

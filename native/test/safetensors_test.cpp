@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "check.h"
+#include "core/io/checkpoint.h"
 
 using namespace martlet;
 using namespace martlet::test;

@@ -680,11 +680,11 @@ test('out of memory in a training step: it is done in smaller parts, and the pro
   };
   const [, , step, after] = await attempts([
     { call: 'infer', options: { ...question, maxNewTokens: 24 } },
-    { call: 'limit-memory', megabytes: 700 },
-    { call: 'train', config: { ...slowConfig(dir, 512), max_steps: 1 } },
+    { call: 'limit-memory', megabytes: 200 },
+    { call: 'train', config: { ...slowConfig(dir, 144), max_steps: 1 } },
     { call: 'infer', options: { ...question, maxNewTokens: 24 } },
   ]);
   assert.ok(step && 'result' in step, JSON.stringify(step));
-  assert.match(readFileSync(join(dir, 'out', 'logs', 'train.log'), 'utf8'), /out of memory with 512 rows at a time/);
+  assert.match(readFileSync(join(dir, 'out', 'logs', 'train.log'), 'utf8'), /out of memory with 144 rows at a time/);
   assert.ok(after && 'result' in after, JSON.stringify(after));
 });

@@ -119,9 +119,10 @@ test('20 kills at random moments: the run ends with the bits of one that was not
   const config = smallConfig(dir, changes);
   const rng = new Rng(1);
   const reached: number[] = [];
+  let idle = 0; // kills in a row before anything new was saved: a busy machine needs longer
   for (let kills = 0; kills < 20; kills++) {
     const resume = checkpoints(out).length > 0;
-    const delay = rng.below(250);
+    const delay = rng.below(250) * (1 + idle);
     let armed = false;
     const { code, signal, stdout } = await runChild(
       'train',
@@ -137,6 +138,7 @@ test('20 kills at random moments: the run ends with the bits of one that was not
     assert.deepEqual({ code, signal }, { code: null, signal: 'SIGKILL' }, `kill ${kills}: ${stdout.slice(-500)}`);
     const done = checkpoints(out);
     for (const step of done) checkWhole(out, step);
+    idle = (done.at(-1) ?? 0) > (reached.at(-1) ?? 0) ? 0 : idle + 1;
     reached.push(done.at(-1) ?? 0);
   }
   assert.ok((reached.at(-1) as number) > 0, `no checkpoint was ever reached: ${reached}`);

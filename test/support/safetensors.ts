@@ -1,4 +1,4 @@
-/** Reads the float tensors of a trusted fixture file. */
+/** Reads the tensors of a trusted fixture file as float32 (whole numbers below 2^24 stay exact). */
 import { readFileSync, writeFileSync } from 'node:fs';
 
 export interface FixtureTensor {
@@ -31,6 +31,8 @@ function toFloat32(dtype: string, raw: Buffer, name: string): Float32Array {
     for (let i = 0; i < halves.length; i++) words[i] = (halves[i] as number) << 16;
     return new Float32Array(words.buffer);
   }
+  if (dtype === 'U8') return Float32Array.from(raw);
+  if (dtype === 'I64') return Float32Array.from(new BigInt64Array(Uint8Array.from(raw).buffer), Number);
   throw new Error(`${name}: the fixture reader does not know ${dtype}`);
 }
 

@@ -56,7 +56,9 @@ test('the package exports these names and no others', () => {
   assert.deepEqual(Object.keys(martlet).sort(), [
     'ERROR_CODES',
     'MartletError',
+    'convertCheckpoint',
     'createProgressRenderer',
+    'drawBoxes',
     'getSystemInfo',
     'infer',
     'loadModel',

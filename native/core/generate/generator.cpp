@@ -78,7 +78,7 @@ Generation generate(const VisionLanguageModel& model, const Sample& prompt, cons
       if (static_cast<int64_t>(out.token_ids.size()) == limit) break;
       const at::Tensor ids = at::full({1}, token, at::TensorOptions().dtype(at::kLong).device(device));
       const at::Tensor position = at::full({1}, next_position++, at::TensorOptions().dtype(at::kLong).device(device));
-      pass.rotary = decoder.rotary(position, hidden.scalar_type());
+      decoder.place(pass, position, {{1, next_position, out.prompt_tokens}}, hidden.scalar_type());
       token = sampler.next(logits_at_end(decoder.forward(decoder.embed(ids), pass)));
     }
   }

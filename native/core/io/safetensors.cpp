@@ -1,14 +1,8 @@
 #include "core/io/safetensors.h"
 
 #include <ATen/ATen.h>
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -84,44 +78,23 @@ json parse_header(const fs::path& path, const char* begin, const char* end) {
 
 std::shared_ptr<SafetensorsFile> SafetensorsFile::open(const fs::path& path) {
   std::shared_ptr<SafetensorsFile> file(new SafetensorsFile());
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) {
-    fail(code::kWeights, "Cannot open " + path.string() + ": " + std::strerror(errno) + ".", {{"path", path.string()}});
-  }
-  struct stat status;
-  if (::fstat(fd, &status) != 0 || !S_ISREG(status.st_mode)) {
-    ::close(fd);
-    fail(code::kWeights, path.string() + " is not a regular file.", {{"path", path.string()}});
-  }
-  file->size_ = static_cast<size_t>(status.st_size);
-  if (file->size_ >= 8) {
-    file->mapping_ = ::mmap(nullptr, file->size_, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (file->mapping_ == MAP_FAILED) file->mapping_ = nullptr;
-  }
-  ::close(fd);
-  if (file->size_ < 8) broken(path, "it has only " + std::to_string(file->size_) + " bytes");
-  if (file->mapping_ == nullptr) {
-    fail(code::kIo, "Cannot map " + path.string() + " into memory: " + std::strerror(errno) + ".",
-         {{"path", path.string()}});
-  }
+  file->file_ = MappedFile::open(path);
   file->parse(path);
   return file;
 }
 
-SafetensorsFile::~SafetensorsFile() {
-  if (mapping_ != nullptr) ::munmap(mapping_, size_);
-}
-
 void SafetensorsFile::parse(const fs::path& path) {
-  const char* bytes = static_cast<const char*>(mapping_);
+  const char* bytes = file_->data();
+  const size_t size = file_->size();
+  if (size < 8) broken(path, "it has only " + std::to_string(size) + " bytes");
   uint64_t header_size = 0;
   for (int i = 7; i >= 0; --i) header_size = header_size << 8 | static_cast<uint8_t>(bytes[i]);
-  if (header_size > kMaxHeader || header_size > size_ - 8) {
-    broken(path, "its header claims " + std::to_string(header_size) + " bytes, the file has " + std::to_string(size_));
+  if (header_size > kMaxHeader || header_size > size - 8) {
+    broken(path, "its header claims " + std::to_string(header_size) + " bytes, the file has " + std::to_string(size));
   }
-  data_ = bytes + 8 + header_size;
-  const size_t data_size = size_ - 8 - header_size;
-  const json header = parse_header(path, bytes + 8, data_);
+  data_ = 8 + header_size;
+  const size_t data_size = size - data_;
+  const json header = parse_header(path, bytes + 8, bytes + data_);
 
   for (const auto& [name, entry] : header.items()) {
     if (name == "__metadata__") {
@@ -199,117 +172,15 @@ void SafetensorsFile::parse(const fs::path& path) {
   }
 }
 
-const TensorInfo* SafetensorsFile::find(const std::string& name) const {
-  const auto it = index_.find(name);
-  return it == index_.end() ? nullptr : &tensors_[it->second];
-}
-
-at::Tensor SafetensorsFile::tensor(const std::string& name) {
+at::Tensor SafetensorsFile::tensor(const std::string& name) const {
   const TensorInfo* info = find(name);
-  if (info == nullptr) return at::Tensor();
-  const char* begin = data_ + info->begin;
-  if (reinterpret_cast<uintptr_t>(begin) % c10::elementSize(info->dtype) != 0) {
-    at::Tensor copy = at::empty(info->shape, info->dtype);
-    // An empty tensor has no memory, and memcpy takes no null pointer.
-    if (info->nbytes() > 0) std::memcpy(copy.mutable_data_ptr(), begin, info->nbytes());
-    return copy;
-  }
-  // The mapping is private and never written to, so dropping const is safe.
-  return at::from_blob(
-      const_cast<char*>(begin), info->shape, [self = shared_from_this()](void*) {},
-      at::TensorOptions().dtype(info->dtype));
+  return info == nullptr ? at::Tensor() : file_->tensor(data_ + info->begin, info->shape, info->dtype);
 }
 
 void SafetensorsFile::release(const std::string& name) const {
   const TensorInfo* info = find(name);
-  if (info == nullptr) return;
-  // Whole pages only: the first and the last may hold a neighbour.
-  const auto page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data_ + info->begin) + page - 1) / page * page;
-  const uintptr_t end = reinterpret_cast<uintptr_t>(data_ + info->end) / page * page;
-  // The mapping is private and never written to, so its pages can be had from the file again.
-  if (end > begin) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+  if (info != nullptr) file_->release(data_ + info->begin, info->nbytes());
 }
-
-Checkpoint Checkpoint::open(const fs::path& dir) {
-  Checkpoint checkpoint;
-  const fs::path single = dir / "model.safetensors", index_path = dir / "model.safetensors.index.json";
-  std::map<std::string, std::string> weight_map;
-  std::vector<std::string> shard_names;
-  if (fs::exists(index_path)) {
-    const json index = read_json_file(index_path);
-    const auto map = index.is_object() ? index.find("weight_map") : index.end();
-    if (!index.is_object() || map == index.end() || !map->is_object()) {
-      fail(code::kWeights, index_path.string() + " has no weight_map. Download it again.",
-           {{"path", index_path.string()}});
-    }
-    std::set<std::string> shards;
-    for (const auto& [key, shard] : map->items()) {
-      // A shard is a file of this folder; a path could lead anywhere.
-      if (!shard.is_string() || shard.get<std::string>().find('/') != std::string::npos ||
-          shard.get<std::string>().empty() || shard == ".." || shard == ".") {
-        fail(code::kWeights,
-             index_path.string() + " names the file " + shard.dump() + " for " + key +
-                 ", which is not a file of this folder.",
-             {{"path", index_path.string()}, {"key", key}});
-      }
-      weight_map[key] = shard.get<std::string>();
-      shards.insert(weight_map[key]);
-    }
-    shard_names.assign(shards.begin(), shards.end());
-  } else if (fs::exists(single)) {
-    shard_names = {"model.safetensors"};
-  } else {
-    bool pickled = false;
-    std::error_code ec;
-    for (const auto& entry : fs::directory_iterator(dir, ec)) {
-      const std::string name = entry.path().filename().string();
-      pickled = pickled || (name.rfind("pytorch_model", 0) == 0 && entry.path().extension() == ".bin");
-    }
-    fail(code::kWeights,
-         pickled ? dir.string() +
-                       " holds its weights as pytorch_model*.bin, which cannot be read yet. Convert them once with "
-                       "transformers: "
-                       "AutoModelForImageTextToText.from_pretrained(dir).save_pretrained(out)."
-                 : dir.string() +
-                       " holds neither model.safetensors nor model.safetensors.index.json: the weights are missing. "
-                       "Download them.",
-         {{"path", dir.string()}});
-  }
-  for (const std::string& shard : shard_names) {
-    const fs::path path = dir / shard;
-    if (!fs::exists(path)) {
-      fail(code::kWeights,
-           "The shard " + path.string() + " is missing (named in model.safetensors.index.json). Download it.",
-           {{"path", path.string()}});
-    }
-    checkpoint.files_.push_back(SafetensorsFile::open(path));
-    SafetensorsFile* file = checkpoint.files_.back().get();
-    for (const TensorInfo& info : file->tensors()) {
-      if (!weight_map.empty()) {
-        const auto it = weight_map.find(info.name);
-        if (it == weight_map.end() || it->second != shard) {
-          fail(code::kWeights, path.string() + " holds " + info.name + ", which the index does not place there.",
-               {{"path", path.string()}, {"key", info.name}});
-        }
-      }
-      checkpoint.names_.push_back(info.name);
-      checkpoint.where_[info.name] = file;
-    }
-  }
-  for (const auto& [key, shard] : weight_map) {
-    if (!checkpoint.where_.count(key)) {
-      fail(code::kWeights,
-           "The index places " + key + " in " + shard + ", which does not hold it. Download the shard again.",
-           {{"path", (dir / shard).string()}, {"key", key}});
-    }
-  }
-  return checkpoint;
-}
-
-const TensorInfo& Checkpoint::info(const std::string& name) const { return *where_.at(name)->find(name); }
-at::Tensor Checkpoint::tensor(const std::string& name) const { return where_.at(name)->tensor(name); }
-void Checkpoint::release(const std::string& name) const { where_.at(name)->release(name); }
 
 namespace {
 

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cmath>
 
 namespace martlet {
 
@@ -26,17 +27,24 @@ std::pair<at::Tensor, at::Tensor> KvCache::append(int64_t layer, const at::Tenso
 }
 
 DecoderAttention::DecoderAttention(const DecoderConfig& c)
-    : q_proj(c.hidden_size, c.num_heads * c.head_dim, c.qkv_bias),
-      k_proj(c.hidden_size, c.num_kv_heads * c.head_dim, c.qkv_bias),
-      v_proj(c.hidden_size, c.num_kv_heads * c.head_dim, c.qkv_bias),
-      o_proj(c.num_heads * c.head_dim, c.hidden_size, c.output_bias),
+    : o_proj(c.num_heads * c.head_dim, c.hidden_size, c.output_bias),
       num_heads_(c.num_heads),
       num_kv_heads_(c.num_kv_heads),
       head_dim_(c.head_dim) {
-  register_module(q_proj, "q_proj");
-  register_module(k_proj, "k_proj");
-  register_module(v_proj, "v_proj");
-  register_module(o_proj, "o_proj");
+  if (c.fused_qkv) {
+    const int64_t heads = c.num_heads + 2 * c.num_kv_heads;
+    qkv.push_back(std::make_unique<Linear>(c.hidden_size, heads * c.head_dim, c.qkv_bias));
+    register_module(*qkv[0], c.names.fused_qkv);
+  } else {
+    const auto add = [&](const char* name, int64_t heads) {
+      qkv.push_back(std::make_unique<Linear>(c.hidden_size, heads * c.head_dim, c.qkv_bias));
+      register_module(*qkv.back(), name);
+    };
+    add("q_proj", c.num_heads);
+    add("k_proj", c.num_kv_heads);
+    add("v_proj", c.num_kv_heads);
+  }
+  register_module(o_proj, c.names.attention_out);
   if (!c.qk_norm) return;
   register_module(q_norm.emplace(c.head_dim, c.norm_eps), "q_norm");
   register_module(k_norm.emplace(c.head_dim, c.norm_eps), "k_norm");
@@ -44,12 +52,21 @@ DecoderAttention::DecoderAttention(const DecoderConfig& c)
 
 at::Tensor DecoderAttention::forward(const at::Tensor& x, const DecoderPass& pass, int64_t layer) const {
   const int64_t tokens = x.size(0);
-  const auto rotated = [&](const Linear& proj, const std::optional<RmsNorm>& norm, int64_t heads) {
-    const at::Tensor states = proj.forward(x, pass.options.dropout).view({tokens, heads, head_dim_});
-    return apply_rotary(norm ? norm->forward(states) : states, pass.rotary);
+  std::vector<at::Tensor> states;  // [T, heads, d] each
+  if (qkv.size() == 1) {
+    states = qkv[0]
+                 ->forward(x, pass.options.dropout)
+                 .view({tokens, -1, head_dim_})
+                 .split_with_sizes({num_heads_, num_kv_heads_, num_kv_heads_}, 1);
+  } else {
+    for (const auto& proj : qkv) states.push_back(proj->forward(x, pass.options.dropout).view({tokens, -1, head_dim_}));
+  }
+  const auto rotated = [&](const at::Tensor& heads, const std::optional<RmsNorm>& norm) {
+    return apply_rotary(norm ? norm->forward(heads) : heads, pass.rotary);
   };
-  const at::Tensor q = rotated(q_proj, q_norm, num_heads_), k = rotated(k_proj, k_norm, num_kv_heads_);
-  const at::Tensor v = v_proj.forward(x, pass.options.dropout).view({tokens, num_kv_heads_, head_dim_});
+  at::Tensor q = rotated(states[0], q_norm);
+  const at::Tensor k = rotated(states[1], k_norm), &v = states[2];
+  if (pass.query_scale.defined()) q = q * pass.query_scale;
   at::Tensor mixed;
   if (pass.cache != nullptr && pass.cache->length() > 0) {
     const auto [keys, values] = pass.cache->append(layer, k, v);
@@ -63,13 +80,13 @@ at::Tensor DecoderAttention::forward(const at::Tensor& x, const DecoderPass& pas
 
 DecoderLayer::DecoderLayer(const DecoderConfig& c)
     : self_attn(c),
-      mlp(c.hidden_size, c.intermediate_size, c.mlp_bias),
+      mlp(c.hidden_size, c.intermediate_size, c.mlp_bias, c.names.mlp),
       input_layernorm(c.hidden_size, c.norm_eps),
       post_attention_layernorm(c.hidden_size, c.norm_eps) {
-  register_module(self_attn, "self_attn");
+  register_module(self_attn, c.names.attention);
   register_module(mlp, "mlp");
-  register_module(input_layernorm, "input_layernorm");
-  register_module(post_attention_layernorm, "post_attention_layernorm");
+  register_module(input_layernorm, c.names.input_norm);
+  register_module(post_attention_layernorm, c.names.post_attention_norm);
 }
 
 at::Tensor DecoderLayer::forward(const at::Tensor& x, const DecoderPass& pass, int64_t layer) const {
@@ -82,17 +99,59 @@ at::Tensor DecoderLayer::forward(const at::Tensor& x, const DecoderPass& pass, i
 
 Decoder::Decoder(const DecoderConfig& config)
     : embed_tokens(config.vocab_size, config.hidden_size), norm(config.hidden_size, config.norm_eps), config_(config) {
-  register_module(embed_tokens, "embed_tokens");
+  register_module(embed_tokens, config.names.embed_tokens);
   for (int64_t i = 0; i < config.num_layers; ++i) {
     layers.push_back(std::make_unique<DecoderLayer>(config));
-    register_module(*layers.back(), "layers." + std::to_string(i));
+    register_module(*layers.back(), config.names.layers + "." + std::to_string(i));
   }
-  register_module(norm, "norm");
+  register_module(norm, config.names.norm);
 }
 
-RotaryTable Decoder::rotary(const at::Tensor& positions, at::ScalarType dtype) const {
-  if (positions.dim() == 1) return rotary_table(positions, config_.head_dim, config_.rope_theta, dtype);
-  return rotary_table(positions, config_.rope_axis, config_.head_dim, config_.rope_theta, dtype);
+namespace {
+
+double rope_theta(const DecoderConfig& config, int64_t prompt) {
+  if (!config.long_context || !config.long_context->dynamic_ntk || prompt == 0) return config.rope_theta;
+  const double ratio = static_cast<double>(prompt) / static_cast<double>(config.long_context->trained_length);
+  const double alpha = std::max(std::exp2(std::ceil(std::log(ratio) / std::log(2.0) + 1.0)) - 1.0, 1.0);
+  const auto d = static_cast<double>(config.head_dim);
+  return config.rope_theta * std::pow(alpha, d / (d - 2.0));
+}
+
+}  // namespace
+
+void Decoder::place(DecoderPass& pass, const at::Tensor& positions, const std::vector<Row>& rows,
+                    at::ScalarType dtype) const {
+  const at::ScalarType table = config_.rope_float32 ? at::kFloat : dtype;
+  if (positions.dim() > 1) {
+    pass.rotary = rotary_table(positions, config_.rope_axis, config_.head_dim, config_.rope_theta, table);
+    return;
+  }
+  std::vector<double> thetas;
+  for (const Row& row : rows) thetas.push_back(rope_theta(config_, row.prompt));
+  if (std::all_of(thetas.begin(), thetas.end(), [&](double theta) { return theta == thetas[0]; })) {
+    pass.rotary = rotary_table(positions, config_.head_dim, thetas.at(0), table);
+  } else {
+    std::vector<at::Tensor> cos, sin;
+    int64_t start = 0;
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const at::Tensor own = positions.narrow(0, start, rows[i].tokens);
+      const RotaryTable part = rotary_table(own, config_.head_dim, thetas[i], table);
+      cos.push_back(part.cos);
+      sin.push_back(part.sin);
+      start += rows[i].tokens;
+    }
+    pass.rotary = {at::cat(cos), at::cat(sin)};
+  }
+  pass.query_scale = at::Tensor();
+  if (!config_.long_context || !config_.long_context->log_scale) return;
+  const int64_t trained = config_.long_context->trained_length;
+  if (std::none_of(rows.begin(), rows.end(), [&](const Row& row) { return row.prompt > 0 && row.end > trained; }))
+    return;
+  const at::Tensor counted = positions.to(at::kDouble) + 1.0;
+  pass.query_scale = at::where(counted > trained, counted.log() / std::log(static_cast<double>(trained)), 1.0)
+                         .to(at::kFloat)
+                         .to(dtype)
+                         .view({-1, 1, 1});
 }
 
 at::Tensor Decoder::forward(at::Tensor hidden, const DecoderPass& pass) const {

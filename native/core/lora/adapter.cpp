@@ -45,7 +45,8 @@ std::string joined(const std::vector<std::string>& names) {
 }
 
 // Fills peft_names or peft_regex. A bare `q_proj` would make PEFT put pairs into a vision tower that has modules of
-// that name too. `all`: paths of everything with weights, since PEFT takes convolutions and embeddings as well.
+// that name too. `all`: paths of all modules, since PEFT takes convolutions and embeddings as well, and stops at a
+// block named `0`.
 void describe_for_peft(TargetSelection& selection, const std::vector<std::string>& all) {
   std::set<std::string> chosen, names;
   for (const auto& [path, linear] : selection.linears) {
@@ -104,7 +105,7 @@ std::vector<std::string> nearest_names(const std::string& name, const std::set<s
 std::map<std::string, Linear*> linears_of(VisionLanguageModel& model) {
   std::map<std::string, Linear*> linears;
   model.visit([&](const std::string& path, Module& module) {
-    if (auto* linear = dynamic_cast<Linear*>(&module); linear != nullptr && path != "lm_head")
+    if (auto* linear = dynamic_cast<Linear*>(&module); linear != nullptr && !model.info().is_head(path))
       linears.emplace(path, linear);
   });
   return linears;
@@ -121,12 +122,12 @@ int64_t Adapter::numel() const {
 TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std::string>& names,
                                const std::string& regex, const FreezeFlags& freeze) {
   std::vector<std::pair<std::string, Linear*>> linears;
-  std::vector<std::string> weighted;
+  std::vector<std::string> all;
   std::set<std::string> last_names;
   model.visit([&](const std::string& path, Module& module) {
-    if (!module.own_parameters().empty()) weighted.push_back(path);
+    all.push_back(path);
     auto* linear = dynamic_cast<Linear*>(&module);
-    if (linear == nullptr || path == "lm_head") return;
+    if (linear == nullptr || model.info().is_head(path)) return;
     linears.emplace_back(path, linear);
     last_names.insert(path.substr(path.rfind('.') + 1));
   });
@@ -184,7 +185,7 @@ TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std
                   : "; the modules that did match are in a frozen part (see freeze_vit, freeze_aligner, freeze_llm)."),
          {{"path", "target_modules"}, {"asked", asked}, {"known", known}});
   }
-  describe_for_peft(out, weighted);
+  describe_for_peft(out, all);
   return out;
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
@@ -11,6 +12,7 @@
 #include "core/base/dtype.h"
 #include "core/base/error.h"
 #include "core/base/json.h"
+#include "core/io/checkpoint.h"
 #include "core/io/safetensors.h"
 #include "core/lora/adapter_io.h"
 #include "core/models/quantization.h"

@@ -23,6 +23,10 @@ struct ModelInfo {
   int64_t max_positions = 0;
   int64_t image_token_id = -1;
   int64_t video_token_id = -1;  // −1: no videos
+  // Canonical names of the two weights that may be one.
+  std::string embedding_key = "model.language_model.embed_tokens.weight", head_key = "lm_head.weight";
+  // The output layer's module: adapters leave it as it is.
+  bool is_head(const std::string& path) const { return path + ".weight" == head_key; }
   bool is_placeholder(int64_t id) const { return id == image_token_id || id == video_token_id; }
 };
 
@@ -57,12 +61,8 @@ class VisionLanguageModel : public Module {
   bool has_tied_head() const { return &head_weight() == &decoder().embed_tokens.weight.value; }
 };
 
-// Canonical names that all families share.
-inline constexpr const char* kEmbeddingKey = "model.language_model.embed_tokens.weight";
-inline constexpr const char* kHeadKey = "lm_head.weight";
-
 // transformers 5: the head is the embedding if the config says so, unless the file holds a head that differs from it.
-bool has_own_head(const DecoderConfig& text, const WeightSource& stored);
+bool has_own_head(const DecoderConfig& text, const ModelInfo& info, const WeightSource& stored);
 
 struct Family {
   const char* name;

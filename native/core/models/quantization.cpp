@@ -3,12 +3,14 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "core/base/dtype.h"
 #include "core/base/error.h"
 #include "core/base/json.h"
 #include "core/base/runtime.h"
+#include "core/io/safetensors.h"
 #include "core/models/registry.h"
 #include "core/nn/linear.h"
 #include "core/quant/nf4.h"

@@ -7,7 +7,7 @@
 #include <string>
 
 #include "core/base/job.h"
-#include "core/io/safetensors.h"
+#include "core/io/checkpoint.h"
 #include "core/models/model.h"
 
 namespace martlet {

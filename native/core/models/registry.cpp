@@ -5,22 +5,24 @@
 
 #include "core/base/error.h"
 #include "core/models/llava/llava.h"
+#include "core/models/minicpm_v/minicpm_v.h"
 #include "core/models/qwen2_5_vl/qwen2_5_vl.h"
 #include "core/models/qwen2_vl/qwen2_vl.h"
 #include "core/models/qwen3_vl/qwen3_vl.h"
+#include "core/models/qwen_vl/qwen_vl.h"
 
 namespace martlet {
 
 const Family& family_for(const nlohmann::json& config, const std::string& model_dir) {
-  static const std::vector<const Family*> families = {&llava_family(), &qwen2_vl_family(), &qwen2_5_vl_family(),
-                                                      &qwen3_vl_family()};
+  static const std::vector<const Family*> families = {&llava_family(),    &qwen2_vl_family(), &qwen2_5_vl_family(),
+                                                      &qwen3_vl_family(), &qwen_vl_family(),  &minicpm_v_family()};
   const std::string model_type = config.is_object() ? config.value("model_type", nlohmann::json()).dump() : "null";
   std::string known;
   for (const Family* family : families) {
     for (const std::string& type : family->model_types) {
       if (model_type == "\"" + type + "\"") return *family;
-      known += (known.empty() ? "" : ", ") + type;
     }
+    known += (known.empty() ? "" : ", ") + family->model_types[0];
   }
   fail(code::kUnsupportedModel,
        model_dir + "/config.json has model_type " + model_type + ", which is not supported. Supported: " + known + ".",

@@ -38,28 +38,41 @@ at::Tensor batched(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
 
 at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceLengths& rows,
                             bool causal) {
+  return packed_attention(q, k, v, rows, rows, causal);
+}
+
+at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                            const SequenceLengths& q_rows, const SequenceLengths& k_rows, bool causal) {
   if (uses_flash(q)) {
     const std::optional<double> scale = std::nullopt;
-    return std::get<0>(at::_flash_attention_forward(q, k, v, rows.cu_seqlens, rows.cu_seqlens, rows.max_length,
-                                                    rows.max_length, 0.0, causal, /*return_debug_mask=*/false, scale));
+    return std::get<0>(at::_flash_attention_forward(q, k, v, q_rows.cu_seqlens, k_rows.cu_seqlens, q_rows.max_length,
+                                                    k_rows.max_length, 0.0, causal, /*return_debug_mask=*/false,
+                                                    scale));
   }
-  if (rows.uniform()) {
-    const auto split = [&](const at::Tensor& x) {
+  if (q_rows.uniform() && k_rows.uniform()) {
+    const auto split = [&](const at::Tensor& x, const SequenceLengths& rows) {
       return x.view({rows.rows(), rows.max_length, x.size(1), x.size(2)});
     };
-    return batched(split(q), split(k), split(v), causal).flatten(0, 1);
+    return batched(split(q, q_rows), split(k, k_rows), split(v, k_rows), causal).flatten(0, 1);
   }
   // Rows of one length are one call.
-  std::map<int64_t, std::vector<int64_t>> starts;  // by length
-  for (int64_t i = 0; i < rows.rows(); ++i) starts[rows.offsets[i + 1] - rows.offsets[i]].push_back(rows.offsets[i]);
+  std::map<std::pair<int64_t, int64_t>, std::vector<int64_t>> groups;  // rows, by lengths of queries and keys
+  for (int64_t i = 0; i < q_rows.rows(); ++i) {
+    groups[{q_rows.offsets[i + 1] - q_rows.offsets[i], k_rows.offsets[i + 1] - k_rows.offsets[i]}].push_back(i);
+  }
   std::vector<at::Tensor> parts, places;
-  for (const auto& [length, first] : starts) {
-    const at::Tensor place = (at::tensor(first, at::kLong).unsqueeze(1) + at::arange(length, at::kLong)).flatten();
-    places.push_back(place.to(q.device()));
-    const auto group = [&, n = static_cast<int64_t>(first.size()), length = length](const at::Tensor& x) {
-      return x.index_select(0, places.back()).view({n, length, x.size(1), x.size(2)});
+  for (const auto& [lengths, members] : groups) {
+    const auto positions = [&, &members = members](const SequenceLengths& rows, int64_t length) {
+      std::vector<int64_t> starts;
+      for (const int64_t row : members) starts.push_back(rows.offsets[row]);
+      return (at::tensor(starts, at::kLong).unsqueeze(1) + at::arange(length, at::kLong)).flatten().to(q.device());
     };
-    parts.push_back(batched(group(q), group(k), group(v), causal).flatten(0, 1));
+    const auto group = [n = static_cast<int64_t>(members.size())](const at::Tensor& x, const at::Tensor& place) {
+      return x.index_select(0, place).view({n, -1, x.size(1), x.size(2)});
+    };
+    const at::Tensor q_place = positions(q_rows, lengths.first), k_place = positions(k_rows, lengths.second);
+    places.push_back(q_place);
+    parts.push_back(batched(group(q, q_place), group(k, k_place), group(v, k_place), causal).flatten(0, 1));
   }
   return at::empty(q.sizes(), q.options()).index_copy(0, at::cat(places), at::cat(parts));
 }

@@ -24,6 +24,9 @@ struct SequenceLengths {
 // that occurs.
 at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceLengths& rows,
                             bool causal);
+// Row i of the queries attends to row i of the keys.
+at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                            const SequenceLengths& q_rows, const SequenceLengths& k_rows, bool causal);
 
 // One new position against a cache: q: [1, heads, d], k and v: [length, kv_heads, d] → [1, heads, d].
 at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v);

@@ -22,6 +22,7 @@ enum class Recompute {
 struct ForwardOptions {
   DropoutSource* dropout = nullptr;  // training only
   Recompute recompute = Recompute::kNone;
+  bool training = false;            // some models read long rows otherwise at inference
   const JobContext* job = nullptr;  // asked for cancellation at each layer, forward and backward
 };
 

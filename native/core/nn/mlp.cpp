@@ -20,13 +20,13 @@ at::Tensor Mlp::forward(const at::Tensor& x, DropoutSource* dropout) const {
   return second.forward(product, dropout);
 }
 
-GatedMlp::GatedMlp(int64_t hidden_size, int64_t intermediate_size, bool bias)
+GatedMlp::GatedMlp(int64_t hidden_size, int64_t intermediate_size, bool bias, const GatedMlpNames& names)
     : gate_proj(hidden_size, intermediate_size, bias),
       up_proj(hidden_size, intermediate_size, bias),
       down_proj(intermediate_size, hidden_size, bias) {
-  register_module(gate_proj, "gate_proj");
-  register_module(up_proj, "up_proj");
-  register_module(down_proj, "down_proj");
+  register_module(gate_proj, names.gate);
+  register_module(up_proj, names.up);
+  register_module(down_proj, names.down);
 }
 
 at::Tensor GatedMlp::forward(const at::Tensor& x, DropoutSource* dropout) const {

@@ -28,10 +28,14 @@ class Mlp : public FeedForward {
   Activation activation_;
 };
 
+struct GatedMlpNames {
+  std::string gate = "gate_proj", up = "up_proj", down = "down_proj";
+};
+
 // down_proj(silu(gate_proj(x)) · up_proj(x)).
 class GatedMlp : public FeedForward {
  public:
-  GatedMlp(int64_t hidden_size, int64_t intermediate_size, bool bias);
+  GatedMlp(int64_t hidden_size, int64_t intermediate_size, bool bias, const GatedMlpNames& names = {});
   at::Tensor forward(const at::Tensor& x, DropoutSource* dropout) const override;
   Linear gate_proj, up_proj, down_proj;
 };

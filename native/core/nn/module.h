@@ -21,6 +21,7 @@ struct Parameter {
   QuantizedPtr quantized;  // null = kept in full
   // The model's own value while an adapter's fully trained one stands in its place.
   std::optional<at::Tensor> replaced;
+  bool fixed = false;  // a table of the checkpoint that is never trained
 
   int64_t numel() const;
   bool loaded() const { return value.defined() || quantized != nullptr; }

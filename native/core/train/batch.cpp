@@ -76,7 +76,12 @@ DecoderInput embed(const VisionLanguageModel& model, const PackedBatch& batch, c
   out.hidden = model.decoder().embed(batch.input_ids);
   out.pass.rows = &batch.rows;
   out.pass.options = options;
-  out.pass.rotary = model.decoder().rotary(batch.positions, out.hidden.scalar_type());
+  std::vector<Decoder::Row> rows;
+  for (size_t i = 0; i + 1 < batch.rows.offsets.size(); ++i) {
+    const int64_t tokens = batch.rows.offsets[i + 1] - batch.rows.offsets[i];
+    rows.push_back({tokens, batch.next_positions[i], options.training ? 0 : tokens});
+  }
+  model.decoder().place(out.pass, batch.positions, rows, out.hidden.scalar_type());
   if (batch.images.empty()) {
     if (batch.image_rows.numel() > 0) {
       fail(code::kImage,

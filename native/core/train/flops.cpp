@@ -14,7 +14,7 @@ FlopCounter::FlopCounter(VisionLanguageModel& model, bool full, int64_t adapter)
   double linears = 0;
   model.visit([&](const std::string& path, Module& module) {
     const auto* linear = dynamic_cast<const Linear*>(&module);
-    if (linear != nullptr && path != "lm_head" && model.part_of(path) == Part::kLanguage)
+    if (linear != nullptr && !model.info().is_head(path) && model.part_of(path) == Part::kLanguage)
       linears += static_cast<double>(linear->in_features() * linear->out_features());
   });
   const DecoderConfig& d = model.decoder().config();

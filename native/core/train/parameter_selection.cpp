@@ -85,6 +85,7 @@ ParameterSelection select_full(VisionLanguageModel& model, const FreezeFlags& fr
   const double limit = rules.frozen_ratio * static_cast<double>(total);
   model.visit_parameters([&](const std::string& name, Parameter& parameter) {
     seen += parameter.numel();
+    if (parameter.fixed) return;
     const bool kept = freeze.frozen(model.part_of(name)) || frozen.matches(name) ||
                       (rules.frozen_ratio > 0 && static_cast<double>(seen) <= limit);
     if (trainable.matches(name) || !kept) out.parameters.emplace_back(name, &parameter);

@@ -13,6 +13,7 @@
 #include "core/base/error.h"
 #include "core/base/json.h"
 #include "core/base/rng.h"
+#include "core/io/checkpoint.h"
 #include "core/io/safetensors.h"
 #include "core/nn/norm.h"
 #include "core/train/loss.h"
@@ -254,6 +255,7 @@ StepResult Trainer::run(int64_t number, const std::vector<MicroBatch>& micro_bat
       ForwardOptions options;
       options.dropout = train ? &dropout_ : nullptr;
       options.recompute = train ? options_.recompute : Recompute::kNone;
+      options.training = train;
       options.job = &job;
       ForwardOptions vision = options;
       vision.recompute = train && options_.vision_recompute ? Recompute::kLayer : Recompute::kNone;
@@ -419,6 +421,7 @@ std::vector<std::string> Trainer::save_full(const std::string& dir, int64_t max_
   std::map<std::string, at::Tensor> values;
   for (size_t i = 0; i < parameters_->parameters().size(); ++i)
     values[parameters_->parameters()[i].name] = parameters_->master_view(i);
+  const ModelInfo& own = model_.info();
   const Checkpoint base = Checkpoint::open(model_dir_);
   ShardPlan plan;
   for (const std::string& name : base.names()) plan.push_back(base.info(name));
@@ -427,7 +430,7 @@ std::vector<std::string> Trainer::save_full(const std::string& dir, int64_t max_
     job.check();
     const TensorInfo& info = base.info(name);
     const std::string key = family_.canonical_key(name);
-    const auto it = values.find(key == kHeadKey && model_.has_tied_head() ? kEmbeddingKey : key);
+    const auto it = values.find(key == own.head_key && model_.has_tied_head() ? own.embedding_key : key);
     if (it == values.end()) {
       writer.add(name, base.tensor(name));
     } else {

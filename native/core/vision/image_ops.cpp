@@ -42,17 +42,18 @@ double bicubic(double x) {
   return 0.0;
 }
 
-Weights bicubic_weights(int64_t in, int64_t out) {
+// Of the output pixels [begin, begin + size) of `out`.
+Weights bicubic_weights(int64_t in, int64_t out, int64_t begin, int64_t size) {
   const double scale = static_cast<double>(in) / static_cast<double>(out);
   const double filter_scale = std::max(scale, 1.0);
   const double support = 2.0 * filter_scale;
   Weights weights;
   weights.stride = static_cast<int64_t>(std::ceil(support)) * 2 + 1;
-  weights.spans.resize(out);
-  weights.fixed.assign(out * weights.stride, 0);
+  weights.spans.resize(size);
+  weights.fixed.assign(size * weights.stride, 0);
   std::vector<double> row(weights.stride);
-  for (int64_t i = 0; i < out; ++i) {
-    const double center = (static_cast<double>(i) + 0.5) * scale;
+  for (int64_t i = 0; i < size; ++i) {
+    const double center = (static_cast<double>(begin + i) + 0.5) * scale;
     // C's truncation towards zero, as in the original.
     const int64_t first = std::max<int64_t>(0, static_cast<int64_t>(center - support + 0.5));
     const int64_t count = std::min<int64_t>(in, static_cast<int64_t>(center + support + 0.5)) - first;
@@ -114,7 +115,7 @@ ImagePlan parse_image_plan(const json& value) {
   if (value.contains("patches")) {
     const json& patches = value["patches"];
     plan.patches = {patches.at("size").get<int64_t>(), patches.at("temporal").get<int64_t>(),
-                    patches.at("merge").get<int64_t>()};
+                    patches.at("merge").get<int64_t>(), patches.value("sideBySide", false)};
   }
   plan.rescale = value.at("rescale").get<double>();
   plan.mean = value.at("mean").get<std::array<double, 3>>();
@@ -123,22 +124,35 @@ ImagePlan parse_image_plan(const json& value) {
 }
 
 at::Tensor resize_pillow_bicubic(const at::Tensor& image, int64_t height, int64_t width) {
-  at::Tensor current = image.contiguous();
-  if (width != current.size(1)) {
-    const int64_t in_h = current.size(0), in_w = current.size(1);
-    at::Tensor out = at::empty({in_h, width, 3}, at::kByte);
-    resample_pass(current.const_data_ptr<uint8_t>(), out.mutable_data_ptr<uint8_t>(), bicubic_weights(in_w, width),
-                  in_h, in_w * 3, width * 3, 3, 3);
-    current = out;
+  return resize_pillow_bicubic(image, {height, width}, {0, 0, height, width});
+}
+
+at::Tensor resize_pillow_bicubic(const at::Tensor& image, ImagePlan::Size size, ImagePlan::Box box) {
+  const int64_t in_h = image.size(0), in_w = image.size(1);
+  // Rows that the second pass reads.
+  std::optional<Weights> down;
+  int64_t first = box.top, rows = box.height;
+  if (size.height != in_h) {
+    down = bicubic_weights(in_h, size.height, box.top, box.height);
+    first = down->spans.front().first;
+    rows = down->spans.back().first + down->spans.back().count - first;
+    for (Weights::Span& span : down->spans) span.first -= first;
   }
-  if (height != current.size(0)) {
-    const int64_t in_h = current.size(0), w = current.size(1);
-    at::Tensor out = at::empty({height, w, 3}, at::kByte);
-    resample_pass(current.const_data_ptr<uint8_t>(), out.mutable_data_ptr<uint8_t>(), bicubic_weights(in_h, height), w,
-                  3, 3, w * 3, w * 3);
+  at::Tensor current = image.narrow(0, first, rows);
+  if (size.width != in_w) {
+    current = current.contiguous();
+    at::Tensor out = at::empty({rows, box.width, 3}, at::kByte);
+    resample_pass(current.const_data_ptr<uint8_t>(), out.mutable_data_ptr<uint8_t>(),
+                  bicubic_weights(in_w, size.width, box.left, box.width), rows, in_w * 3, box.width * 3, 3, 3);
     current = out;
+  } else {
+    current = current.narrow(1, box.left, box.width).contiguous();
   }
-  return current;
+  if (!down) return current;
+  at::Tensor out = at::empty({box.height, box.width, 3}, at::kByte);
+  resample_pass(current.const_data_ptr<uint8_t>(), out.mutable_data_ptr<uint8_t>(), *down, box.width, 3, 3,
+                box.width * 3, box.width * 3);
+  return out;
 }
 
 namespace {
@@ -146,8 +160,13 @@ namespace {
 // One frame → [3, H, W] float32.
 at::Tensor preprocess_frame(const uint8_t* rgb, int64_t width, int64_t height, const ImagePlan& plan) {
   at::Tensor image = at::from_blob(const_cast<uint8_t*>(rgb), {height, width, 3}, at::kByte);  // read only
+  bool cropped = false;
   if (plan.resize && plan.pillow) {
-    image = resize_pillow_bicubic(image, plan.resize->height, plan.resize->width);
+    const auto& [h, w] = *plan.resize;
+    const ImagePlan::Box whole = {0, 0, h, w}, box = plan.crop.value_or(whole);
+    // Only what a crop inside the picture keeps is computed: slices of one picture cost as much as the picture.
+    cropped = box.top >= 0 && box.left >= 0 && box.height <= h - box.top && box.width <= w - box.left;
+    image = resize_pillow_bicubic(image, *plan.resize, cropped ? box : whole);
   }
   image = image.permute({2, 0, 1}).contiguous();
   if (plan.resize && !plan.pillow && (plan.resize->height != height || plan.resize->width != width)) {
@@ -155,18 +174,18 @@ at::Tensor preprocess_frame(const uint8_t* rgb, int64_t width, int64_t height, c
                                        /*align_corners=*/false)
                 .squeeze(0);
   }
-  if (plan.crop) {
+  if (plan.crop && !cropped) {
     const ImagePlan::Box& box = *plan.crop;
     const int64_t h = image.size(1), w = image.size(2);
     const int64_t top = std::clamp<int64_t>(box.top, 0, h), bottom = std::clamp<int64_t>(box.top + box.height, 0, h);
     const int64_t left = std::clamp<int64_t>(box.left, 0, w), right = std::clamp<int64_t>(box.left + box.width, 0, w);
-    at::Tensor cropped = at::zeros({3, box.height, box.width}, at::kByte);
+    at::Tensor canvas = at::zeros({3, box.height, box.width}, at::kByte);
     if (bottom > top && right > left) {
-      cropped.narrow(1, top - box.top, bottom - top)
+      canvas.narrow(1, top - box.top, bottom - top)
           .narrow(2, left - box.left, right - left)
           .copy_(image.narrow(1, top, bottom - top).narrow(2, left, right - left));
     }
-    image = cropped;
+    image = canvas;
   }
   if (plan.pillow) {
     // The Pillow backend rescales in float64, rounds to float32, then normalises.
@@ -192,6 +211,7 @@ Picture preprocess_image(const uint8_t* rgb, int64_t frames, int64_t width, int6
   if (plan.patches) {
     const ImagePlan::Patches& p = *plan.patches;
     picture.pixels = cut_patches(at::stack(images), p.size, p.temporal, p.merge, picture.grid);
+    picture.side_by_side = p.side_by_side;
   } else {
     picture.pixels = images[0];
   }

@@ -21,6 +21,7 @@ struct ImagePlan {
   };
   struct Patches {
     int64_t size = 0, temporal = 0, merge = 0;
+    bool side_by_side = false;  // how `prepare` shows them; the network takes them alike
   };
   std::optional<Size> resize;
   std::optional<Box> crop;
@@ -38,6 +39,7 @@ struct Picture {
   bool video = false;  // its features go to video tokens
   // Seconds between two temporal patches of a video.
   double seconds_per_grid = 1.0;
+  bool side_by_side = false;  // as in the plan
 };
 
 ImagePlan parse_image_plan(const nlohmann::json& plan);
@@ -48,5 +50,7 @@ Picture preprocess_image(const uint8_t* rgb, int64_t frames, int64_t width, int6
 // Bicubic as Pillow's Image.resize does it on 8-bit pictures, bit for bit (22-bit fixed-point coefficients, horizontal
 // pass first). image: [H, W, 3] uint8.
 at::Tensor resize_pillow_bicubic(const at::Tensor& image, int64_t height, int64_t width);
+// The pixels inside `box` of the picture resized to `size`; the box lies inside it.
+at::Tensor resize_pillow_bicubic(const at::Tensor& image, ImagePlan::Size size, ImagePlan::Box box);
 
 }  // namespace martlet

@@ -116,4 +116,82 @@ SampledTable sample_table(const std::vector<PatchGrid>& grids, int64_t merge, in
   return {at::tensor(index, at::kLong).view({-1, 4}), at::tensor(weight, at::kFloat).view({-1, 4})};
 }
 
+at::Tensor patches_side_by_side(const at::Tensor& patches) {
+  const int64_t n = patches.size(0);
+  const auto size = static_cast<int64_t>(std::lround(std::sqrt(static_cast<double>(patches.size(1)) / 3)));
+  return patches.view({n, 3, size, size}).permute({1, 2, 0, 3}).reshape({3, size, n * size});
+}
+
+at::Tensor interpolate_table(const at::Tensor& table, int64_t rows) {
+  const auto root = [](int64_t n) { return static_cast<int64_t>(std::sqrt(static_cast<double>(n))); };
+  const int64_t from = root(table.size(0)), to = root(rows);
+  if (from == to) return table;
+  const at::Tensor square = table.to(at::kFloat).view({1, from, from, -1}).permute({0, 3, 1, 2});
+  return at::upsample_bicubic2d(square, {to, to}, /*align_corners=*/false)
+      .permute({0, 2, 3, 1})
+      .flatten(0, 2)
+      .to(table.scalar_type());
+}
+
+namespace {
+
+// torch.arange(start, end, step) in float32 as its kernel for 8 lanes rounds: whole groups of 16 by vectors, whose
+// lanes count on from a rounded base, the rest one by one.
+std::vector<float> vector_arange(double start, double end, double step) {
+  const auto size = static_cast<int64_t>(std::ceil((end - start) / step));
+  std::vector<float> out(size);
+  for (int64_t i = 0; i < size; ++i) {
+    if (i < size / 16 * 16) {
+      const auto base = static_cast<float>(start + step * static_cast<double>(i / 8 * 8));
+      out[i] = static_cast<float>(static_cast<double>(base) + step * static_cast<double>(i % 8));
+    } else {
+      out[i] = static_cast<float>(start + step * static_cast<double>(i));
+    }
+  }
+  return out;
+}
+
+// For each of n patches along an axis, the row of a table of `side`.
+std::vector<int64_t> buckets(int64_t n, int64_t side) {
+  const double step = 1.0 / static_cast<double>(side);
+  const std::vector<float> boundaries = vector_arange(step, 1.0, step);
+  // The number of patches is a tensor in the original, so that its reciprocal is rounded.
+  std::vector<int64_t> out;
+  for (const float fraction : vector_arange(0.0, 1.0 - 1e-6, static_cast<double>(1.0f / static_cast<float>(n)))) {
+    out.push_back(std::upper_bound(boundaries.begin(), boundaries.end(), fraction) - boundaries.begin());
+  }
+  return out;
+}
+
+}  // namespace
+
+at::Tensor bucketed_positions(const PatchGrid& grid, int64_t side) {
+  const std::vector<int64_t> rows = buckets(grid.h, side), columns = buckets(grid.w, side);
+  std::vector<int64_t> out;
+  for_each_patch(grid, 1, [&](int64_t row, int64_t column) { out.push_back(rows[row] * side + columns[column]); });
+  return at::tensor(out, at::kLong);
+}
+
+at::Tensor sincos_positions(const PatchGrid& grid, int64_t dim) {
+  const int64_t quarter = dim / 4;
+  // Each step is rounded to float32, as numpy's.
+  const auto axis = [&](int64_t n) {
+    at::Tensor out = at::empty({n, 2 * quarter}, at::kFloat);
+    auto values = out.accessor<float, 2>();
+    for (int64_t i = 0; i < quarter; ++i) {
+      const float exponent = static_cast<float>(i) / static_cast<float>(quarter);
+      const float omega = 1.0f / static_cast<float>(std::pow(10000.0, static_cast<double>(exponent)));
+      for (int64_t place = 0; place < n; ++place) {
+        const auto angle = static_cast<double>(static_cast<float>(place) * omega);
+        values[place][i] = static_cast<float>(std::sin(angle));
+        values[place][quarter + i] = static_cast<float>(std::cos(angle));
+      }
+    }
+    return out;
+  };
+  const at::Tensor rows = axis(grid.h), columns = axis(grid.w);
+  return at::cat({columns.unsqueeze(0).expand({grid.h, -1, -1}), rows.unsqueeze(1).expand({-1, grid.w, -1})}, -1)
+      .reshape({grid.h * grid.w, dim});
+}
+
 }  // namespace martlet

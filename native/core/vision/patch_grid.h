@@ -18,6 +18,9 @@ struct PatchGrid {
 // repeats the last frame. A side that is not a multiple of size · merge is ERR_MARTLET_IMAGE.
 at::Tensor cut_patches(const at::Tensor& frames, int64_t size, int64_t temporal, int64_t merge, PatchGrid& grid);
 
+// [n, 3 · size²] → [3, size, n · size]: patches one after the other to the right (MiniCPM-V's processor).
+at::Tensor patches_side_by_side(const at::Tensor& patches);
+
 // Row and column of each patch of each frame: [2, T] int64.
 at::Tensor patch_coordinates(const std::vector<PatchGrid>& grids, int64_t merge);
 
@@ -38,5 +41,17 @@ struct SampledTable {
   at::Tensor weight;  // [T, 4] float32
 };
 SampledTable sample_table(const std::vector<PatchGrid>& grids, int64_t merge, int64_t side);
+
+// A learned table of side × side positions, [side², C], at another number of rows (a square too): bicubic, corners not
+// aligned, in float32 (Qwen-VL's visual.py). The table itself where it fits.
+at::Tensor interpolate_table(const at::Tensor& table, int64_t rows);
+
+// Row of a learned table of side × side positions for each patch of a grid, by where the patch lies between 0 and 1
+// (MiniCPM-V's modeling_navit_siglip.py). Fractions are rounded as torch.arange does it on the x86 machines that the
+// models were trained on: their bits decide. [h · w] int64.
+at::Tensor bucketed_positions(const PatchGrid& grid, int64_t side);
+
+// Sine and cosine of column and row, [h · w, dim]: half the numbers for the column, half for the row. float32.
+at::Tensor sincos_positions(const PatchGrid& grid, int64_t dim);
 
 }  // namespace martlet

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "core/vision/patch_grid.h"
+
 namespace martlet {
 namespace {
 
@@ -16,10 +18,13 @@ std::unique_ptr<FeedForward> make_mlp(const VitConfig& c) {
 }  // namespace
 
 VitLayer::Attention::Attention(const VitConfig& c)
-    : out_(c.hidden_size, c.hidden_size, true), num_heads_(c.num_heads), head_dim_(c.hidden_size / c.num_heads) {
-  if (c.fused_qkv) {
+    : out_(c.hidden_size, c.hidden_size, true),
+      num_heads_(c.num_heads),
+      head_dim_(c.hidden_size / c.num_heads),
+      layout_(c.qkv) {
+  if (c.qkv != VitConfig::Qkv::kSeparate) {
     qkv_.push_back(std::make_unique<Linear>(c.hidden_size, 3 * c.hidden_size, true));
-    register_module(*qkv_[0], "qkv");
+    register_module(*qkv_[0], c.names.fused_qkv);
   } else {
     for (int i = 0; i < 3; ++i) qkv_.push_back(std::make_unique<Linear>(c.hidden_size, c.hidden_size, true));
     register_module(*qkv_[1], "k_proj");
@@ -32,8 +37,10 @@ VitLayer::Attention::Attention(const VitConfig& c)
 at::Tensor VitLayer::Attention::forward(const at::Tensor& x, const SequenceLengths& rows,
                                         const std::optional<RotaryTable>& rotary, DropoutSource* dropout) const {
   std::vector<at::Tensor> qkv;  // [T, heads, d] each
-  if (qkv_.size() == 1) {
+  if (layout_ == VitConfig::Qkv::kFused) {
     qkv = qkv_[0]->forward(x, dropout).view({x.size(0), 3, num_heads_, head_dim_}).unbind(1);
+  } else if (layout_ == VitConfig::Qkv::kFusedByHead) {
+    qkv = qkv_[0]->forward(x, dropout).view({x.size(0), num_heads_, 3, head_dim_}).unbind(2);
   } else {
     for (const auto& proj : qkv_) qkv.push_back(proj->forward(x, dropout).view({x.size(0), num_heads_, head_dim_}));
   }
@@ -71,8 +78,7 @@ Vit::Vit(const VitConfig& config) : config_(config), patch_embedding_(config) {
   if (config_.class_token) register_parameter(class_embedding_, names.class_embedding, {config_.hidden_size});
   register_module(patch_embedding_, names.patch_embedding);
   if (config_.positions != VitConfig::Positions::kNone) {
-    position_embedding_.emplace(config_.position_rows, config_.hidden_size);
-    register_module(*position_embedding_, names.position_embedding);
+    register_parameter(position_embedding_, names.position_embedding, {config_.position_rows, config_.hidden_size});
   }
   if (config_.embedding_norm) {
     embedding_norm_ = make_norm(config_.norm, config_.hidden_size, config_.norm_eps);
@@ -94,10 +100,13 @@ at::Tensor Vit::embed(const at::Tensor& patches, const VitLayout& layout) const 
     x = at::cat({cls, x.view({pictures, -1, config_.hidden_size})}, 1).flatten(0, 1);
   }
   if (config_.positions == VitConfig::Positions::kTable) {
-    x = (x.view({pictures, -1, config_.hidden_size}) + position_embedding_->weight.value).flatten(0, 1);
+    x = (x.view({pictures, -1, config_.hidden_size}) + position_embedding_.value).flatten(0, 1);
+  } else if (config_.positions == VitConfig::Positions::kInterpolatedTable) {
+    const at::Tensor table = interpolate_table(position_embedding_.value, x.size(0) / pictures);
+    x = (x.view({pictures, -1, config_.hidden_size}) + table).flatten(0, 1);
   } else if (config_.positions == VitConfig::Positions::kSampledTable) {
     // Weighted and summed in float32, then rounded, in every dtype (transformers 5).
-    const at::Tensor rows = position_embedding_->forward(layout.position_index);
+    const at::Tensor rows = at::embedding(position_embedding_.value, layout.position_index);
     x = x + (rows * layout.position_weight.unsqueeze(-1)).sum(1).to(x.scalar_type());
   }
   return embedding_norm_ ? embedding_norm_->forward(x) : x;

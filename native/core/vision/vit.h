@@ -19,18 +19,20 @@ namespace martlet {
 struct VitNames {
   std::string class_embedding = "embeddings.class_embedding";
   std::string patch_embedding = "embeddings.patch_embedding";
-  std::string position_embedding = "embeddings.position_embedding";
+  std::string position_embedding = "embeddings.position_embedding.weight";
   std::string embedding_norm = "pre_layrnorm";  // sic: the checkpoints' spelling
   std::string layers = "encoder.layers";
   std::string norm1 = "layer_norm1", norm2 = "layer_norm2";
-  std::string attention = "self_attn", attention_out = "out_proj";
+  std::string attention = "self_attn", fused_qkv = "qkv", attention_out = "out_proj";
   std::string fc1 = "fc1", fc2 = "fc2";
 };
 
 struct VitConfig {
-  // Learned positions: none; one row of the table for each place of a picture (all pictures of one size); or weighted
-  // rows of the table for each patch (VitLayout::position_index).
-  enum class Positions { kNone, kTable, kSampledTable };
+  // Learned positions: none; one row of the table for each place of a picture (all pictures of one size); a square
+  // table interpolated to as many rows; or weighted rows of the table for each patch (VitLayout::position_index).
+  enum class Positions { kNone, kTable, kInterpolatedTable, kSampledTable };
+  // Three linears q_proj, k_proj, v_proj; or one, with rows [q, k, v][heads][d], or [heads][q, k, v][d].
+  enum class Qkv { kSeparate, kFused, kFusedByHead };
 
   int64_t hidden_size = 0;
   int64_t intermediate_size = 0;
@@ -44,7 +46,7 @@ struct VitConfig {
   bool embedding_norm = true;  // after the positions are added
   NormType norm = NormType::kLayer;
   double norm_eps = 1e-5;
-  bool fused_qkv = false;  // one linear `qkv`, rows [3, heads, d]
+  Qkv qkv = Qkv::kSeparate;
   bool gated_mlp = false;  // silu-gated, with biases
   Activation activation = Activation::kQuickGelu;
   // Layers that attend over VitLayout::rows where the others attend within windows. Empty: no windows.
@@ -78,6 +80,7 @@ class VitLayer : public Module {
     std::vector<std::unique_ptr<Linear>> qkv_;  // one fused, or q, k, v
     Linear out_;
     int64_t num_heads_, head_dim_;
+    VitConfig::Qkv layout_;
   };
   Attention attention_;
   std::unique_ptr<FeedForward> mlp_;
@@ -109,7 +112,7 @@ class Vit : public Module {
   VitConfig config_;
   Parameter class_embedding_;
   PatchEmbedding patch_embedding_;
-  std::optional<Embedding> position_embedding_;
+  Parameter position_embedding_;
   std::unique_ptr<Norm> embedding_norm_;
   std::vector<std::unique_ptr<VitLayer>> layers_;
 };

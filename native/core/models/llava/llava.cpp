@@ -120,7 +120,7 @@ class Llava : public VisionLanguageModel {
 
 std::unique_ptr<VisionLanguageModel> create(const nlohmann::json& config, const WeightSource& stored) {
   const Config parsed = parse_config(config);
-  return std::make_unique<Llava>(parsed, has_own_head(parsed.text, stored));
+  return std::make_unique<Llava>(parsed, has_own_head(parsed.text, parsed.info, stored));
 }
 
 }  // namespace

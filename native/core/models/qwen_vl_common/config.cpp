@@ -83,10 +83,10 @@ void vision_fields(const json& vision, int64_t default_depth, int64_t default_pa
   c.class_token = false;
   c.embedding_norm = false;
   c.positions = VitConfig::Positions::kNone;
-  c.fused_qkv = true;
+  c.qkv = VitConfig::Qkv::kFused;
   c.norm_eps = 1e-6;
   c.names.patch_embedding = "patch_embed.proj";
-  c.names.position_embedding = "pos_embed";
+  c.names.position_embedding = "pos_embed.weight";
   c.names.layers = "blocks";
   c.names.norm1 = "norm1";
   c.names.norm2 = "norm2";

@@ -49,15 +49,16 @@ class QwenVl : public VisionLanguageModel {
 
   VisionFeatures image_features(const std::vector<Picture>& pictures, const ForwardOptions& options) const override {
     const int64_t merge = config_.merger.merge;
+    const at::TensorOptions target = visual_.options();
     std::vector<PatchGrid> grids;
     std::vector<at::Tensor> pixels;
     for (const Picture& picture : pictures) {
       check(picture);
       grids.push_back(picture.grid);
-      pixels.push_back(picture.pixels);
+      pixels.push_back(picture.pixels.to(target));
     }
+    // Put together and reordered on the device, where a copy of all patches costs little.
     at::Tensor patches = at::cat(pixels), coordinates = patch_coordinates(grids, merge);
-    const at::TensorOptions target = visual_.options();
     VitLayout layout;
     layout.rows = SequenceLengths::from_lengths(frame_lengths(grids), target.device());
     at::Tensor token_order;  // on the CPU
@@ -68,7 +69,7 @@ class QwenVl : public VisionLanguageModel {
       token_order = at::tensor(order.tokens, at::kLong);
       const at::Tensor patch_order =
           (token_order.unsqueeze(1) * (merge * merge) + at::arange(merge * merge, at::kLong)).flatten();
-      patches = patches.index_select(0, patch_order);
+      patches = patches.index_select(0, patch_order.to(target.device()));
       coordinates = coordinates.index_select(1, patch_order);
     }
     layout.rotary =
@@ -84,7 +85,7 @@ class QwenVl : public VisionLanguageModel {
     std::vector<int64_t> taps;
     for (const int64_t layer : config_.deepstack_layers) taps.push_back(layer + 1);
     taps.push_back(config_.vision.num_layers);
-    const std::vector<at::Tensor> states = visual_.forward(patches.to(target), layout, taps, options);
+    const std::vector<at::Tensor> states = visual_.forward(patches, layout, taps, options);
     VisionFeatures out;
     out.tokens = merger_.forward(states.back(), options.dropout);
     if (token_order.defined()) out.tokens = out.tokens.index_select(0, token_order.argsort().to(target.device()));
@@ -220,7 +221,7 @@ bool is_unused_key(const nlohmann::json&, const std::string& canonical) {
 }
 
 std::unique_ptr<VisionLanguageModel> create(Config config, const WeightSource& stored) {
-  const bool own_head = has_own_head(config.text, stored);
+  const bool own_head = has_own_head(config.text, config.info, stored);
   return std::make_unique<QwenVl>(std::move(config), own_head);
 }
 
