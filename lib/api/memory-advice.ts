@@ -42,6 +42,7 @@ export function memoryOptions(
     recompute: fixedRecompute(config.gradient_checkpointing) ?? 'layer',
     tokens,
     labelled: Math.ceil(tokens / 2),
+    cpu: config.device === 'cpu',
     ...changes,
   };
 }

@@ -27,6 +27,8 @@ export interface MemoryOptions {
   tokens: number;
   /** Of these, those with a label. */
   labelled: number;
+  /** The CPU has no library workspace, and dequantises in smaller parts. */
+  cpu: boolean;
 }
 
 /** What a run trains beside the model's weights, by element. */
@@ -121,8 +123,12 @@ export function estimateMemory(
     computeBytes;
   const rows = Math.min(labelled, Math.max(1, Math.floor(2 ** 25 / vocabSize)));
   const loss = rows * vocabSize * (2 * computeBytes + 8);
-  const dequantised = largest * computeBytes + (largest > 0 ? 3 * 4 * 2 ** 22 : 0);
-  const workspace = Math.max(loss, layerAtWork + dequantised) + 64 * 2 ** 20;
+  // native/core/quant: three float32 temporaries of a part
+  const part = options.cpu ? 2 ** 20 : 2 ** 24;
+  const dequantised = largest * computeBytes + 12 * Math.min(part, largest);
+  // cuBLAS keeps 32 MiB, cuBLASLt as much
+  const libraries = options.cpu ? 0 : 64 * 2 ** 20;
+  const workspace = Math.max(loss, layerAtWork + dequantised) + libraries;
   return {
     weights,
     adapters,

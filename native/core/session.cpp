@@ -237,8 +237,9 @@ json Session::Impl::load(const json& args, JobContext& job) {
   int64_t done = 0, bytes = 0;
   options.on_parameter = [&](const std::string& name, int64_t size) {
     job.check();
-    // What was read is copied: its pages of the file need not stay beside the copy.
+    // What was read is copied: its pages of the file need not stay beside the copy, nor the temporaries of quantising.
     if (const auto it = stored.find(name); it != stored.end()) checkpoint.release(it->second);
+    if (options.quantization.enabled()) trim_heap();
     bytes += size;
     job.emit(json{{"type", "load"}, {"done", ++done}, {"total", total}, {"bytes", bytes}}.dump());
   };

@@ -23,6 +23,7 @@ export function readSafetensors(path: string): Map<string, FixtureTensor> {
 }
 
 function toFloat32(dtype: string, raw: Buffer, name: string): Float32Array {
+  if (dtype === 'U8') return Float32Array.from(raw);
   if (dtype === 'F32') return new Float32Array(Uint8Array.from(raw).buffer);
   if (dtype === 'BF16') {
     const halves = new Uint16Array(Uint8Array.from(raw).buffer);

@@ -15,6 +15,8 @@ struct MemoryStats {
 MemoryStats memory_stats(c10::Device device);
 void reset_peak_memory(c10::Device device);
 void empty_cache(c10::Device device);
+// Gives memory that was freed back to the system: after large temporaries the C library's heap keeps it.
+void trim_heap();
 // Waits until the device has done what was queued. Nothing on the CPU.
 void synchronize(c10::Device device);
 // {free, total}; of the machine's memory on the CPU.
