@@ -31,7 +31,6 @@ function toFloat32(dtype: string, raw: Buffer, name: string): Float32Array {
     for (let i = 0; i < halves.length; i++) words[i] = (halves[i] as number) << 16;
     return new Float32Array(words.buffer);
   }
-  if (dtype === 'U8') return Float32Array.from(raw);
   if (dtype === 'I64') return Float32Array.from(new BigInt64Array(Uint8Array.from(raw).buffer), Number);
   throw new Error(`${name}: the fixture reader does not know ${dtype}`);
 }
