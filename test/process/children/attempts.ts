@@ -8,14 +8,14 @@ export type Attempt =
   | { call: 'train'; config: Record<string, unknown> }
   | { call: 'merge'; options: Parameters<typeof mergeAdapter>[0] }
   | { call: 'infer'; options: Parameters<typeof infer>[0] }
-  /** From now on, only so many MB of memory more. */
+  /** From now on, only so many MB of written memory more; mapped files and reserved addresses are free. */
   | { call: 'limit-memory'; megabytes: number };
 
 export type Outcome = { error: ReturnType<MartletError['toJSON']> } | { other: string } | { result: unknown };
 
 function limitMemory(megabytes: number): void {
-  const kilobytes = Number(/^VmSize:\s+(\d+) kB$/m.exec(readFileSync('/proc/self/status', 'utf8'))?.[1]);
-  execFileSync('prlimit', ['--pid', String(process.pid), `--as=${(kilobytes + megabytes * 1024) * 1024}`]);
+  const kilobytes = Number(/^VmData:\s+(\d+) kB$/m.exec(readFileSync('/proc/self/status', 'utf8'))?.[1]);
+  execFileSync('prlimit', ['--pid', String(process.pid), `--data=${(kilobytes + megabytes * 1024) * 1024}`]);
 }
 
 async function attempt(what: Attempt): Promise<unknown> {
