@@ -1,4 +1,3 @@
-import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { dump } from 'js-yaml';
 import { MartletError } from '../errors.js';
@@ -9,7 +8,7 @@ import { Engine } from '../native/engine.js';
 import { visionOptionsToKeys } from '../processing/vision-options.js';
 import { abortedError, throwIfAborted } from './abort.js';
 import { ARGS_FILE, adapterBaseModel, readAdapterArgs } from './adapter-args.js';
-import { DEFAULT_SHARD_SIZE, writeModelFolder } from './model-folder.js';
+import { changeConfig, DEFAULT_SHARD_SIZE, writeModelFolder } from './model-folder.js';
 import { parseSize } from './size.js';
 import type { MergeOptions, MergeReport } from './types.js';
 
@@ -38,7 +37,10 @@ export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> 
   try {
     const folder = { modelDir, outputDir, inputs: [adapter], overwrite: options.overwrite, signal };
     const { shards, mergedTensors, maxAbsError } = await writeModelFolder(folder, async (dir) => {
-      await dropQuantizationConfig(join(dir, 'config.json'));
+      // A merged model is never quantised, whatever its base was.
+      await changeConfig(dir, ({ quantization_config, ...rest }) =>
+        quantization_config === undefined ? undefined : rest,
+      );
       await keepPromptArgs(adapter, dir);
       const { result } = await engine.call(
         'merge',
@@ -73,14 +75,6 @@ async function trainedQuantization(adapter: string): Promise<MergeArgs['quantiza
     );
   }
   return { method: bits === 4 ? 'nf4' : 'int8', doubleQuantization: double ?? true, dtype: dtype ?? 'auto' };
-}
-
-/** A merged model is never quantised, whatever its base was. */
-async function dropQuantizationConfig(path: string): Promise<void> {
-  const config = JSON.parse(await readFile(path, 'utf8')) as Record<string, unknown>;
-  if (config.quantization_config === undefined) return;
-  delete config.quantization_config;
-  await writeFileAtomic(path, `${JSON.stringify(config, null, 2)}\n`);
 }
 
 /** Template, system prompt and pixel limits that the adapter was trained with: the merged model must be asked in the same way. */

@@ -1,8 +1,8 @@
 /** Folders with a model's weights written anew and all its other files as they were. */
-import { readdir, rm } from 'node:fs/promises';
+import { readdir, readFile, rm } from 'node:fs/promises';
 import { join, relative, resolve } from 'node:path';
 import { MartletError } from '../errors.js';
-import { copyFileAtomic, exists, isDirectory, listDir, makeDir, writeDirAtomic } from '../files.js';
+import { copyFileAtomic, exists, isDirectory, listDir, makeDir, writeDirAtomic, writeFileAtomic } from '../files.js';
 import { throwIfAborted } from './abort.js';
 
 export const DEFAULT_SHARD_SIZE = '5GB';
@@ -47,6 +47,16 @@ export async function writeModelFolder<T extends { shards: string[] }>(
   });
   await removeStaleWeights(outputDir, (written as unknown as T).shards);
   return written as unknown as T;
+}
+
+/** Changes the folder's config.json; left byte for byte where `change` gives undefined. */
+export async function changeConfig(
+  dir: string,
+  change: (config: Record<string, unknown>) => Record<string, unknown> | undefined,
+): Promise<void> {
+  const path = join(dir, 'config.json');
+  const changed = change(JSON.parse(await readFile(path, 'utf8')) as Record<string, unknown>);
+  if (changed !== undefined) await writeFileAtomic(path, `${JSON.stringify(changed, null, 2)}\n`);
 }
 
 async function checkOutputDir(outputDir: string, overwrite: boolean): Promise<void> {

@@ -1,13 +1,10 @@
 /** A model folder whose language model is quantised, in the form that transformers with bitsandbytes reads too. */
-import { readFile } from 'node:fs/promises';
-import { join } from 'node:path';
 import { MartletError } from '../errors.js';
-import { writeFileAtomic } from '../files.js';
 import { resolveModel } from '../hub/index.js';
 import type { Dtype, ModelDescription } from '../native/binding.js';
 import { Engine } from '../native/engine.js';
 import { abortedError, throwIfAborted } from './abort.js';
-import { DEFAULT_SHARD_SIZE, writeModelFolder } from './model-folder.js';
+import { changeConfig, DEFAULT_SHARD_SIZE, writeModelFolder } from './model-folder.js';
 import { parseSize } from './size.js';
 import type { QuantizeOptions, QuantizeReport } from './types.js';
 
@@ -34,7 +31,8 @@ export async function quantizeModel(options: QuantizeOptions): Promise<QuantizeR
     const { result: description } = await engine.call('describe', { modelDir }, { signal });
     const folder = { modelDir, outputDir, overwrite: options.overwrite, signal };
     const { shards, quantizedTensors, bytes } = await writeModelFolder(folder, async (dir) => {
-      await addQuantizationConfig(join(dir, 'config.json'), description, quantization, dtype, doubleQuantization);
+      const quantization_config = quantizationConfig(description, quantization, dtype, doubleQuantization);
+      await changeConfig(dir, (config) => ({ ...config, quantization_config }));
       const { result } = await engine.call(
         'quantize',
         {
@@ -59,19 +57,24 @@ export async function quantizeModel(options: QuantizeOptions): Promise<QuantizeR
 }
 
 /** What transformers needs to know to load it. */
-async function addQuantizationConfig(
-  path: string,
+function quantizationConfig(
   model: ModelDescription,
   quantization: 'nf4' | 'int8',
   dtype: Dtype,
   doubleQuantization: boolean,
-): Promise<void> {
-  const config = JSON.parse(await readFile(path, 'utf8')) as Record<string, unknown>;
-  // transformers 5 matches whole paths from their beginning, older versions a module's own name
+): Record<string, unknown> {
+  const quantized = model.parameters.filter(({ quantizable }) => quantizable).map(({ name }) => name);
+  // The highest modules with nothing quantised in them: transformers 5 matches whole paths from their beginning, older
+  // versions a module's own name.
   const others = model.linears
-    .filter(({ part }) => part !== 'language')
-    .flatMap(({ path: name }) => [name.split('.').slice(0, 2).join('.'), name.split('.')[1]]);
-  config.quantization_config = {
+    .filter(({ path }) => !quantized.includes(`${path}.weight`))
+    .flatMap(({ path }) => {
+      const parts = path.split('.');
+      const above = parts.map((_, i) => parts.slice(0, i + 1).join('.'));
+      const depth = above.findIndex((module) => !quantized.some((name) => name.startsWith(`${module}.`)));
+      return [above[depth], parts[depth]];
+    });
+  return {
     quant_method: 'bitsandbytes',
     load_in_4bit: quantization === 'nf4',
     load_in_8bit: quantization === 'int8',
@@ -81,7 +84,6 @@ async function addQuantizationConfig(
       bnb_4bit_compute_dtype: dtype,
       bnb_4bit_quant_storage: 'uint8',
     }),
-    llm_int8_skip_modules: [...new Set([...others, 'lm_head'])],
+    llm_int8_skip_modules: [...new Set([...others, 'lm_head'])].sort(),
   };
-  await writeFileAtomic(path, `${JSON.stringify(config, null, 2)}\n`);
 }

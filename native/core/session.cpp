@@ -209,15 +209,9 @@ json Session::Impl::load(const json& args, JobContext& job) {
   if (wanted != "auto") {
     dtype = parse_dtype(wanted);
   } else {
-    // As stored, read off the language model's largest part.
-    dtype = at::kFloat;
-    size_t largest = 0;
-    for (const auto& [canonical, name] : stored) {
-      const TensorInfo& info = checkpoint.info(name);
-      if (info.nbytes() <= largest || fresh->part_of(canonical) != Part::kLanguage) continue;
-      largest = info.nbytes();
-      dtype = info.dtype == at::kBFloat16 || info.dtype == at::kHalf ? info.dtype : at::kFloat;
-    }
+    std::vector<std::pair<std::string, TensorInfo>> tensors;
+    for (const auto& [canonical, name] : stored) tensors.emplace_back(canonical, checkpoint.info(name));
+    dtype = stored_dtype(*fresh, tensors);
   }
   LoadOptions options;
   options.dtype = dtype;

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "check.h"
+#include "core/models/quantization.h"
 #include "core/models/registry.h"
 #include "core/nn/attention.h"
 #include "core/train/batch.h"
@@ -282,4 +283,16 @@ TEST("attention of rows of queries to rows of keys of other lengths, with gradie
   const auto expected_grads = torch::autograd::grad({expected}, {q, k, v}, {dy.to(at::kDouble)});
   const auto grads = torch::autograd::grad({actual}, {q, k, v}, {dy});
   for (size_t i = 0; i < grads.size(); ++i) EXPECT_CLOSE(grads[i], expected_grads[i], 1e-5);
+}
+
+TEST("quantisation takes the language model's linears and leaves the head, whatever its name") {
+  for (const json& config : {qwen_vl(), minicpm_v(), minicpm_v(4.5)}) {
+    auto model = create(config);
+    const std::set<std::string> chosen = quantizable_weights(*model);
+    EXPECT(!chosen.empty());
+    int64_t heads = 0;
+    model->visit_parameters([&](const std::string& name, Parameter&) { heads += name == model->info().head_key; });
+    EXPECT_EQ(heads, 1);
+    EXPECT(!chosen.count(model->info().head_key));
+  }
 }

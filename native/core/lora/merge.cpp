@@ -72,9 +72,16 @@ json merge_adapter_json(const json& args, JobContext& job) {
     quantization.method = QuantizationOptions::parse(q.at("method").get<std::string>());
     quantization.double_quantization = q.at("doubleQuantization").get<bool>();
     const std::string wanted = q.at("dtype").get<std::string>();
-    compute_dtype = wanted == "auto" ? base.main_dtype() : parse_dtype(wanted);
     // Built without weights, for its names.
-    requantized = quantizable_weights(*family.create(config, [](const std::string&) { return at::Tensor(); }));
+    const auto model = family.create(config, [](const std::string&) { return at::Tensor(); });
+    requantized = quantizable_weights(*model);
+    if (wanted == "auto") {
+      std::vector<std::pair<std::string, TensorInfo>> tensors;
+      for (const std::string& name : base.names()) tensors.emplace_back(family.canonical_key(name), base.info(name));
+      compute_dtype = stored_dtype(*model, tensors);
+    } else {
+      compute_dtype = parse_dtype(wanted);
+    }
   }
 
   std::set<std::string> open_modules, open_saved;

@@ -22,10 +22,23 @@ using nlohmann::json;
 std::set<std::string> quantizable_weights(VisionLanguageModel& model) {
   std::set<std::string> names;
   model.visit([&](const std::string& path, Module& module) {
-    if (dynamic_cast<Linear*>(&module) != nullptr && path != "lm_head" && model.part_of(path) == Part::kLanguage)
+    if (dynamic_cast<Linear*>(&module) != nullptr && !model.info().is_head(path) &&
+        model.part_of(path) == Part::kLanguage)
       names.insert(path + ".weight");
   });
   return names;
+}
+
+at::ScalarType stored_dtype(const VisionLanguageModel& model,
+                            const std::vector<std::pair<std::string, TensorInfo>>& tensors) {
+  at::ScalarType dtype = at::kFloat;
+  size_t largest = 0;
+  for (const auto& [name, info] : tensors) {
+    if (info.nbytes() <= largest || model.part_of(name) != Part::kLanguage) continue;
+    largest = info.nbytes();
+    dtype = info.dtype == at::kBFloat16 || info.dtype == at::kHalf ? info.dtype : at::kFloat;
+  }
+  return dtype;
 }
 
 DenseCheckpoint::DenseCheckpoint(const std::string& dir) : checkpoint_(Checkpoint::open(dir)) {
@@ -37,15 +50,6 @@ DenseCheckpoint::DenseCheckpoint(const std::string& dir) : checkpoint_(Checkpoin
       quantized_ = true;
     }
   }
-}
-
-at::ScalarType DenseCheckpoint::main_dtype() const {
-  for (const std::string& name : names_) {
-    if (name.find("embed_tokens") == std::string::npos) continue;
-    const at::ScalarType dtype = checkpoint_.info(name).dtype;
-    if (dtype == at::kBFloat16 || dtype == at::kHalf) return dtype;
-  }
-  return at::kFloat;
 }
 
 at::Tensor DenseCheckpoint::part(const std::string& name) const {

@@ -5,6 +5,8 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "core/base/job.h"
 #include "core/io/checkpoint.h"
@@ -14,6 +16,11 @@ namespace martlet {
 
 // Full names of the weights of the language model's linears. Vision, projector and head stay as they are.
 std::set<std::string> quantizable_weights(VisionLanguageModel& model);
+
+// What `dtype: auto` means: bfloat16 or float16 if the language model's largest tensor is stored so, else float32.
+// `tensors`: canonical names.
+at::ScalarType stored_dtype(const VisionLanguageModel& model,
+                            const std::vector<std::pair<std::string, TensorInfo>>& tensors);
 
 // A checkpoint seen without quantisation: a quantised weight is one dense tensor of the dtype it was quantised from.
 class DenseCheckpoint {
@@ -25,8 +32,6 @@ class DenseCheckpoint {
   TensorInfo info(const std::string& name) const;
   at::Tensor tensor(const std::string& name) const;
   bool is_quantized() const { return quantized_; }
-  // What `dtype: auto` means: that of the embeddings.
-  at::ScalarType main_dtype() const;
 
  private:
   at::Tensor part(const std::string& name) const;
