@@ -65,6 +65,7 @@ class Module {
   void visit_parameters(const std::function<void(const std::string& name, Parameter&)>& fn);
 
   std::vector<Parameter*> own_parameters() { return parameters_; }
+  bool has_children() const { return !children_.empty(); }
 
  protected:
   // Members register themselves; the module does not own them through this list.

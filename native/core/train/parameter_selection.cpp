@@ -120,10 +120,17 @@ ParameterSelection select_saved(VisionLanguageModel& model, const Adapter& adapt
       unmatched.erase(name);
       chosen = true;
     }
+    // A parameter beside child modules (`proj` of a whole tower) is saved alone: PEFT loads it by its key.
+    std::set<std::string> alone;
     for (const Parameter* parameter : module.own_parameters()) {
       const std::string name = join_path(path, parameter->name);
-      chosen = trainable.matches(name) || chosen;
-      chosen = chosen || (options.vision_and_projector && model.part_of(name) != Part::kLanguage);
+      const bool matched = trainable.matches(name);
+      if (!matched && !(options.vision_and_projector && model.part_of(name) != Part::kLanguage)) continue;
+      if (module.has_children()) {
+        alone.insert(name);
+      } else {
+        chosen = true;
+      }
     }
     // PEFT saves a module with everything in it.
     const bool inside = std::any_of(chosen_modules.begin(), chosen_modules.end(),
@@ -134,7 +141,8 @@ ParameterSelection select_saved(VisionLanguageModel& model, const Adapter& adapt
       out.modules.push_back(path);
     }
     for (Parameter* parameter : module.own_parameters()) {
-      if (chosen || inside) out.parameters.emplace_back(join_path(path, parameter->name), parameter);
+      const std::string name = join_path(path, parameter->name);
+      if (!parameter->fixed && (chosen || inside || alone.count(name))) out.parameters.emplace_back(name, parameter);
     }
   });
   if (options.bias != "none") {
