@@ -78,15 +78,16 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
       signal,
     }),
   );
-  if (options.flag('json')) {
-    printJson(io, report);
-  } else {
-    const { outputDir, shards, mergedTensors, maxAbsError, seconds } = report;
-    io.stdout.write(
-      `merged ${mergedTensors} tensors into ${outputDir} (${shards.length} weight files) in ${duration(seconds)}; ` +
-        `largest rounding error ${significant(maxAbsError)}\n`,
-    );
-  }
+  const { mergedTensors, shards, maxAbsError, seconds } = report;
+  const text =
+    `merged ${mergedTensors} tensors into ${report.outputDir} (${shards.length} weight files) in ${duration(seconds)}; ` +
+    `largest rounding error ${significant(maxAbsError)}`;
+  return print(options, io, report, text);
+}
+
+function print(options: Options, io: CliIo, report: object, text: string): number {
+  if (options.flag('json')) printJson(io, report);
+  else io.stdout.write(`${text}\n`);
   return 0;
 }
 
@@ -109,14 +110,10 @@ async function quantize(options: Options, io: CliIo): Promise<number> {
       signal,
     }),
   );
-  if (options.flag('json')) {
-    printJson(io, report);
-  } else {
-    io.stdout.write(
-      `quantised ${report.quantizedTensors} tensors into ${report.outputDir} (${report.shards.length} weight files, ${bytes(report.bytes)}) in ${duration(report.seconds)}\n`,
-    );
-  }
-  return 0;
+  const { quantizedTensors, shards, seconds } = report;
+  const files = `${shards.length} weight files, ${bytes(report.bytes)}`;
+  const text = `quantised ${quantizedTensors} tensors into ${report.outputDir} (${files}) in ${duration(seconds)}`;
+  return print(options, io, report, text);
 }
 
 async function convert(options: Options, io: CliIo): Promise<number> {
@@ -139,13 +136,7 @@ async function convert(options: Options, io: CliIo): Promise<number> {
       signal,
     }),
   );
-  if (options.flag('json')) {
-    printJson(io, report);
-  } else {
-    const { shards, tensors, seconds } = report;
-    io.stdout.write(
-      `wrote ${tensors} tensors into ${outputDir} (${shards.length} weight files) in ${duration(seconds)}\n`,
-    );
-  }
-  return 0;
+  const { shards, tensors, seconds } = report;
+  const text = `wrote ${tensors} tensors into ${outputDir} (${shards.length} weight files) in ${duration(seconds)}`;
+  return print(options, io, report, text);
 }

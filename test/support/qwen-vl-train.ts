@@ -2,6 +2,7 @@
 import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { caseRow, type QwenFamily, qwenCases, qwenDir } from './qwen-vl.js';
+import { FEW_STEPS } from './train.js';
 
 /** Writes `data.json` with every case of the family: pictures of many sizes, text alone, videos, boxes. Gives its path. */
 export function writeQwenData(dir: string, family: QwenFamily): string {
@@ -10,7 +11,7 @@ export function writeQwenData(dir: string, family: QwenFamily): string {
   return path;
 }
 
-/** A run of a few steps; keys given win. */
+/** FEW_STEPS on a tiny Qwen-VL; keys given win. */
 export function qwenConfig(
   dir: string,
   family: QwenFamily,
@@ -20,16 +21,7 @@ export function qwenConfig(
     model: qwenDir(family, 'model-4x'),
     dataset: writeQwenData(dir, family),
     output_dir: join(dir, 'out'),
-    device: 'cpu',
-    torch_dtype: 'float32',
-    lora_rank: 4,
-    learning_rate: 5e-3,
-    gradient_accumulation_steps: 2,
-    per_device_train_batch_size: 2,
-    max_steps: 6,
-    logging_steps: 1,
-    save_steps: 3,
-    report_to: 'none',
+    ...FEW_STEPS,
     ...changes,
   };
 }

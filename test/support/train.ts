@@ -19,22 +19,27 @@ export function writeData(dir: string): string {
   return path;
 }
 
-/** A run of a few steps; keys given win. */
+/** A run of a few steps on the CPU; the model, the data and the folder come from the caller. */
+export const FEW_STEPS = {
+  device: 'cpu',
+  torch_dtype: 'float32',
+  lora_rank: 4,
+  learning_rate: 5e-3,
+  gradient_accumulation_steps: 2,
+  per_device_train_batch_size: 2,
+  max_steps: 6,
+  logging_steps: 1,
+  save_steps: 3,
+  report_to: 'none',
+};
+
+/** FEW_STEPS on the tiny LLaVA; keys given win. */
 export function smallConfig(dir: string, changes: Record<string, unknown> = {}): Record<string, unknown> {
   return {
     model: MODEL,
     dataset: writeData(dir),
     output_dir: join(dir, 'out'),
-    device: 'cpu',
-    torch_dtype: 'float32',
-    lora_rank: 4,
-    learning_rate: 5e-3,
-    gradient_accumulation_steps: 2,
-    per_device_train_batch_size: 2,
-    max_steps: 6,
-    logging_steps: 1,
-    save_steps: 3,
-    report_to: 'none',
+    ...FEW_STEPS,
     ...changes,
   };
 }

@@ -93,9 +93,7 @@ void Trainer::begin_full(std::vector<TrainedParameter>& trained, GroupBuilder& g
     const Part part = model_.part_of(name);
     const bool decayed = is_decayed(name, layer_norms.count(name.substr(0, name.rfind('.'))) > 0);
     trained.push_back({name, &parameter->value, groups.group(part, decayed, /*fast=*/false), dtype_});
-    (part == Part::kVision      ? trainable_.vision
-     : part == Part::kProjector ? trainable_.projector
-                                : trainable_.language) += parameter->numel();
+    trainable_.add(part, parameter->numel());
   }
 }
 
@@ -138,9 +136,7 @@ void Trainer::begin_lora(std::vector<TrainedParameter>& trained, GroupBuilder& g
   }
   const auto count = [&](const std::string& path, int64_t n) {
     const Part part = model_.part_of(path);
-    (part == Part::kVision      ? trainable_.vision
-     : part == Part::kProjector ? trainable_.projector
-                                : trainable_.language) += n;
+    trainable_.add(part, n);
     return part;
   };
   const at::ScalarType pair_dtype = options_.lora_dtype.value_or(dtype_);

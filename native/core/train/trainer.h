@@ -43,6 +43,9 @@ struct TrainOptions {
 struct PartCounts {
   int64_t vision = 0, projector = 0, language = 0;
   int64_t total() const { return vision + projector + language; }
+  void add(Part part, int64_t n) {
+    (part == Part::kVision ? vision : part == Part::kProjector ? projector : language) += n;
+  }
 };
 
 struct StepResult {
