@@ -1,7 +1,8 @@
 /**
  * `npm run bench [-- options]`: martlet beside transformers + PEFT on one machine, the same weights and rows, in one run.
  *
- *   --only A,B          shapes of bench/shapes.json, and `vision` (of Qwen2.5-VL-7B the gate and the tower alone); default llava-7b
+ *   --only A,B          shapes of bench/shapes.json; default llava-7b
+ *   --tasks A,B         of decode, vision, train, merge; default all. The gate is always first; results of a part get a file of their own
  *   --batches 2,4,8     rows in a step; default the shape's
  *   --tiny              the shapes' small doubles: a trial of the scripts, results go to build/bench
  *   --device cuda|cpu   default cuda
@@ -32,11 +33,12 @@ const root = fileURLToPath(new URL('..', import.meta.url));
 const here = (name) => join(root, 'bench', name);
 const LIMITS = { lossDifference: 2e-3, cosine: 0.999 };
 const GATE_BATCH = 2;
-const VISION_SHAPE = 'qwen2.5-vl-7b';
+const TASKS = ['decode', 'vision', 'train', 'merge'];
 
 const { values: options } = parseArgs({
   options: {
     only: { type: 'string', default: 'llava-7b' },
+    tasks: { type: 'string', default: TASKS.join(',') },
     batches: { type: 'string' },
     tiny: { type: 'boolean', default: false },
     device: { type: 'string', default: 'cuda' },
@@ -48,13 +50,15 @@ const { values: options } = parseArgs({
   },
 });
 const shapes = JSON.parse(readFileSync(here('shapes.json'), 'utf8'));
-/** What is measured: the name of its results, its shape, whether that is the vision tower alone. */
+const tasks = options.tasks.split(',');
+const unknown = tasks.find((task) => !TASKS.includes(task));
+if (unknown !== undefined) throw new Error(`--tasks knows ${TASKS.join(', ')}, not ${unknown}`);
+const isPart = TASKS.some((task) => !tasks.includes(task));
+/** The shapes that are measured. */
 const jobs = options.only.split(',').map((name) => {
-  const visionOnly = name === 'vision';
-  const large = visionOnly ? VISION_SHAPE : name;
-  const shapeName = options.tiny ? shapes[large]?.tiny : large;
+  const shapeName = options.tiny ? shapes[name]?.tiny : name;
   if (!shapes[shapeName]) throw new Error(`bench/shapes.json has no shape ${name}`);
-  return { name: visionOnly ? `${options.tiny ? 'tiny-' : ''}vision` : shapeName, shapeName, visionOnly };
+  return shapeName;
 });
 const python = process.env.BENCH_PYTHON ?? 'python3';
 const outDir = options.out ?? join(root, options.tiny ? 'build/bench' : 'bench/results');
@@ -195,17 +199,18 @@ const wordsOf = (result) =>
   WORDS[result.kind]?.(result) ?? (result.seconds ? `${result.seconds.toFixed(2)} s` : 'done');
 
 /** Measures one job within `budget` seconds; true if nothing failed. */
-async function benchmark({ name, shapeName, visionOnly }, budget) {
+async function benchmark(shapeName, budget) {
   const shape = shapes[shapeName];
   const folder = process.env.BENCH_DIR ?? tmpdir();
   const dir = join(folder, `martlet-bench-${shapeName}`);
-  const file = `${date}-${slug}-${name}.json`;
+  const file = `${date}-${slug}-${[shapeName, ...(isPart ? tasks : [])].join('-')}.json`;
   const [started, deadline] = [elapsed(), elapsed() + budget];
   const remaining = () => deadline - elapsed();
   /** About how long a task takes; a trial's are short. */
   const about = (seconds) => (options.tiny ? 1 : seconds);
   const results = {
-    what: name,
+    what: shapeName,
+    tasks,
     title: shape.title,
     date,
     ...machine,
@@ -313,16 +318,20 @@ async function benchmark({ name, shapeName, visionOnly }, budget) {
 
   const repeats = (large, tiny) => (options.tiny ? tiny : large);
   const { tokens: promptTokens, newTokens } = shape.prompt;
-  const decode = visionOnly ? [] : [{ kind: 'decode', promptTokens, newTokens, warmup: 1, repeats: repeats(3, 2) }];
+  const wanted = (kind, list) => (tasks.includes(kind) ? list : []);
+  const decode = wanted('decode', [{ kind: 'decode', promptTokens, newTokens, warmup: 1, repeats: repeats(3, 2) }]);
   const vision = (...kinds) =>
     shape.vision
-      ? kinds.map((kind) => ({ kind: 'vision', warmup: repeats(3, 1), repeats: repeats(10, 2), ...kind }))
+      ? wanted(
+          'vision',
+          kinds.map((kind) => ({ kind: 'vision', warmup: repeats(3, 1), repeats: repeats(10, 2), ...kind })),
+        )
       : [];
-  const batches = visionOnly ? [] : (options.batches?.split(',').map(Number) ?? shape.batches);
+  const batches = wanted('train', options.batches?.split(',').map(Number) ?? shape.batches);
   const steps = options.quick ? Math.min(10, shape.steps) : shape.steps;
   const train = (recompute) =>
     batches.map((batch) => ({ kind: 'train', batch, recompute, warmup: shape.warmup, steps }));
-  const merge = visionOnly ? [] : [{ kind: 'merge', out: join(folder, 'martlet-bench-merged') }];
+  const merge = wanted('merge', [{ kind: 'merge', out: join(folder, 'martlet-bench-merged') }]);
   const later = [...merge, ...train(true)];
   const load = { kind: 'load', mode: 'default' };
 
@@ -344,14 +353,14 @@ async function benchmark({ name, shapeName, visionOnly }, budget) {
     }
     await measure(martlet, 'martlet', 1, [...decode, ...vision({}), ...train(false)]);
     // The peer's first numbers weigh more than these.
-    await measure(martlet, 'martlet', 1, later, about(budget * 0.45));
+    await measure(martlet, 'martlet', 1, later, isPart ? 0 : about(budget * 0.45));
     await martlet.end();
     await measure(peer, 'peer-default', 1, [load, ...decode, ...vision({ attention: 'sdpa' }, { attention: 'eager' })]);
-    const other = visionOnly ? undefined : await perform(peer, gateTask('peer'), about(8));
+    const other = await perform(peer, gateTask('peer'), about(8));
     if (other && results.gate) results.gate.peer = distance('peer', other.loss);
     await measure(peer, 'peer-default', 1, [...train(false), ...later]);
     await peer.end();
-    if (!options.quick && !visionOnly) {
+    if (!options.quick && !isPart) {
       const again = [open('peer'), open('martlet')];
       sides.push(...again);
       await measure(again[0], 'peer-default', 2, [load, ...train(false)]);
@@ -359,7 +368,7 @@ async function benchmark({ name, shapeName, visionOnly }, budget) {
       await measure(again[1], 'martlet', 2, [{ kind: 'load' }, ...decode, ...train(false)]);
       await again[1].end();
     }
-    if (options.tuned && !visionOnly) {
+    if (options.tuned && !isPart) {
       // Each in a process of its own: what is compiled for one would stay for the other.
       for (const tasks of [train(false), decode.map((task) => ({ ...task, warmup: 2 }))]) {
         const tuned = open('peer');

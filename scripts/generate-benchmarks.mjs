@@ -144,6 +144,8 @@ function isTrusted(gate) {
 
 function section(result) {
   const { gate, versions, row, prompt, vision } = result;
+  // Files from before the option existed are of everything.
+  const part = (result.tasks?.length ?? 4) < 4 ? ` (${result.tasks.join(', ')})` : '';
   const has = (kind) => result.runs.some((run) => run.kind === kind);
   const machine = [
     result.gpu ? `${result.gpu} (driver ${result.driver})` : `CPU, ${result.cores} cores`,
@@ -175,7 +177,7 @@ function section(result) {
     `From the files of base and adapter to a merged folder, on one file system. The peer: loading to the device, PEFT’s merge, save_pretrained. martlet adds in float32 on the CPU and checks each element against float64.`,
   ];
   return [
-    `## ${result.title}${result.what.endsWith('vision') ? ', vision tower' : ''}, ${result.gpu ?? 'CPU'}, ${result.date}`,
+    `## ${result.title}${part}, ${result.gpu ?? 'CPU'}, ${result.date}`,
     `${machine.join(', ')}. Again with:`,
     `\`\`\`sh\n${result.command}\n\`\`\``,
     `**Gate**, ${gate.passed ? 'passed' : 'missed by bfloat16 itself on these random weights (the peer in bfloat16 is as far from float32)'}: loss and LoRA gradients of one batch against transformers + PEFT in float32. Loss off by ${gate.lossDifference.toExponential(1)} (limit ${gate.limits.lossDifference}), cosine of all ${gate.tensors} gradients ${gate.cosine.toFixed(6)} (limit ${gate.limits.cosine}).${peerGate}`,

@@ -37,8 +37,10 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
 }
 
 function describe(system: MartletSystemInfo): string {
+  const kernels =
+    system.cudaKernelsError === undefined ? '' : `, without martlet's kernels: ${system.cudaKernelsError}`;
   const cuda = system.cudaAvailable
-    ? 'available'
+    ? `available${kernels}`
     : `not available${system.cudaError === undefined ? '' : `: ${system.cudaError}`}`;
   const rows: [string, string][] = [
     ['node', system.nodeVersion],

@@ -42,6 +42,9 @@ export interface SystemInfo {
   compiledTorchVersion: string;
   cudaAvailable: boolean;
   cudaError?: string; // why the CUDA libraries beside libtorch could not be loaded
+  /** Where there is a CUDA device: whether martlet's own kernels are used, else ATen's operations; and why they are not. */
+  cudaKernels?: boolean;
+  cudaKernelsError?: string;
   devices: DeviceInfo[];
   threads: number;
   cpuCapability: string; // 'AVX512' | 'AVX2' | 'DEFAULT'

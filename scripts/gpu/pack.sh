@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Packs what a GPU machine without Node and network needs into .gpu/: a stripped Node, the modules used at run time, headers for the addon.
+# With an argument, the unpacked torch wheel of that machine's version, the addon and its kernels are built here and packed too (needs nvcc; two
+# minutes here for one there): setup.sh takes them if they are of the same sources.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 node node_modules/typescript/bin/tsc -p .
@@ -16,5 +18,16 @@ cp -r dist .gpu/runtime/dist
 find .gpu/runtime/dist -name '*.map' -delete
 tar -C .gpu -c runtime | xz -T2 -6 > .gpu/runtime.tar.xz.tmp
 mv .gpu/runtime.tar.xz.tmp .gpu/runtime.tar.xz
-rm -rf .gpu/runtime
+rm -rf .gpu/runtime .gpu/Release
+if [ -n "${1:-}" ]; then
+  # Only linked here, never run: libraries of CUDA that libtorch itself needs are not looked for.
+  LIBTORCH=$(realpath "$1") cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/build/gpu/Release" \
+    -DCMAKE_JS_INC="$PWD/node_modules/node-api-headers/include;$PWD/node_modules/node-addon-api" -DMARTLET_TESTS=ON -DMARTLET_CUDA=ON \
+    -DMARTLET_CUDA_ARCHITECTURES=90a -DCMAKE_EXE_LINKER_FLAGS=-Wl,--unresolved-symbols=ignore-in-shared-libs
+  cmake --build build/gpu --target martlet martlet_preload martlet_cuda martlet_cuda_tests
+  rm -rf .gpu/Release
+  cp -r build/gpu/Release .gpu/Release
+  strip --strip-unneeded .gpu/Release/*
+  bash scripts/gpu/sources.sh > .gpu/Release/sources
+fi
 ls -la .gpu

@@ -15,12 +15,16 @@ ln -sfn "$RUNTIME/node_modules" node_modules
 cp -r "$RUNTIME/dist" dist
 modules=$PWD/node_modules
 # Files that were sent again may be older than what was built from their predecessors: their contents decide, not their times.
-sources=$(find native cmake CMakeLists.txt -type f -print0 | sort -z | xargs -0 sha256sum | sha256sum)
-if [ "$(cat build/sources 2>/dev/null)" != "$sources" ]; then
+sources=$(bash scripts/gpu/sources.sh)
+if [ "$(cat .gpu/Release/sources 2>/dev/null)" = "$sources" ]; then
+  mkdir -p build
+  rm -rf build/Release
+  cp -r .gpu/Release build/Release
+elif [ "$(cat build/sources 2>/dev/null)" != "$sources" ]; then
   find native -type f -exec touch {} +
   cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/build/Release" \
-    -DCMAKE_JS_INC="$modules/node-api-headers/include;$modules/node-addon-api" > /tmp/configure.log || { cat /tmp/configure.log; exit 1; }
-  cmake --build build/cmake --parallel "$(nproc)" > /tmp/build.log 2>&1 || { grep -E "error|Error" /tmp/build.log | head -30; exit 1; }
+    -DCMAKE_JS_INC="$modules/node-api-headers/include;$modules/node-addon-api" -DMARTLET_TESTS=ON -DMARTLET_CUDA_ARCHITECTURES=native > /tmp/configure.log || { cat /tmp/configure.log; exit 1; }
+  cmake --build build/cmake --parallel "$(nproc)" --target martlet martlet_preload martlet_cuda martlet_cuda_tests > /tmp/build.log 2>&1 || { grep -E "error|Error" /tmp/build.log | head -30; exit 1; }
   echo "$sources" > build/sources
 fi
 set +e

@@ -13,6 +13,7 @@
 #include <mutex>
 #include <nlohmann/json.hpp>
 
+#include "core/base/cuda_kernels.h"
 #include "core/base/error.h"
 #include "core/base/limited_memory.h"
 #include "core/base/memory.h"
@@ -54,6 +55,8 @@ void initialize_runtime(const std::string& libtorch_lib, bool cuda, int threads)
     cuda_error = std::string("libtorch_cuda.so could not be loaded: ") + ::dlerror();
   } else if (cuda_devices() == 0) {
     cuda_error = "no CUDA device or driver was found (is nvidia-smi working?)";
+  } else {
+    open_cuda_kernels();
   }
   if (const char* limit = std::getenv("MARTLET_CPU_MEMORY_LIMIT")) limit_cpu_memory(std::strtoull(limit, nullptr, 10));
   if (threads > 0) at::set_num_threads(threads);
@@ -99,6 +102,10 @@ std::string system_info_json() {
               {"cudaAvailable", count > 0},       {"devices", devices},
               {"threads", at::get_num_threads()}, {"cpuCapability", at::get_cpu_capability()}};
   if (!cuda_error.empty()) out["cudaError"] = cuda_error;
+  if (count > 0) {
+    out["cudaKernels"] = cuda_kernels_error().empty();
+    if (!cuda_kernels_error().empty()) out["cudaKernelsError"] = cuda_kernels_error();
+  }
   return out.dump();
 }
 

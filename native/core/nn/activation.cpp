@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "core/base/cuda_kernels.h"
 #include "core/base/error.h"
 
 namespace martlet {
@@ -35,21 +36,45 @@ at::Tensor activate(const at::Tensor& x, Activation activation) {
 
 namespace {
 
+// Null unless one kernel does it: the tensors lie alike and without gaps.
+const cuda::Kernels* swiglu_kernels(const at::Tensor& gate, const at::Tensor& up) {
+  return gate.is_contiguous() && up.is_contiguous() ? cuda_kernels(gate) : nullptr;
+}
+
+at::Tensor swiglu_forward(const at::Tensor& gate, const at::Tensor& up) {
+  const cuda::Kernels* kernels = swiglu_kernels(gate, up);
+  if (kernels == nullptr) return at::silu(gate).mul_(up);
+  at::Tensor out = at::empty_like(gate);
+  check_cuda(kernels->swiglu(gate.const_data_ptr(), up.const_data_ptr(), out.mutable_data_ptr(), gate.numel(),
+                             cuda_type(gate.scalar_type()), cuda_stream(gate)));
+  return out;
+}
+
 struct SwigluFunction : public torch::autograd::Function<SwigluFunction> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& gate, const at::Tensor& up) {
     ctx->save_for_backward({gate, up});
-    return at::silu(gate).mul_(up);
+    return swiglu_forward(gate, up);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    const at::Tensor &gate = saved[0], &up = saved[1], &dy = grads[0];
+    const at::Tensor &gate = saved[0], &up = saved[1], dy = grads[0].contiguous();
+    if (const cuda::Kernels* kernels = swiglu_kernels(gate, up)) {
+      at::Tensor dgate = at::empty_like(gate), dup = at::empty_like(up);
+      check_cuda(kernels->swiglu_backward(gate.const_data_ptr(), up.const_data_ptr(), dy.const_data_ptr(),
+                                          dgate.mutable_data_ptr(), dup.mutable_data_ptr(), gate.numel(),
+                                          cuda_type(gate.scalar_type()), cuda_stream(gate)));
+      return {dgate, dup};
+    }
     return {at::silu_backward(dy * up, gate), at::silu(gate).mul_(dy)};
   }
 };
 
 }  // namespace
 
-at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) { return SwigluFunction::apply(gate, up); }
+at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) {
+  const bool recorded = at::GradMode::is_enabled() && (gate.requires_grad() || up.requires_grad());
+  return recorded ? SwigluFunction::apply(gate, up) : swiglu_forward(gate, up);
+}
 
 }  // namespace martlet

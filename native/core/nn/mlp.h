@@ -38,6 +38,10 @@ class GatedMlp : public FeedForward {
   GatedMlp(int64_t hidden_size, int64_t intermediate_size, bool bias, const GatedMlpNames& names = {});
   at::Tensor forward(const at::Tensor& x, DropoutSource* dropout) const override;
   Linear gate_proj, up_proj, down_proj;
+
+ private:
+  // The same with `spare` zero columns more between the two products.
+  at::Tensor forward_aligned(const at::Tensor& x, int64_t spare) const;
 };
 
 }  // namespace martlet

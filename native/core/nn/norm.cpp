@@ -1,6 +1,9 @@
 #include "core/nn/norm.h"
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "core/base/cuda_kernels.h"
 
 namespace martlet {
 
@@ -9,11 +12,57 @@ std::unique_ptr<Norm> make_norm(NormType type, int64_t dim, double eps) {
   return std::make_unique<LayerNorm>(dim, eps);
 }
 
-RmsNorm::RmsNorm(int64_t dim, double eps) : dim_(dim), eps_(eps) { register_parameter(weight, "weight", {dim}); }
+RmsNorm::RmsNorm(int64_t dim, double eps) : eps_(eps) { register_parameter(weight, "weight", {dim}); }
+
+namespace {
+
+cuda::RmsNorm describe(const at::Tensor& x, const at::Tensor& weight) {
+  return {x.const_data_ptr(), weight.const_data_ptr(), x.numel() / x.size(-1), static_cast<int32_t>(x.size(-1)),
+          cuda_type(x.scalar_type())};
+}
+
+// One kernel each way; the weight gets no gradient. `rstd`, float32 [rows], is written where it is defined.
+at::Tensor rms_norm_kernel(const at::Tensor& x, const at::Tensor& weight, double eps, const at::Tensor& rstd) {
+  at::Tensor y = at::empty_like(x);
+  float* scales = rstd.defined() ? rstd.mutable_data_ptr<float>() : nullptr;
+  check_cuda(cuda_kernels(x)->rms_norm(describe(x, weight), eps, y.mutable_data_ptr(), scales, cuda_stream(x)));
+  return y;
+}
+
+struct RmsNormFunction : public torch::autograd::Function<RmsNormFunction> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                            double eps) {
+    const at::Tensor rstd = at::empty({x.numel() / x.size(-1)}, x.options().dtype(at::kFloat));
+    ctx->save_for_backward({x, weight, rstd});
+    return rms_norm_kernel(x, weight, eps, rstd);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const at::Tensor &x = saved[0], &weight = saved[1], dy = grads[0].contiguous();
+    at::Tensor dx = at::empty_like(x);
+    check_cuda(cuda_kernels(x)->rms_norm_backward(describe(x, weight), dy.const_data_ptr(),
+                                                  saved[2].const_data_ptr<float>(), dx.mutable_data_ptr(),
+                                                  cuda_stream(x)));
+    return {dx, at::Tensor(), at::Tensor()};
+  }
+};
+
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  const bool recorded = at::GradMode::is_enabled();
+  if (cuda_kernels(x) != nullptr && x.is_contiguous() && weight.scalar_type() == x.scalar_type() &&
+      !(recorded && weight.requires_grad())) {
+    return recorded && x.requires_grad() ? RmsNormFunction::apply(x, weight, eps)
+                                         : rms_norm_kernel(x, weight, eps, at::Tensor());
+  }
+  // Without its weight argument the fused op rounds x̂ to x's dtype, as the original does before it multiplies.
+  return at::rms_norm(x, {x.size(-1)}, std::nullopt, eps) * weight;
+}
+
+}  // namespace
 
 at::Tensor RmsNorm::forward(const at::Tensor& x) const {
-  // Without its weight argument the fused op rounds x̂ to x's dtype, as the original does before it multiplies.
-  at::Tensor y = at::rms_norm(x, {dim_}, std::nullopt, eps_) * weight.value;
+  at::Tensor y = rms_norm(x, weight.value, eps_);
   observe_output(*this, y);
   return y;
 }

@@ -24,7 +24,6 @@ class RmsNorm : public Norm {
   Parameter weight;
 
  private:
-  int64_t dim_;
   double eps_;
 };
 

@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "core/base/cuda_kernels.h"
+
 namespace martlet {
 
 namespace {
@@ -42,6 +44,25 @@ namespace {
 
 at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, bool inverse) {
   const int64_t half = x.size(-1) / 2;
+  if (const cuda::Kernels* kernels = cuda_kernels(x);
+      kernels != nullptr && x.stride(-1) == 1 && x.numel() / 2 < int64_t{1} << 31) {
+    at::Tensor out = at::empty(x.sizes(), x.options());
+    cuda::Rotary op = {};
+    op.x = x.const_data_ptr();
+    op.cos = cos.const_data_ptr();
+    op.sin = sin.const_data_ptr();
+    op.out = out.mutable_data_ptr();
+    op.tokens = x.size(0);
+    op.token_stride = x.stride(0);
+    op.head_stride = x.stride(1);
+    op.heads = static_cast<int32_t>(x.size(1));
+    op.head_dim = static_cast<int32_t>(x.size(2));
+    op.type = cuda_type(x.scalar_type());
+    op.float_table = cos.scalar_type() == at::kFloat;
+    op.inverse = inverse;
+    check_cuda(kernels->rotary(op, cuda_stream(x)));
+    return out;
+  }
   const at::Tensor x1 = x.narrow(-1, 0, half), x2 = x.narrow(-1, half, half);
   at::Tensor out = at::empty(x.sizes(), x.options());
   at::Tensor o1 = out.narrow(-1, 0, half), o2 = out.narrow(-1, half, half);
@@ -68,6 +89,7 @@ struct RotaryFunction : public torch::autograd::Function<RotaryFunction> {
 }  // namespace
 
 at::Tensor apply_rotary(const at::Tensor& x, const RotaryTable& table) {
+  if (!(x.requires_grad() && at::GradMode::is_enabled())) return rotate(x, table.cos, table.sin, /*inverse=*/false);
   return RotaryFunction::apply(x, table.cos, table.sin);
 }
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "core/base/cuda_kernels.h"
 #include "core/base/error.h"
 
 namespace martlet {
@@ -56,10 +57,16 @@ QuantizedPtr Int8Tensor::quantize(const at::Tensor& weight) {
 at::Tensor Int8Tensor::dequantize() const {
   const int64_t rows = shape_[0], step = rows_per_chunk(codes_);
   at::Tensor out = at::empty(shape_, codes_.options().dtype(dtype_));
-  for (int64_t begin = 0; begin < rows; begin += step) {
-    const int64_t count = std::min(step, rows - begin);
-    const at::Tensor scale = scale_.narrow(0, begin, count).unsqueeze(1);
-    out.narrow(0, begin, count).copy_(codes_.narrow(0, begin, count).to(at::kFloat).mul_(scale).mul_(1.0 / 127.0));
+  if (const cuda::Kernels* kernels = cuda_kernels(out)) {
+    const cuda::Int8 op = {codes_.const_data_ptr<int8_t>(), scale_.const_data_ptr<float>(), rows,
+                           static_cast<int32_t>(shape_[1]), cuda_type(dtype_)};
+    check_cuda(kernels->int8_dequantize(op, out.mutable_data_ptr(), cuda_stream(out)));
+  } else {
+    for (int64_t begin = 0; begin < rows; begin += step) {
+      const int64_t count = std::min(step, rows - begin);
+      const at::Tensor scale = scale_.narrow(0, begin, count).unsqueeze(1);
+      out.narrow(0, begin, count).copy_(codes_.narrow(0, begin, count).to(at::kFloat).mul_(scale).mul_(1.0 / 127.0));
+    }
   }
   if (outlier_columns_.defined()) out.index_copy_(1, outlier_columns_, outlier_values_);
   return out;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
+#include "core/base/cuda_kernels.h"
 #include "core/base/dtype.h"
 #include "core/base/error.h"
 #include "core/quant/blockwise.h"
@@ -84,11 +85,23 @@ at::Tensor Nf4Tensor::scales() const {
 }
 
 at::Tensor Nf4Tensor::dequantize() const {
-  const at::Tensor table = pair_table(codes_.device()), scale = scales(), bytes = codes_.view(-1);
   int64_t n = 1;
   for (const int64_t extent : shape_) n *= extent;
-  const int64_t chunk = chunk_size(codes_.device());
   at::Tensor out = at::empty({n}, codes_.options().dtype(dtype_));
+  if (const cuda::Kernels* kernels = cuda_kernels(out)) {
+    const bool nested = nested_absmax_.defined();
+    const cuda::Nf4 op = {codes_.const_data_ptr<uint8_t>(),
+                          absmax_.const_data_ptr(),
+                          nested ? nested_map_.const_data_ptr<float>() : nullptr,
+                          nested ? nested_absmax_.const_data_ptr<float>() : nullptr,
+                          static_cast<float>(offset_),
+                          n,
+                          cuda_type(dtype_)};
+    check_cuda(kernels->nf4_dequantize(op, out.mutable_data_ptr(), cuda_stream(out)));
+    return out.view(shape_);
+  }
+  const at::Tensor table = pair_table(codes_.device()), scale = scales(), bytes = codes_.view(-1);
+  const int64_t chunk = chunk_size(codes_.device());
   for (int64_t begin = 0; begin < n; begin += chunk) {
     const int64_t length = std::min(chunk, n - begin);
     const at::Tensor part = bytes.narrow(0, begin / 2, (length + 1) / 2).to(at::kInt);

@@ -6,6 +6,7 @@
 #include <array>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
+#include <vector>
 
 #include "core/vision/patch_grid.h"
 
@@ -46,6 +47,10 @@ ImagePlan parse_image_plan(const nlohmann::json& plan);
 
 // rgb: frames × height × width × 3 bytes. Several frames need a plan with patches.
 Picture preprocess_image(const uint8_t* rgb, int64_t frames, int64_t width, int64_t height, const ImagePlan& plan);
+
+// All pictures' numbers one below the other along the first axis, as a tower of these options takes them: rounded on
+// the CPU and copied to the device at once.
+at::Tensor upload(const std::vector<at::Tensor>& pixels, const at::TensorOptions& target);
 
 // Bicubic as Pillow's Image.resize does it on 8-bit pictures, bit for bit (22-bit fixed-point coefficients, horizontal
 // pass first). image: [H, W, 3] uint8.

@@ -88,8 +88,7 @@ class Llava : public VisionLanguageModel {
       images.push_back(image);
     }
     // [N, C, gh, p, gw, p] → [N · gh · gw, C · p · p]: the order of a convolution kernel's elements.
-    const at::Tensor patches = at::stack(images)
-                                   .to(vision_tower_.options())
+    const at::Tensor patches = upload(images, vision_tower_.options())
                                    .view({n, 3, grid, patch, grid, patch})
                                    .permute({0, 2, 4, 1, 3, 5})
                                    .reshape({n * grid * grid, config_.vision.patch_elements});

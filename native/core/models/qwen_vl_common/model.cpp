@@ -55,10 +55,10 @@ class QwenVl : public VisionLanguageModel {
     for (const Picture& picture : pictures) {
       check(picture);
       grids.push_back(picture.grid);
-      pixels.push_back(picture.pixels.to(target));
+      pixels.push_back(picture.pixels);
     }
-    // Put together and reordered on the device, where a copy of all patches costs little.
-    at::Tensor patches = at::cat(pixels), coordinates = patch_coordinates(grids, merge);
+    // Reordered on the device, where a copy of all patches costs little.
+    at::Tensor patches = upload(pixels, target), coordinates = patch_coordinates(grids, merge);
     VitLayout layout;
     layout.rows = SequenceLengths::from_lengths(frame_lengths(grids), target.device());
     at::Tensor token_order;  // on the CPU

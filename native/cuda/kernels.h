@@ -1,0 +1,70 @@
+// CUDA kernels behind plain C functions, in a library of their own (martlet_cuda.so) that is opened only where a GPU
+// is. No torch in it: nvcc compiles it alone. Each kernel's reference is the ATen expression beside its caller, and
+// native/test/cuda/ compares the two on a GPU, gradients too.
+#pragma once
+
+#include <cstdint>
+
+namespace martlet::cuda {
+
+// Of a kernel's 16-bit tensors; arithmetic is in float32.
+enum class Type : int32_t { kHalf = 0, kBFloat16 = 1 };
+
+// All functions enqueue on `stream` (a cudaStream_t of the current device) and return null, or what CUDA says is wrong.
+using Status = const char*;
+
+// Rows are contiguous; y and dx may not overlap their inputs.
+struct RmsNorm {
+  const void *x, *weight;  // [rows, columns], [columns]
+  int64_t rows;
+  int32_t columns;
+  Type type;
+};
+
+struct Rotary {
+  const void* x;          // [tokens, heads, head_dim], the last axis contiguous
+  const void *cos, *sin;  // [tokens, head_dim / 2], contiguous
+  void* out;              // contiguous
+  int64_t tokens, token_stride, head_stride;
+  int32_t heads, head_dim;
+  Type type;
+  bool float_table;  // the table is float32 (one rounding, at the end), else of x's type (each product rounded)
+  bool inverse;      // by −θ: the gradient
+};
+
+struct Nf4 {
+  const uint8_t* codes;  // two of 4 bits a byte, the first in the upper half
+  const void* scales;    // one of each 64 elements: float32, or codes of 8 bits if nested_map is given
+  const float* nested_map;
+  const float* nested_scales;  // one of each 256 scales
+  float nested_offset;
+  int64_t elements;
+  Type type;
+};
+
+struct Int8 {
+  const int8_t* codes;  // [rows, columns]
+  const float* scales;  // [rows]: the absolute maximum, which 127 stands for
+  int64_t rows;
+  int32_t columns;
+  Type type;
+};
+
+struct Kernels {
+  // y = x · rstd rounded to 16 bits, times the weight; rstd (float32, [rows]) may be null.
+  Status (*rms_norm)(const RmsNorm& op, double eps, void* y, float* rstd, void* stream);
+  Status (*rms_norm_backward)(const RmsNorm& op, const void* dy, const float* rstd, void* dx, void* stream);
+  Status (*rotary)(const Rotary& op, void* stream);
+  // out = silu(gate) rounded, times up. n elements, contiguous.
+  Status (*swiglu)(const void* gate, const void* up, void* out, int64_t n, Type type, void* stream);
+  Status (*swiglu_backward)(const void* gate, const void* up, const void* dy, void* dgate, void* dup, int64_t n,
+                            Type type, void* stream);
+  Status (*nf4_dequantize)(const Nf4& op, void* out, void* stream);
+  Status (*int8_dequantize)(const Int8& op, void* out, void* stream);
+};
+
+// The only symbol of the library; its name changes with the struct, so that an old library is never called wrongly.
+inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_1";
+using EntryPoint = const Kernels* (*)();
+
+}  // namespace martlet::cuda

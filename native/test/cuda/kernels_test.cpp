@@ -1,0 +1,203 @@
+// Each CUDA kernel beside what it stands for: the same call on the CPU, where ATen's operations do it. Odd sizes take
+// the kernels' scalar paths.
+#include <ATen/ATen.h>
+#include <dlfcn.h>
+#include <link.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <filesystem>
+#include <functional>
+
+#include "check.h"
+#include "core/base/cuda_kernels.h"
+#include "core/nn/activation.h"
+#include "core/nn/mlp.h"
+#include "core/nn/norm.h"
+#include "core/nn/rope.h"
+#include "core/quant/quantized_tensor.h"
+#include "core/session.h"
+#include "core/vision/image_ops.h"
+
+using namespace martlet;
+using namespace martlet::test;
+
+namespace {
+
+// With libtorch's CUDA half and the kernels loaded.
+at::Device gpu() {
+  static const at::Device device = [] {
+    link_map* torch = nullptr;
+    ::dlinfo(::dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD), RTLD_DI_LINKMAP, &torch);
+    initialize_runtime(std::filesystem::path(torch->l_name).parent_path(), /*cuda=*/true, /*threads=*/4);
+    return at::Device(at::kCUDA, 0);
+  }();
+  return device;
+}
+
+using Tensors = std::vector<at::Tensor>;
+using Fn = std::function<at::Tensor(const Tensors&)>;
+
+// |actual − expected| within `ulps` of the 16-bit type at the size of the expected number, and never above a floor of
+// what the tensor's largest number rounds to.
+void check_near(const at::Tensor& actual, const at::Tensor& expected, double ulps, const std::string& what) {
+  const at::Tensor a = actual.cpu().to(at::kDouble), e = expected.cpu().to(at::kDouble);
+  const double step = expected.scalar_type() == at::kHalf ? 0x1p-10 : 0x1p-7;
+  const at::Tensor allowed = (e.abs() + e.abs().max() * 0.02) * (step * ulps);
+  const double worst = ((a - e).abs() / allowed).max().item<double>();
+  if (!(worst <= 1)) record_failure(__FILE__, __LINE__, what + ": " + std::to_string(worst * ulps) + " roundings away");
+}
+
+// Values and gradients of fn on the GPU beside those on the CPU; ulps 0: the same bits.
+void compare(const std::string& what, const Fn& fn, const Tensors& inputs, double ulps) {
+  EXPECT(cuda_kernels(inputs[0].to(gpu())) != nullptr);
+  const auto run = [&](at::Device device) {
+    Tensors leaves;
+    // Copies keep the strides, which the kernels must honour.
+    for (const at::Tensor& input : inputs) leaves.push_back(input.detach().to(device).requires_grad_(true));
+    const at::Tensor y = fn(leaves);
+    const at::Tensor dy = at::linspace(-1, 1, y.numel(), at::kFloat).view(y.sizes()).to(y.scalar_type()).to(device);
+    Tensors out = {y.detach()};
+    for (const at::Tensor& grad : torch::autograd::grad({y}, leaves, {dy})) out.push_back(grad);
+    {
+      const at::NoGradGuard no_grad;
+      out.push_back(fn(leaves));
+    }
+    return out;
+  };
+  const Tensors expected = run(at::kCPU), actual = run(gpu());
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const std::string name = what + ", " + (i == 0 ? "value" : "result " + std::to_string(i));
+    if (ulps == 0) {
+      EXPECT_SAME(actual[i].cpu(), expected[i]);
+    } else {
+      check_near(actual[i], expected[i], ulps, name);
+    }
+  }
+}
+
+const std::vector<at::ScalarType> kTypes = {at::kBFloat16, at::kHalf};
+
+}  // namespace
+
+TEST("RMSNorm and its gradient") {
+  for (const at::ScalarType type : kTypes) {
+    for (const int64_t columns : {1, 7, 80, 128, 513, 1280, 2049, 3584, 4096}) {
+      for (const int64_t rows : {1, 5, 130}) {
+        const at::Tensor x = randn({rows, columns}, 1).to(type);
+        RmsNorm norm(columns, 1e-6);
+        const at::Tensor w = (1 + 0.1 * randn({columns}, 2)).to(type);
+        compare(
+            "RMSNorm of " + std::to_string(rows) + "×" + std::to_string(columns),
+            [&](const Tensors& in) {
+              norm.weight.value = w.to(in[0].device());
+              return norm.forward(in[0]);
+            },
+            {x}, 2);
+      }
+    }
+  }
+  RmsNorm heads(16, 1e-6);
+  heads.weight.value = at::ones({16}, at::kBFloat16);
+  const at::Tensor gap = randn({6, 4, 32}, 3).to(at::kBFloat16).narrow(2, 0, 16);
+  compare(
+      "RMSNorm of a view",
+      [&](const Tensors& in) {
+        heads.weight.value = heads.weight.value.to(in[0].device());
+        return heads.forward(in[0]);
+      },
+      {gap}, 2);
+}
+
+TEST("rotary embedding and its gradient: the same bits") {
+  for (const at::ScalarType type : kTypes) {
+    for (const int64_t head_dim : {2, 6, 16, 80, 128}) {
+      for (const bool float_table : {false, true}) {
+        const at::Tensor qkv = randn({37, 3, 5, head_dim}, 1).to(type);
+        const at::Tensor positions = at::arange(37, at::kLong);
+        compare(
+            "rotary of " + std::to_string(head_dim),
+            [&](const Tensors& in) {
+              const at::Device device = in[0].device();
+              RotaryTable table = rotary_table(positions, head_dim, 1e4, float_table ? at::kFloat : type);
+              table.cos = table.cos.to(device);
+              table.sin = table.sin.to(device);
+              return apply_rotary(in[0].select(1, 1), table);
+            },
+            {qkv}, 0);
+      }
+    }
+  }
+}
+
+TEST("SwiGLU and its gradients") {
+  for (const at::ScalarType type : kTypes) {
+    for (const int64_t columns : {1, 9, 344, 3424}) {
+      compare(
+          "SwiGLU of " + std::to_string(columns), [](const Tensors& in) { return swiglu(in[0], in[1]); },
+          {(3 * randn({33, columns}, 1)).to(type), randn({33, columns}, 2).to(type)}, 2);
+    }
+  }
+}
+
+TEST("NF4 and int8 weights: dequantised to the same bits as on the CPU, quantised to the same codes") {
+  for (const at::ScalarType type : kTypes) {
+    for (const auto& [rows, columns] :
+         std::vector<std::pair<int64_t, int64_t>>{{3, 5}, {64, 64}, {129, 344}, {300, 1000}}) {
+      at::Tensor weight = (0.05 * randn({rows, columns}, 1)).to(type);
+      weight.select(1, columns / 2).mul_(20);  // an outlier column
+      for (const bool nested : {true, false}) {
+        for (const auto method : {QuantizationOptions::Method::kNf4, QuantizationOptions::Method::kInt8}) {
+          const QuantizationOptions options = {method, nested};
+          const QuantizedPtr here = quantize(weight, options);
+          Tensors parts;
+          for (const auto& [name, part] : here->stored()) parts.push_back(part);
+          const auto read = [&](at::Device device) {
+            const auto stored = here->stored();
+            return read_quantized(
+                "w.weight",
+                [&](const std::string& suffix) {
+                  for (const auto& [name, part] : stored) {
+                    if (name == suffix) return part;
+                  }
+                  return at::Tensor();
+                },
+                weight.sizes(), type, device);
+          };
+          EXPECT_SAME(read(gpu())->dequantize().cpu(), read(at::kCPU)->dequantize());
+          const auto there = quantize(weight.to(gpu()), options)->stored();
+          for (size_t i = 0; i < there.size(); ++i) {
+            if (there[i].second.scalar_type() == at::kByte || there[i].second.scalar_type() == at::kChar)
+              EXPECT(there[i].second.cpu().ne(parts.at(i)).sum().item<int64_t>() <= parts.at(i).numel() / 1000);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST("a gated MLP of unaligned width, padded for the tensor cores") {
+  for (const int64_t hidden : {3420, 172}) {
+    GatedMlp mlp(128, hidden, /*bias=*/true);
+    const auto fill = [&](Linear& linear, uint64_t seed, at::IntArrayRef shape) {
+      linear.weight.value = (0.05 * randn(shape, seed)).to(at::kBFloat16);
+      linear.bias.value = (0.1 * randn({shape[0]}, seed + 1)).to(at::kBFloat16);
+    };
+    fill(mlp.gate_proj, 1, {hidden, 128});
+    fill(mlp.up_proj, 3, {hidden, 128});
+    fill(mlp.down_proj, 5, {128, hidden});
+    const at::Tensor x = randn({600, 128}, 7).to(at::kBFloat16);
+    const at::NoGradGuard no_grad;
+    const at::Tensor expected = mlp.forward(x, nullptr);
+    for (Linear* linear : {&mlp.gate_proj, &mlp.up_proj, &mlp.down_proj}) {
+      linear->weight.value = linear->weight.value.to(gpu());
+      linear->bias.value = linear->bias.value.to(gpu());
+    }
+    check_near(mlp.forward(x.to(gpu()), nullptr), expected, 4, "MLP of " + std::to_string(hidden));
+  }
+}
+
+TEST("pictures are copied through pinned memory as they are") {
+  const Tensors pictures = {randn({4, 1176}, 1), randn({9, 1176}, 2)};
+  const at::TensorOptions target = at::TensorOptions().dtype(at::kBFloat16).device(gpu());
+  EXPECT_SAME(upload(pictures, target).cpu(), at::cat(pictures).to(at::kBFloat16));
+}
