@@ -16,8 +16,9 @@ std::string error = "no CUDA device is used";
 
 const cuda::Kernels* open() {
   const char* wanted = std::getenv("MARTLET_CUDA_KERNELS");
-  if (wanted != nullptr && std::string(wanted) == "0") {
-    error = "they were switched off (MARTLET_CUDA_KERNELS=0)";
+  // Until the benchmark's gate has passed with them.
+  if (wanted == nullptr || std::string(wanted) != "1") {
+    error = "they are not switched on (MARTLET_CUDA_KERNELS=1)";
     return nullptr;
   }
   Dl_info self;

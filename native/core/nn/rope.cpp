@@ -17,7 +17,8 @@ at::Tensor inverse_frequencies(int64_t dim, double theta, at::Device device) {
 
 // angle: [T, d/2]
 RotaryTable from_angles(const at::Tensor& angle, at::ScalarType dtype) {
-  const at::Tensor each_head = angle.unsqueeze(1);
+  // Rows one after the other, as the kernel reads them; the angles of several axes come transposed.
+  const at::Tensor each_head = angle.contiguous().unsqueeze(1);
   return {each_head.cos().to(dtype), each_head.sin().to(dtype)};
 }
 
@@ -44,8 +45,8 @@ namespace {
 
 at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, bool inverse) {
   const int64_t half = x.size(-1) / 2;
-  if (const cuda::Kernels* kernels = cuda_kernels(x);
-      kernels != nullptr && x.stride(-1) == 1 && x.numel() / 2 < int64_t{1} << 31) {
+  if (const cuda::Kernels* kernels = cuda_kernels(x); kernels != nullptr && x.stride(-1) == 1 && cos.is_contiguous() &&
+                                                      sin.is_contiguous() && x.numel() / 2 < int64_t{1} << 31) {
     at::Tensor out = at::empty(x.sizes(), x.options());
     cuda::Rotary op = {};
     op.x = x.const_data_ptr();

@@ -37,12 +37,13 @@ at::Device gpu() {
 using Tensors = std::vector<at::Tensor>;
 using Fn = std::function<at::Tensor(const Tensors&)>;
 
-// |actual − expected| within `ulps` of the 16-bit type at the size of the expected number, and never above a floor of
-// what the tensor's largest number rounds to.
-void check_near(const at::Tensor& actual, const at::Tensor& expected, double ulps, const std::string& what) {
+// |actual − expected| within `ulps` roundings of the 16-bit type at the size of the expected number, or of `floor`
+// where that is larger.
+void check_near(const at::Tensor& actual, const at::Tensor& expected, double ulps, double floor,
+                const std::string& what) {
   const at::Tensor a = actual.cpu().to(at::kDouble), e = expected.cpu().to(at::kDouble);
   const double step = expected.scalar_type() == at::kHalf ? 0x1p-10 : 0x1p-7;
-  const at::Tensor allowed = (e.abs() + e.abs().max() * 0.02) * (step * ulps);
+  const at::Tensor allowed = e.abs().clamp_min(floor) * (step * ulps);
   const double worst = ((a - e).abs() / allowed).max().item<double>();
   if (!(worst <= 1)) record_failure(__FILE__, __LINE__, what + ": " + std::to_string(worst * ulps) + " roundings away");
 }
@@ -70,7 +71,8 @@ void compare(const std::string& what, const Fn& fn, const Tensors& inputs, doubl
     if (ulps == 0) {
       EXPECT_SAME(actual[i].cpu(), expected[i]);
     } else {
-      check_near(actual[i], expected[i], ulps, name);
+      // Gradients are sums of numbers up to about 1 that may cancel.
+      check_near(actual[i], expected[i], ulps, i > 0 && i <= inputs.size() ? 1 : 0.02, name);
     }
   }
 }
@@ -83,7 +85,8 @@ TEST("RMSNorm and its gradient") {
   for (const at::ScalarType type : kTypes) {
     for (const int64_t columns : {1, 7, 80, 128, 513, 1280, 2049, 3584, 4096}) {
       for (const int64_t rows : {1, 5, 130}) {
-        const at::Tensor x = randn({rows, columns}, 1).to(type);
+        // No row is so small that its gradient is large.
+        const at::Tensor noise = randn({rows, columns}, 1), x = (noise + noise.sign()).to(type);
         RmsNorm norm(columns, 1e-6);
         const at::Tensor w = (1 + 0.1 * randn({columns}, 2)).to(type);
         compare(
@@ -129,6 +132,17 @@ TEST("rotary embedding and its gradient: the same bits") {
   }
 }
 
+TEST("rotary embedding of three axes, whose angles come transposed") {
+  const at::Tensor positions = at::stack({at::arange(37), at::arange(37) * 2, at::arange(37) * 3}).to(at::kLong);
+  const std::vector<int64_t> axis = {0, 0, 1, 1, 1, 2, 2, 2};
+  compare(
+      "rotary of three axes",
+      [&](const Tensors& in) {
+        return apply_rotary(in[0], rotary_table(positions.to(in[0].device()), axis, 16, 1e4, at::kFloat));
+      },
+      {randn({37, 5, 16}, 1).to(at::kBFloat16)}, 2);
+}
+
 TEST("SwiGLU and its gradients") {
   for (const at::ScalarType type : kTypes) {
     for (const int64_t columns : {1, 9, 344, 3424}) {
@@ -167,7 +181,7 @@ TEST("NF4 and int8 weights: dequantised to the same bits as on the CPU, quantise
           const auto there = quantize(weight.to(gpu()), options)->stored();
           for (size_t i = 0; i < there.size(); ++i) {
             if (there[i].second.scalar_type() == at::kByte || there[i].second.scalar_type() == at::kChar)
-              EXPECT(there[i].second.cpu().ne(parts.at(i)).sum().item<int64_t>() <= parts.at(i).numel() / 1000);
+              EXPECT(there[i].second.cpu().ne(parts.at(i)).sum().item<int64_t>() <= 1 + parts.at(i).numel() / 1000);
           }
         }
       }
@@ -192,7 +206,7 @@ TEST("a gated MLP of unaligned width, padded for the tensor cores") {
       linear->weight.value = linear->weight.value.to(gpu());
       linear->bias.value = linear->bias.value.to(gpu());
     }
-    check_near(mlp.forward(x.to(gpu()), nullptr), expected, 4, "MLP of " + std::to_string(hidden));
+    check_near(mlp.forward(x.to(gpu()), nullptr), expected, 4, 0.1, "MLP of " + std::to_string(hidden));
   }
 }
 
