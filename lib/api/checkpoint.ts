@@ -2,13 +2,15 @@
 import { readFile, rename, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { MartletError } from '../errors.js';
-import { exists, ioError, writeFileAtomic } from '../files.js';
+import { copyFileAtomic, exists, ioError, listDir, writeFileAtomic } from '../files.js';
 import type { LogRecord } from '../report/run-log.js';
 import { type Checkpoint, listCheckpoints } from './output-dir.js';
 import type { SchedulePlan } from './train-schedule.js';
 
 const STATE_FILE = 'trainer_state.json';
 const OPTIMIZER_FILE = 'optimizer.safetensors';
+const WEIGHT_FILES =
+  /^(adapter_config\.json|adapter_model\.safetensors|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json)$/;
 
 /** `trainer_state.json`: transformers' keys first, so that tools which read those work; then what a bit-exact continuation needs. */
 export interface TrainerState {
@@ -33,6 +35,8 @@ export interface TrainerState {
     /** Exponential mean of the loss and the steps in it. */
     smoothed: { value: number; steps: number };
     skipped_steps: number;
+    /** Metric of the best evaluation, which need not be that of a checkpoint. */
+    best_evaluation: number | null;
     /** Evaluations since the best one. */
     evaluations_without_gain: number;
     /** Rows of a micro-batch after the memory ran out; null = as configured. */
@@ -105,6 +109,14 @@ export async function removeOldCheckpoints(outputDir: string, limit: number, bes
       throw ioError(error, 'remove', checkpoint.dir);
     }
   }
+}
+
+/** Puts a checkpoint's weights into `outputDir` in place of those there. */
+export async function copyCheckpointWeights(dir: string, outputDir: string): Promise<void> {
+  const names = (await listDir(dir)).filter((name) => WEIGHT_FILES.test(name));
+  // whole weights first, then what tells how to read them
+  for (const name of names.sort((a, b) => Number(a.endsWith('.json')) - Number(b.endsWith('.json'))))
+    await copyFileAtomic(join(dir, name), join(outputDir, name));
 }
 
 /** The folder that `resume_from_checkpoint` means. */

@@ -3,14 +3,20 @@ import { join } from 'node:path';
 import { configToYaml, type TrainConfig } from '../config/index.js';
 import type { Row } from '../data/index.js';
 import { MartletError } from '../errors.js';
-import { writeDirAtomic, writeFileAtomic } from '../files.js';
+import { exists, writeDirAtomic, writeFileAtomic } from '../files.js';
 import type { EvalResult, LoadResult, TrainBeginResult, TrainStepArgs, TrainStepResult } from '../native/binding.js';
 import { Engine } from '../native/engine.js';
 import type { EncodedSample } from '../processing/index.js';
-import { rounded } from '../report/format.js';
+import { rounded, significant } from '../report/format.js';
 import { RunLog } from '../report/run-log.js';
 import { ARGS_FILE } from './adapter-args.js';
-import { type LogInterval, removeOldCheckpoints, type TrainerState, writeTrainerState } from './checkpoint.js';
+import {
+  copyCheckpointWeights,
+  type LogInterval,
+  removeOldCheckpoints,
+  type TrainerState,
+  writeTrainerState,
+} from './checkpoint.js';
 import { LossAdvice } from './loss-advice.js';
 import { chooseRecompute, savingsText } from './memory-advice.js';
 import { copyModelFiles } from './model-folder.js';
@@ -145,8 +151,8 @@ class Trainer {
   #memory = 0;
   #memoryAllocated = 0;
   #best: { metric: number; dir: string } | undefined;
-  /** `isBest`: better than every evaluation before it. */
-  #lastEval: { step: number; metric: number; isBest: boolean } | undefined;
+  #lastEval: { step: number; metric: number } | undefined;
+  /** Of all evaluations, whether a checkpoint was saved then or not. */
   #bestMetric: number | undefined;
   #evaluationsWithoutGain: number;
   #smoothed: { value: number; steps: number };
@@ -176,7 +182,7 @@ class Trainer {
     this.#skippedSteps = state?.martlet.skipped_steps ?? 0;
     this.#evaluationsWithoutGain = state?.martlet.evaluations_without_gain ?? 0;
     this.#rowLimit = state?.martlet.row_limit ?? Number.POSITIVE_INFINITY;
-    this.#bestMetric = state?.best_metric ?? undefined;
+    this.#bestMetric = state?.martlet.best_evaluation ?? undefined;
     this.#mark = { tokens: this.#tokens, time: this.#started, dataWait: 0 };
     if (state) log.history.push(...state.log_history);
     if (setup.resume && state) this.#lastCheckpoint = { step: state.global_step, dir: setup.resume.dir };
@@ -524,11 +530,15 @@ class Trainer {
       rouge_l: answers?.rougeL,
       bleu: answers?.bleu,
     }[name] as number;
-    const isBest =
-      this.#bestMetric === undefined || (name === 'loss' ? metric < this.#bestMetric : metric > this.#bestMetric);
-    if (isBest) this.#bestMetric = metric;
-    this.#evaluationsWithoutGain = isBest ? 0 : this.#evaluationsWithoutGain + 1;
-    this.#lastEval = { step: this.#step, metric, isBest };
+    const gained = this.#isBetter(metric, this.#bestMetric);
+    if (gained) this.#bestMetric = metric;
+    this.#evaluationsWithoutGain = gained ? 0 : this.#evaluationsWithoutGain + 1;
+    this.#lastEval = { step: this.#step, metric };
+  }
+
+  /** By metric_for_best_model; anything is better than nothing. */
+  #isBetter(metric: number, than: number | undefined): boolean {
+    return than === undefined || (this.#setup.config.metric_for_best_model === 'loss' ? metric < than : metric > than);
   }
 
   /** Answers every evaluation row greedily with the weights as they are; `predict.jsonl` holds the answers of the last evaluation. */
@@ -583,8 +593,9 @@ class Trainer {
     const { config, outputDir } = this.#setup;
     const { signal } = this.#control;
     const dir = join(outputDir, `checkpoint-${this.#step}`);
-    if (this.#lastEval?.step === this.#step && this.#lastEval.isBest) {
-      this.#best = { metric: this.#lastEval.metric, dir };
+    const evaluated = this.#lastEval?.step === this.#step ? this.#lastEval : undefined;
+    if (evaluated && this.#isBetter(evaluated.metric, this.#best?.metric)) {
+      this.#best = { metric: evaluated.metric, dir };
     }
     await writeDirAtomic(dir, 'replace', async (unfinished) => {
       await this.#saveWeights(unfinished);
@@ -632,6 +643,7 @@ class Trainer {
         last_loss: this.#lastLoss,
         smoothed: this.#smoothed,
         skipped_steps: this.#skippedSteps,
+        best_evaluation: this.#bestMetric ?? null,
         evaluations_without_gain: this.#evaluationsWithoutGain,
         row_limit: Number.isFinite(this.#rowLimit) ? this.#rowLimit : null,
       },
@@ -639,9 +651,10 @@ class Trainer {
   }
 
   async #finish(stopped: boolean, stoppedEarly: boolean): Promise<TrainResult> {
-    const { outputDir, schedule } = this.#setup;
+    const { config, outputDir, schedule } = this.#setup;
     const { trainableParams, totalParams } = this.#setup.begun;
     await this.#saveWeights(outputDir);
+    if (config.load_best_model_at_end) await this.#takeBest();
     const seconds = (performance.now() - this.#started) / 1000;
     const steps = this.#step - (this.#setup.resume?.state.global_step ?? 0);
     await this.#log.record({
@@ -674,6 +687,19 @@ class Trainer {
     };
     await this.#log.event({ type: 'done', ...result });
     return result;
+  }
+
+  /** The best checkpoint's weights stand in the output folder, as transformers' load_best_model_at_end leaves them. */
+  async #takeBest(): Promise<void> {
+    const { config, outputDir } = this.#setup;
+    if (!this.#best || !(await exists(this.#best.dir))) {
+      const why = this.#best ? `${this.#best.dir} is gone` : 'no checkpoint was evaluated';
+      await this.#warn(`load_best_model_at_end: ${why}, so ${outputDir} holds the weights of the last step.`);
+      return;
+    }
+    await copyCheckpointWeights(this.#best.dir, outputDir);
+    const metric = `${config.metric_for_best_model} ${significant(this.#best.metric)}`;
+    await this.#log.note(`${outputDir} holds the weights of ${this.#best.dir}, the best checkpoint (${metric})`);
   }
 
   async #emit(event: TrainEvent): Promise<void> {

@@ -200,6 +200,7 @@ export interface TrainResult {
   adapterDir: string;
   steps: number;
   finalLoss: number;
+  /** Of the checkpoints that were evaluated, the best by metric_for_best_model. With load_best_model_at_end its weights are in adapterDir. */
   bestCheckpoint?: string;
   trainableParams: number;
   totalParams: number;

@@ -98,8 +98,25 @@ export function contradictions(config: Config, origin: Map<string, string>): Pro
       ['predict_with_generate', config.predict_with_generate],
       ['early_stop_interval', config.early_stop_interval !== null],
       ['metric_for_best_model', config.metric_for_best_model !== 'loss'],
+      ['load_best_model_at_end', config.load_best_model_at_end],
     ] as const) {
       if (given) refuse(key, ' needs evaluation rows: give val_dataset or split_dataset_ratio');
+    }
+  } else if (config.load_best_model_at_end) {
+    const evaluations = config.eval_strategy ?? config.save_strategy;
+    const every = config.eval_steps ?? config.save_steps;
+    if (config.save_strategy === 'no') {
+      refuse('load_best_model_at_end', ' needs checkpoints: set save_strategy to steps or epoch');
+    } else if (evaluations !== config.save_strategy) {
+      refuse(
+        'load_best_model_at_end',
+        ` needs every checkpoint evaluated: save_strategy is ${config.save_strategy}, eval_strategy ${evaluations}. Make them the same`,
+      );
+    } else if (evaluations === 'steps' && config.save_steps % every !== 0) {
+      refuse(
+        'load_best_model_at_end',
+        ` needs every checkpoint evaluated: save_steps ${config.save_steps} is not a multiple of eval_steps ${every}`,
+      );
     }
   }
   if (['exact_match', 'rouge_l', 'bleu'].includes(config.metric_for_best_model) && !config.predict_with_generate) {

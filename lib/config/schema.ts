@@ -388,6 +388,12 @@ export const trainConfigSchema = z.strictObject({
     .nullable()
     .default(null)
     .describe('Evaluations without a better metric after which the run ends.'),
+  load_best_model_at_end: z
+    .boolean()
+    .default(false)
+    .describe(
+      "At the end put the best checkpoint's weights into output_dir, not the last step's. Every checkpoint must be evaluated.",
+    ),
   report_to: z
     .array(z.enum(['tensorboard', 'none']))
     .default(['tensorboard'])
@@ -462,7 +468,6 @@ export const UNSUPPORTED: Record<string, unknown[]> = {
   optimizer: [null],
   optimizer_type: [null],
   loss_scale: ['default', null],
-  load_best_model_at_end: [false],
   deepspeed: [null],
   fsdp: [null, ''],
   push_to_hub: [false],

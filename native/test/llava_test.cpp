@@ -198,6 +198,24 @@ TEST("decoding token by token against the cache gives what one pass over the who
   EXPECT_CLOSE(at::cat(parts), hidden_states(*model, {&whole}), 1e-5);
 }
 
+TEST(
+    "what PEFT would match of the original model and this one lacks is excluded, by endings that mean no module here") {
+  const auto model = loaded();
+  const std::vector<std::string> absent = {"model.vision_tower.encoder.layers.7.mlp.fc1",
+                                           "model.vision_tower.encoder.layers.7.self_attn.q_proj",
+                                           "model.vision_tower.head.other"};
+  const auto excluded = [&](const FreezeFlags& freeze) {
+    return select_targets(*model, {"all-linear"}, "", freeze, absent).peft_excluded;
+  };
+  EXPECT(excluded({}).empty());  // the language model alone: the rule does not reach into the vision tower
+  const std::vector<std::string> all = excluded({false, false, false});
+  EXPECT_EQ(all.size(), 2u);
+  model->visit([&](const std::string& path, Module&) {
+    for (const std::string& name : all) EXPECT(!matches_name(path, name));
+  });
+  for (size_t i = 0; i < all.size(); ++i) EXPECT(matches_name(absent[i], all[i]));
+}
+
 TEST("every level of recompute gives the gradients of LoRA with dropout to the bit") {
   const auto model = loaded();
   AdapterConfig config;

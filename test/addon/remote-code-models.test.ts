@@ -5,9 +5,9 @@ import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
-import { load } from 'js-yaml';
+import { dump, load } from 'js-yaml';
 import sharp from 'sharp';
-import { loadModel, mergeAdapter, trainLoRA } from '../../lib/index.js';
+import { loadModel, mergeAdapter, quantizeModel, trainLoRA } from '../../lib/index.js';
 import type { ChatMessage } from '../../lib/processing/types.js';
 import { cli, jsonLines } from '../support/cli.js';
 import { projectRoot } from '../support/fixtures.js';
@@ -141,6 +141,60 @@ for (const family of FAMILIES) {
       );
       assert.deepEqual(losses(again.events), losses(whole.events).slice(3));
     });
+  });
+}
+
+const MINICPM_4_5 = join(fixtures, 'minicpm_v_4_5/model');
+for (const family of [...FAMILIES, 'minicpm_v_4_5'] as const) {
+  test(`${family}: qlora on nf4 and int8 trains, answers, merges onto either base; saved quantised it loads again`, async () => {
+    const model = family === 'minicpm_v_4_5' ? MINICPM_4_5 : models[family];
+    for (const [bits, quantization] of [
+      [4, 'nf4'],
+      [8, 'int8'],
+    ] as const) {
+      const dir = folder();
+      const changes = { ...config('minicpm_v', dir), model, sft_type: 'qlora', quant_bits: bits };
+      const yaml = join(dir, 'qlora.yaml');
+      writeFileSync(yaml, dump(changes));
+      const { events, result } = await collect(trainLoRA(yaml));
+      const curve = losses(events);
+      assert.ok((curve.at(-1) as number) < (curve[0] as number) - 1, String(curve));
+
+      const stored = join(dir, 'stored');
+      const report = await quantizeModel({ model, outputDir: stored, quantization, dtype: 'float32', device: 'cpu' });
+      assert.equal(report.quantizedTensors, family === 'qwen_vl_chat' ? 10 : 14, 'all linears but the head');
+      const { quantization_config: written } = JSON.parse(readFileSync(join(stored, 'config.json'), 'utf8'));
+      assert.deepEqual(
+        written.llm_int8_skip_modules,
+        family === 'qwen_vl_chat'
+          ? ['lm_head', 'transformer.visual', 'visual']
+          : ['llm.lm_head', 'lm_head', 'resampler', 'vpm'],
+      );
+      const outputDir = join(dir, 'merged');
+      const adapter = result.adapterDir;
+      await mergeAdapter({ adapter, outputDir: `${outputDir}-original` });
+      await mergeAdapter({ adapter, outputDir: `${outputDir}-quantized`, base: 'quantized' });
+      const adapters = { a: adapter };
+      const scores: number[] = [];
+      const answers: number[][] = [];
+      for (const [path, options] of [
+        [model, { quantization, adapters }],
+        [stored, { adapters }],
+        [`${outputDir}-quantized`, {}],
+        [`${outputDir}-original`, {}],
+      ] as const) {
+        const loaded = await loadModel(path, { device: 'cpu', dtype: 'float32', ...options });
+        scores.push((await loaded.score(ROWS[1] as (typeof ROWS)[0])).loss);
+        answers.push([...(await loaded.generate(question)).tokenIds]);
+        await loaded.dispose();
+      }
+      const [onLoad, fromDisk, quantized, original] = scores as [number, number, number, number];
+      assert.equal(fromDisk, onLoad);
+      assert.ok(Math.abs(quantized - onLoad) < 1e-4, String(scores));
+      assert.ok(original !== onLoad && Math.abs(original - onLoad) < 0.5, String(scores));
+      assert.deepEqual(answers[1], answers[0]);
+      assert.deepEqual(answers[2], answers[0]);
+    }
   });
 }
 

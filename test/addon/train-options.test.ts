@@ -477,6 +477,57 @@ describe('runs', () => {
     assert.equal(result.bestCheckpoint, join(dir, 'out', `checkpoint-${evals[first]?.step}`));
   });
 
+  test("load_best_model_at_end: the best checkpoint's weights stand in output_dir, adapters and whole models", async () => {
+    const worse = { lr_scheduler_type: 'constant', learning_rate: 0.02, lora_dropout: 0, max_steps: 6 };
+    const whole = { ...worse, sft_type: 'full', max_shard_size: '200KB' };
+    // Learning other rows by heart: the loss of the row that is evaluated rises.
+    const unlike = async (dir: string) => {
+      writeFileSync(join(dir, 'train.json'), JSON.stringify([row('chinese'), row('text-only')]));
+      return { dataset: join(dir, 'train.json'), val_dataset: await valFile(dir), eval_steps: 1, save_steps: 2 };
+    };
+    for (const changes of [worse, whole]) {
+      const dir = await folder();
+      const { result, events } = await train(
+        smallConfig(dir, { ...changes, ...(await unlike(dir)), load_best_model_at_end: true }),
+      );
+      const evals = events.flatMap((event) => (event.type === 'eval' && event.step % 2 === 0 ? [event] : []));
+      const best = evals.reduce((a, b) => (b.loss < a.loss ? b : a));
+      assert.notEqual(best.step, result.steps, 'the last is the best: nothing was tested');
+      assert.equal(result.bestCheckpoint, join(dir, 'out', `checkpoint-${best.step}`));
+      const weights = readdirSync(result.bestCheckpoint as string).filter((name) =>
+        /^(adapter_)?model.*\.(safetensors|json)$/.test(name),
+      );
+      assert.ok(weights.length > ('sft_type' in changes ? 2 : 0), String(weights));
+      const digests = (folderName: string) => weights.map((name) => digest(join(dir, 'out', folderName, name)));
+      assert.deepEqual(digests('.'), digests(`checkpoint-${best.step}`));
+      assert.notDeepEqual(digests('.'), digests(`checkpoint-${result.steps}`));
+      const model = await loadModel('sft_type' in changes ? join(dir, 'out') : MODEL, {
+        device: 'cpu',
+        dtype: 'float32',
+        ...(!('sft_type' in changes) && { adapters: { a: join(dir, 'out') } }),
+      });
+      const { loss } = await model.score(row('single'));
+      await model.dispose();
+      assert.ok(Math.abs(loss - best.loss) < 1e-4, `${loss} ${best.loss}`);
+      assert.match(readFileSync(join(dir, 'out', 'logs', 'train.log'), 'utf8'), /holds the weights of .*the best/);
+    }
+    const plain = await folder();
+    const { result } = await train(smallConfig(plain, { ...worse, ...(await unlike(plain)) }));
+    const last = join(plain, 'out', `checkpoint-${result.steps}`);
+    assert.equal(adapterOf(plain), digest(join(last, 'adapter_model.safetensors')), 'without it the last');
+
+    for (const [changes, message] of [
+      [{ val_dataset: [] }, /needs evaluation rows/],
+      [{ save_strategy: 'no' }, /needs checkpoints/],
+      [{ save_strategy: 'epoch', eval_strategy: 'steps' }, /every checkpoint evaluated/],
+      [{ save_steps: 3, eval_steps: 2 }, /save_steps 3 is not a multiple of eval_steps 2/],
+    ] as const) {
+      const dir = await folder();
+      const config = smallConfig(dir, { val_dataset: await valFile(dir), load_best_model_at_end: true, ...changes });
+      await assert.rejects(train(config), { code: 'ERR_MARTLET_CONFIG', message });
+    }
+  });
+
   test('early_stop_interval ends a run that does not improve; the best checkpoint and the last are there', async () => {
     const dir = await folder();
     const { result, events } = await train(

@@ -85,6 +85,40 @@ void describe_for_peft(TargetSelection& selection, const std::vector<std::string
   }
 }
 
+// The last `count` names of a path.
+std::string ending(const std::string& path, int64_t count) {
+  size_t begin = path.size();
+  for (; count > 0 && begin != std::string::npos; --count)
+    begin = begin == 0 ? std::string::npos : path.rfind('.', begin - 1);
+  return begin == std::string::npos ? path : path.substr(begin + 1);
+}
+
+// Fills peft_excluded: PEFT would make pairs for what peft_names or peft_regex match of `absent`, and miss them in the
+// file. Endings hold in the module paths of every transformers version; they are as long as it takes to mean no module
+// of the model.
+void exclude_for_peft(TargetSelection& selection, const std::vector<std::string>& all,
+                      const std::vector<std::string>& absent) {
+  std::vector<std::string> matched;
+  const std::regex regex(selection.peft_regex);
+  for (const std::string& path : absent) {
+    const bool found = selection.peft_regex.empty()
+                           ? std::any_of(selection.peft_names.begin(), selection.peft_names.end(),
+                                         [&](const std::string& name) { return matches_name(path, name); })
+                           : std::regex_match(path, regex);
+    if (found && std::find(all.begin(), all.end(), path) == all.end()) matched.push_back(path);
+  }
+  if (matched.empty()) return;
+  const auto means_a_module = [&](int64_t count) {
+    return std::any_of(matched.begin(), matched.end(), [&](const std::string& path) {
+      return std::any_of(all.begin(), all.end(),
+                         [&](const std::string& module) { return matches_name(module, ending(path, count)); });
+    });
+  };
+  int64_t count = 1;
+  while (means_a_module(count)) ++count;
+  for (const std::string& path : matched) selection.peft_excluded.push_back(ending(path, count));
+}
+
 }  // namespace
 
 bool matches_name(const std::string& path, const std::string& name) {
@@ -120,7 +154,8 @@ int64_t Adapter::numel() const {
 }
 
 TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std::string>& names,
-                               const std::string& regex, const FreezeFlags& freeze) {
+                               const std::string& regex, const FreezeFlags& freeze,
+                               const std::vector<std::string>& absent) {
   std::vector<std::pair<std::string, Linear*>> linears;
   std::vector<std::string> all;
   std::set<std::string> last_names;
@@ -186,6 +221,7 @@ TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std
          {{"path", "target_modules"}, {"asked", asked}, {"known", known}});
   }
   describe_for_peft(out, all);
+  exclude_for_peft(out, all, absent);
   return out;
 }
 
@@ -276,6 +312,7 @@ Adapter create_adapter(const TargetSelection& targets, const AdapterConfig& conf
   }
   adapter.config.target_modules = targets.peft_names;
   adapter.config.target_regex = targets.peft_regex;
+  adapter.config.exclude_modules = targets.peft_excluded;
   return adapter;
 }
 

@@ -38,13 +38,17 @@ struct TargetSelection {
   // regular expression.
   std::vector<std::string> peft_names;
   std::string peft_regex;
+  // Endings of those paths of `absent` that they match too.
+  std::vector<std::string> peft_excluded;
 };
 
 // PEFT's matching: an entry is a module's path or its ending after a dot; a single string is a regular expression over
 // the whole path; `all-linear` is the family's default. Frozen parts are left out, with a warning if an explicit entry
-// reached into one. Nothing matched is ERR_MARTLET_CONFIG with the nearest names.
+// reached into one. Nothing matched is ERR_MARTLET_CONFIG with the nearest names. `absent`: paths of linears that the
+// original model has and this one never needs.
 TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std::string>& names,
-                               const std::string& regex, const FreezeFlags& freeze);
+                               const std::string& regex, const FreezeFlags& freeze,
+                               const std::vector<std::string>& absent = {});
 
 // How fresh pairs begin (PEFT's init_lora_weights).
 struct LoraInit {

@@ -90,12 +90,13 @@ AdapterConfig read_adapter_config(const std::filesystem::path& dir) {
     config.use_rslora = file.contains("use_rslora") && !file["use_rslora"].is_null() && file["use_rslora"].get<bool>();
     const json base = file.value("base_model_name_or_path", json());
     if (base.is_string()) config.base_model_name_or_path = base.get<std::string>();
-    const json targets = file.value("target_modules", json());
-    if (targets.is_string()) {
-      config.target_regex = targets.get<std::string>();
-    } else if (targets.is_array()) {
-      config.target_modules = targets.get<std::vector<std::string>>();
-    }
+    const auto names_or_regex = [&](const char* field, std::vector<std::string>& names, std::string& regex) {
+      const json value = file.value(field, json());
+      if (value.is_string()) regex = value.get<std::string>();
+      if (value.is_array()) names = value.get<std::vector<std::string>>();
+    };
+    names_or_regex("target_modules", config.target_modules, config.target_regex);
+    names_or_regex("exclude_modules", config.exclude_modules, config.exclude_regex);
     if (file.contains("rank_pattern") && file["rank_pattern"].is_object())
       config.rank_pattern = file["rank_pattern"].get<std::map<std::string, int64_t>>();
     if (file.contains("alpha_pattern") && file["alpha_pattern"].is_object())
@@ -110,10 +111,13 @@ AdapterConfig read_adapter_config(const std::filesystem::path& dir) {
 
 std::string adapter_config_json(const AdapterConfig& c) {
   json targets = c.target_regex.empty() ? json(c.target_modules) : json(c.target_regex);
+  json excluded = c.exclude_regex.empty() ? json(c.exclude_modules) : json(c.exclude_regex);
+  if (excluded.empty()) excluded = nullptr;
   const json file = {{"alpha_pattern", c.alpha_pattern},
                      {"auto_mapping", nullptr},
                      {"base_model_name_or_path", c.base_model_name_or_path},
                      {"bias", c.bias},
+                     {"exclude_modules", excluded},
                      {"fan_in_fan_out", false},
                      {"inference_mode", true},
                      {"init_lora_weights", true},

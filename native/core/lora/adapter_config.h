@@ -20,6 +20,9 @@ struct AdapterConfig {
   std::vector<std::string> modules_to_save;  // modules that are trained as a whole
   std::vector<std::string> target_modules;
   std::string target_regex;  // instead of the list
+  // What target_modules match and no pair was trained for: module paths or their endings, or one regular expression.
+  std::vector<std::string> exclude_modules;
+  std::string exclude_regex;
   // Exceptions by module name pattern (PEFT: matches a path that ends with it).
   std::map<std::string, int64_t> rank_pattern;
   std::map<std::string, double> alpha_pattern;

@@ -36,6 +36,16 @@ class StoredWeights {
     for (const std::string& name : checkpoint_.names()) stored_.emplace(family.canonical_key(name), name);
   }
   at::Tensor tensor(const std::string& name) const { return checkpoint_.tensor(stored_.at(name)); }
+  // Module paths of the matrices among them that `is_unused` says the model never reads.
+  std::vector<std::string> unused_matrices(const std::function<bool(const std::string&)>& is_unused) const {
+    std::vector<std::string> paths;
+    for (const auto& [canonical, name] : stored_) {
+      const std::string tail = ".weight";
+      if (ends_with(canonical, tail) && checkpoint_.info(name).shape.size() == 2 && is_unused(canonical))
+        paths.push_back(canonical.substr(0, canonical.size() - tail.size()));
+    }
+    return paths;
+  }
   // A patch convolution is kept as a matrix here, and as what it is in files.
   at::Tensor as_stored(const std::string& name, const at::Tensor& value) const {
     const auto it = stored_.find(name);
@@ -98,20 +108,20 @@ void Trainer::begin_full(std::vector<TrainedParameter>& trained, GroupBuilder& g
 }
 
 void Trainer::begin_lora(std::vector<TrainedParameter>& trained, GroupBuilder& groups) {
-  const auto linears = linears_of(model_);
+  const nlohmann::json config = read_json_file(std::filesystem::path(model_dir_) / "config.json");
+  const auto is_unused = [&](const std::string& key) { return family_.is_unused_key(config, key); };
   if (!options_.adapter_dir.empty()) {
-    const nlohmann::json config = read_json_file(std::filesystem::path(model_dir_) / "config.json");
-    adapter_ = attach_adapter(
-        model_, read_adapter(options_.adapter_dir, family_.canonical_key),
-        [&](const std::string& key) { return family_.is_unused_key(config, key); }, at::kFloat, device_,
-        options_.adapter_dir);
+    adapter_ = attach_adapter(model_, read_adapter(options_.adapter_dir, family_.canonical_key), is_unused, at::kFloat,
+                              device_, options_.adapter_dir);
     for (auto& [path, layer] : adapter_.layers) layer.dropout = options_.lora.lora_dropout;
     adapter_.config.lora_dropout = options_.lora.lora_dropout;
   } else {
     FreezeFlags freeze = options_.freeze;
     // What is trained as a whole gets no pairs.
     if (options_.saved.vision_and_projector) freeze.vision = freeze.projector = true;
-    targets_ = select_targets(model_, options_.target_names, options_.target_regex, freeze);
+    const StoredWeights stored(model_dir_, family_);
+    targets_ =
+        select_targets(model_, options_.target_names, options_.target_regex, freeze, stored.unused_matrices(is_unused));
     const bool pissa = options_.init.type == LoraInit::Type::kPissa;
     for (const auto& [path, linear] : targets_.linears) {
       if (pissa && linear->weight.quantized) {
@@ -124,7 +134,6 @@ void Trainer::begin_lora(std::vector<TrainedParameter>& trained, GroupBuilder& g
     adapter_ = create_adapter(targets_, options_.lora, options_.init, options_.seed, device_);
     if (pissa) {
       for (const auto& [path, layer] : adapter_.layers) pissa_[path] = {layer.a.clone(), layer.b.clone(), at::Tensor()};
-      const StoredWeights stored(model_dir_, family_);
       subtract_pairs(model_, adapter_, [&](const std::string& name) { return stored.tensor(name).to(dtype_); });
     }
     SavedModuleOptions saved = options_.saved;
