@@ -55,8 +55,11 @@ export function trainedElements(config: Config, model: ModelDescription): Traine
   }
   const whole = config.sft_type === 'lora_llm';
   const { target_modules: targets } = config;
+  const quantizable = new Set(model.parameters.filter((one) => one.quantizable).map(({ name }) => name));
   const matches = (path: string, part: 'vision' | 'projector' | 'language') => {
-    if (path === 'lm_head' || (whole ? part !== 'language' : frozen[part])) return false;
+    // of the language model only the head is never quantised, and never gets a pair
+    const isHead = part === 'language' && !quantizable.has(`${path}.weight`);
+    if (isHead || (whole ? part !== 'language' : frozen[part])) return false;
     if (targets === 'all-linear') return true;
     if (typeof targets === 'string') return new RegExp(`^(?:${targets})$`).test(path);
     return targets.some((name) => name === 'all-linear' || path === name || path.endsWith(`.${name}`));

@@ -9,6 +9,7 @@ import { resolveTrainConfig } from '../../lib/config/index.js';
 import { planTraining } from '../../lib/index.js';
 import { cli } from '../support/cli.js';
 import { engineFixtures } from '../support/engine-fixtures.js';
+import { projectRoot } from '../support/fixtures.js';
 import { smallConfig } from '../support/train.js';
 
 const LLAVA_7B = join(engineFixtures, 'llava-1.5-7b');
@@ -78,6 +79,12 @@ test('a model that does not fit at all is said so; a config without its data is 
   const text = await cli(['plan', '--model', LLAVA_7B, '--gpu', '1GB']);
   assert.equal(text.code, 1);
   assert.match(text.stdout, /does not fit: about .* GiB[\s\S]*weights/);
+});
+
+test('the head gets no pair, whatever its name', async () => {
+  const model = join(projectRoot, 'test/fixtures/minicpm_v_4_5/model'); // llm.lm_head
+  const plan = await planTraining({ model, lora_rank: 4, max_length: 64 }, { gpu: '1GB' });
+  assert.equal(plan.trainableParams, 14_080, 'as many as a run of it counts');
 });
 
 test('the rows of the data are measured', async () => {

@@ -11,7 +11,7 @@ import { basename, join } from 'node:path';
 import { after, before, test } from 'node:test';
 import { promisify } from 'node:util';
 import sharp from 'sharp';
-import { loadModel, mergeAdapter } from '../../lib/index.js';
+import { loadModel, mergeAdapter, quantizeModel } from '../../lib/index.js';
 import { getCase, llava, maxDifference, projectRoot } from '../support/fixtures.js';
 import { QUICKSTART_MODEL } from '../support/process.js';
 import { type FixtureTensor, readSafetensors } from '../support/safetensors.js';
@@ -46,6 +46,8 @@ interface Answer {
   adapterKeys?: number;
   unknownToPeft?: string[];
   missingForPeft?: string[];
+  /** Python's, on loading the adapter. */
+  warnings?: string[];
   mergeDifference?: number;
   rows: { promptIds: number[]; greedy: number[] }[];
 }
@@ -117,8 +119,9 @@ async function merge(name: string, model: string, adapter: string, dtype: 'float
 
 /** The folders of all runs: trained and merged by martlet, or to be made by PEFT. */
 async function prepare(): Promise<{ makeAdapters: object[] }> {
-  const add = (name: string, rows: Row[], folders: Omit<Run, 'name' | 'rows' | 'maxNewTokens'>) =>
-    runs.push({ name, rows, maxNewTokens: MAX_NEW_TOKENS, ...folders });
+  const defaults = { maxNewTokens: MAX_NEW_TOKENS };
+  const add = (name: string, rows: Row[], folders: Partial<Run> & { model: string }) =>
+    runs.push({ ...defaults, name, rows, ...folders });
   const fixture = (name: string) => join(llava, name);
   const tiny = await tinyRows();
   const codes = await codeRows();
@@ -151,6 +154,28 @@ async function prepare(): Promise<{ makeAdapters: object[] }> {
   add('full', tiny, { model: await tune('full', { sft_type: 'full', learning_rate: 1e-3 }) });
   const full = { model: fixture('model-5x'), sft_type: 'full', learning_rate: 1e-3, freeze_vit: false };
   add('full-5x', tiny, { model: await tune('full-5x', { ...full, freeze_aligner: false }) });
+
+  // every kind of adapter that PEFT has a name for
+  for (const [name, changes] of Object.entries({
+    dora: { use_dora: true, freeze_aligner: false },
+    pissa: { init_weights: 'pissa', target_modules: ['q_proj', 'v_proj'] },
+    saved: {
+      target_modules: ['q_proj', 'v_proj'],
+      modules_to_save: ['lm_head', 'multi_modal_projector'],
+      trainable_parameters: ['model.language_model.norm'],
+    },
+    'bias-lora': { lora_bias: 'lora_only', freeze_vit: false, target_modules: ['q_proj', 'fc1'] },
+    'bias-all': { lora_bias: 'all', freeze_vit: false, target_modules: ['q_proj', 'fc1'] },
+    'lora-llm': { sft_type: 'lora_llm' },
+  })) {
+    add(name, tiny, { model: MODEL, adapter: await tune(name, changes) });
+  }
+
+  // quantised: the folder by itself, and the adapter that was trained on weights quantised as they were read
+  const nf4 = join(root, 'nf4');
+  await quantizeModel({ model: MODEL, outputDir: nf4, quantization: 'nf4', dtype: 'float32', device: 'cpu' });
+  add('nf4', tiny, { model: nf4 });
+  add('qlora-nf4', tiny, { model: nf4, adapter: await tune('qlora-nf4', { sft_type: 'qlora' }) });
 
   const makeAdapters = Object.entries({
     'peft-list': { r: 3, lora_alpha: 7, target_modules: ['q_proj', 'down_proj', 'out_proj'] },
@@ -217,13 +242,21 @@ async function compare(name: string): Promise<void> {
   assert.equal(answer.processor, 'LlavaProcessor');
   if (run.adapter !== undefined) {
     assert.ok((answer.adapterKeys as number) > 0);
-    assert.deepEqual(answer.unknownToPeft, [], 'PEFT knows every key of the adapter');
-    // LLaVA takes the features before CLIP's last layer, which martlet neither loads nor trains
+    // Single parameters are no modules_to_save: PEFT loads them by their key, as the logits show, and would not save them.
+    const alone = /vision_tower\.embeddings\.(class_embedding|position_embedding\.weight)$/;
     assert.deepEqual(
-      answer.missingForPeft?.filter((key) => !key.includes('vision_tower.encoder.layers.2.')),
+      answer.unknownToPeft?.filter((key) => !alone.test(key)),
+      [],
+      'PEFT knows every key of the adapter',
+    );
+    // `lora_bias: all`: of layers that LLaVA never reads the base's own biases stay
+    const unread = /vision_tower\.(encoder\.layers\.2\.(?!.*lora_).*|post_layernorm)\.bias$/;
+    assert.deepEqual(
+      answer.missingForPeft?.filter((key) => !unread.test(key)),
       [],
       'the adapter has every key that PEFT looks for',
     );
+    assert.deepEqual(answer.warnings, [], 'PEFT loads it without a warning');
   }
   const model = await loadModel(run.model, {
     device: 'cpu',
@@ -280,6 +313,14 @@ for (const [what, name, base] of [
   ['the merged quickstart model loads in transformers', 'quickstart-merged', 'base-quickstart'],
   ['a fully trained model loads in transformers', 'full', 'base'],
   ['a fully trained model, vision tower and projector too, loads in transformers', 'full-5x', 'base-5x'],
+  ['a DoRA adapter of language model and projector loads in PEFT', 'dora', 'base'],
+  ['a PiSSA run, saved as plain LoRA, loads in PEFT', 'pissa', 'base'],
+  ['whole modules beside an adapter (head, projector, a norm) load in PEFT', 'saved', 'base'],
+  ['biases of the adapted modules load in PEFT', 'bias-lora', 'base'],
+  ['all biases load in PEFT', 'bias-all', 'base'],
+  ['adapters beside a whole vision tower and projector load in PEFT', 'lora-llm', 'base'],
+  ['a model quantised to NF4 loads in transformers with bitsandbytes', 'nf4', 'base'],
+  ['a QLoRA adapter on NF4 loads in PEFT on the quantised model', 'qlora-nf4', 'nf4'],
   ["PEFT's adapter for a list of modules loads in martlet", 'peft-list', 'base'],
   ["PEFT's adapter for a regular expression, rank-stabilised, loads in martlet", 'peft-regex', 'base'],
   ["PEFT's adapter with rank and alpha patterns loads in martlet", 'peft-patterns', 'base'],

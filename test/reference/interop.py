@@ -3,9 +3,17 @@
 Run: python interop.py request.json answer.json. Arrays go to answer.safetensors beside the answer.
 """
 
+import ctypes
 import json
 import sys
+import warnings
 from pathlib import Path
+
+# bitsandbytes' PyTorch kernels: its compiled CPU ones repack weights and take no matrix as small as a test's.
+_load, ctypes.cdll.LoadLibrary = ctypes.cdll.LoadLibrary, None
+import bitsandbytes  # before transformers and PEFT, which import it too
+
+ctypes.cdll.LoadLibrary = _load
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -41,7 +49,7 @@ def conversation(messages: list[dict], images: list[str]) -> list[dict]:
         {
             "role": message["role"],
             "content": [{"type": "image", "path": next(paths)} for _ in range(message["content"].count("<image>"))]
-            + [{"type": "text", "text": message["content"].replace("<image>\n", "")}],
+            + [{"type": "text", "text": message["content"].replace("<image>\n", "").replace("<image>", "")}],
         }
         for message in messages
     ]
@@ -53,7 +61,10 @@ def read(run: dict, arrays: dict[str, torch.Tensor]) -> dict:
     processor = AutoProcessor.from_pretrained(run["model"])
     answer["processor"] = type(processor).__name__
     if run.get("adapter"):
-        model = PeftModel.from_pretrained(model, run["adapter"]).eval()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = PeftModel.from_pretrained(model, run["adapter"]).eval()
+        answer["warnings"] = [str(warning.message) for warning in caught]
         with safe_open(Path(run["adapter"]) / "adapter_model.safetensors", "pt") as file:
             stored = set(file.keys())
         answer["adapterKeys"] = len(stored)
@@ -73,12 +84,13 @@ def read(run: dict, arrays: dict[str, torch.Tensor]) -> dict:
             greedy.pop()
         answer["rows"].append({"promptIds": inputs["input_ids"][0].tolist(), "greedy": greedy})
 
-        pixels = None
+        ids = torch.tensor([row["inputIds"]])
+        pixels = {}
         if row["images"]:
             images = [Image.open(path).convert("RGB") for path in row["images"]]
-            pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-            arrays[f"{run['name']}.{i}.pixel_values"] = pixels
-        logits = model(input_ids=torch.tensor([row["inputIds"]]), pixel_values=pixels).logits[0]
+            pixels = dict(processor.image_processor(images, return_tensors="pt"))
+            arrays[f"{run['name']}.{i}.pixel_values"] = pixels["pixel_values"]
+        logits = model(input_ids=ids, **pixels).logits[0]
         predicts = [at - 1 for at, label in enumerate(row["labels"]) if label != -100]
         arrays[f"{run['name']}.{i}.logits"] = logits[predicts].contiguous()
     if run.get("mergedBy"):  # the merge by martlet against PEFT's own
