@@ -132,13 +132,27 @@ function useCharsmaps(normalizer: HubNormalizer | null, path: string): void {
     normalizer.normalize = createCharsmap(Buffer.from(map, 'base64'), path);
 }
 
-/** The library's WhitespaceSplit goes by JavaScript's `\s`, which U+0085 is not in; Hugging Face's goes by Unicode's White_Space. */
+/** GPT-2's pieces of text: the tokenizers library's ByteLevel with use_regex. */
+const GPT2_PIECES = String.raw`'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`;
+
+/**
+ * White space is what Unicode says, as in Hugging Face's own library. In WhitespaceSplit and ByteLevel this one goes by JavaScript's `\s`, which lacks
+ * U+0085 and has U+FEFF; in Split it does not.
+ */
 function withUnicodeSpaces(preTokenizer: unknown): unknown {
-  const { type, pretokenizers } = (preTokenizer ?? {}) as { type?: unknown; pretokenizers?: unknown };
-  if (type === 'WhitespaceSplit')
-    return { type: 'Split', pattern: { Regex: '\\p{White_Space}+' }, behavior: 'Removed', invert: false };
-  return Array.isArray(pretokenizers)
-    ? { ...(preTokenizer as object), pretokenizers: pretokenizers.map(withUnicodeSpaces) }
+  const own = (preTokenizer ?? {}) as {
+    type?: unknown;
+    pretokenizers?: unknown;
+    use_regex?: boolean;
+    add_prefix_space?: boolean;
+  };
+  const split = (pattern: string, behavior: string) =>
+    ({ type: 'Split', pattern: { Regex: pattern }, behavior, invert: false }) as const;
+  if (own.type === 'WhitespaceSplit') return split(String.raw`\s+`, 'Removed');
+  if (own.type === 'ByteLevel' && own.use_regex !== false && own.add_prefix_space === false)
+    return { type: 'Sequence', pretokenizers: [split(GPT2_PIECES, 'Isolated'), { ...own, use_regex: false }] };
+  return Array.isArray(own.pretokenizers)
+    ? { ...own, pretokenizers: own.pretokenizers.map(withUnicodeSpaces) }
     : preTokenizer;
 }
 

@@ -133,10 +133,21 @@ async function answerIds(processor: Processor, text: string): Promise<number[]> 
   return labels.slice(sample.decoderLabels ? 0 : 1, -1);
 }
 
-describe('normalisation', () => {
-  test('white space is what Unicode says, and a table that is not whole is refused', async () => {
+describe('pieces of text', () => {
+  test('white space is what Unicode says: U+0085 is, U+FEFF is not', async () => {
     const t5 = await loadProcessor(blip2Dir('t5', 'model-new'));
     assert.deepEqual(await answerIds(t5, 'a\u0085cat'), await answerIds(t5, 'a cat'));
+    const merged = brokenCopy(blip2Dir('opt', 'model-new'), root, (dir) =>
+      editJson(join(dir, 'tokenizer.json'), ({ model }) => {
+        model.vocab.Ġï = 326;
+        model.merges.push('Ġ ï');
+      }),
+    );
+    // the tokenizers library: 'a', ' \ufeff', 'b'
+    assert.equal((await answerIds(await loadProcessor(merged), 'a \ufeffb'))[1], 326);
+  });
+
+  test('a normalisation table that is not whole is refused', async () => {
     const broken = brokenCopy(blip2Dir('t5', 'model-new'), root, (dir) =>
       editJson(join(dir, 'tokenizer.json'), (file) => {
         file.normalizer.precompiled_charsmap = 'AAwAAAAs';
