@@ -13,7 +13,7 @@ import { brokenCopy, editJson } from '../support/broken.js';
 import { cli, jsonLines } from '../support/cli.js';
 import { CALM } from '../support/process.js';
 import { readSafetensors } from '../support/safetensors.js';
-import { collect, FEW_STEPS, losses, train } from '../support/train.js';
+import { collect, FEW_STEPS, losses, smallConfig, train } from '../support/train.js';
 
 Object.assign(process.env, CALM);
 
@@ -265,6 +265,28 @@ for (const form of BLIP2_FORMS) {
       assert.ok(evaluated?.type === 'eval' && Number.isFinite(evaluated.loss), JSON.stringify(evaluated));
     });
 
+    test('rows that are cut keep their pictures whole, and T5 its answers', async () => {
+      const cut = {
+        max_length: 44,
+        truncation_strategy: 'right',
+        on_bad_row: 'skip',
+        max_steps: 2,
+        save_strategy: 'no',
+      };
+      for (const strategy of form === 'opt' ? ['left', 'right', 'split'] : ['left', 'right']) {
+        const { events } = await train(
+          config(form, folder(), {
+            ...cut,
+            truncation_strategy: strategy,
+            per_device_train_batch_size: 1,
+            gradient_accumulation_steps: 1,
+          }),
+        );
+        const counts = events.flatMap((event) => (event.type === 'step' ? [event.tokens] : []));
+        assert.ok(counts.length === 2 && counts.every((tokens, i) => tokens <= 44 * (i + 1)), `${strategy} ${counts}`);
+      }
+    });
+
     test('packed rows do not see each other', async () => {
       const same = {
         dropout: 0,
@@ -405,6 +427,26 @@ for (const form of BLIP2_FORMS) {
     });
   });
 }
+
+test('T5: a row is not split, for its question and its answer are read apart', async () => {
+  const dir = folder();
+  await assert.rejects(
+    async () => await trainLoRA(config('t5', dir, { max_length: 44, truncation_strategy: 'split' })),
+    (error: MartletError) => {
+      assert.equal(error.code, 'ERR_MARTLET_DATASET');
+      assert.match(error.message, /truncation_strategy: split cannot part a question from its answer/);
+      return true;
+    },
+  );
+});
+
+test('dropout where a model has none is an error, 0 is not', async () => {
+  await train(smallConfig(folder(), { dropout: 0, max_steps: 1 }));
+  await assert.rejects(async () => await trainLoRA(smallConfig(folder(), { dropout: 0.1, max_steps: 1 })), {
+    code: 'ERR_MARTLET_CONFIG',
+    message: /no dropout of its own/,
+  });
+});
 
 /** Ids of a question about one picture. */
 function promptIds(form: Blip2Form, content: string): Promise<Int32Array> {
