@@ -11,6 +11,7 @@ import type { ChatMessage } from '../../lib/processing/types.js';
 import { BLIP2_FORMS, type Blip2Form, blip2Cases, blip2Dir, blip2Image } from '../support/blip2.js';
 import { brokenCopy, editJson } from '../support/broken.js';
 import { cli, jsonLines } from '../support/cli.js';
+import { projectRoot } from '../support/fixtures.js';
 import { CALM } from '../support/process.js';
 import { readSafetensors } from '../support/safetensors.js';
 import { collect, FEW_STEPS, losses, smallConfig, train } from '../support/train.js';
@@ -425,6 +426,24 @@ for (const form of BLIP2_FORMS) {
         });
       }
     });
+  });
+}
+
+for (const [name, form] of [
+  ['blip2_opt_lora', 'opt'],
+  ['blip2_t5_lora', 't5'],
+  ['blip2_stage', 'opt'],
+] as const) {
+  test(`examples/configs/${name}.yaml trains a tiny model`, async () => {
+    const { model, dataset, output_dir } = config(form, folder());
+    const few = { max_steps: 2, gradient_accumulation_steps: 1, logging_steps: 1, report_to: 'none' };
+    const overrides = { model, dataset, output_dir, device: 'cpu', max_length: 96, ...few };
+    const { events, result } = await collect(
+      trainLoRA(join(projectRoot, 'examples/configs', `${name}.yaml`), { overrides }),
+    );
+    assert.ok(losses(events).length === 2 && losses(events).every((loss) => loss > 0));
+    const weights = name === 'blip2_stage' ? 'model.safetensors' : 'adapter_model.safetensors';
+    assert.ok(existsSync(join(result.outputDir, weights)));
   });
 }
 
