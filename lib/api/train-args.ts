@@ -51,6 +51,7 @@ export function beginArgs(config: TrainConfig, plan: TrainPlan, recompute: Recom
     alignerLearningRate: config.aligner_lr,
     loraPlusRatio: config.lorap_lr_ratio,
     maxGradNorm: config.max_grad_norm,
+    dropout: config.dropout,
     neftuneNoiseAlpha: config.neftune_noise_alpha ?? 0,
     labelSmoothing: config.label_smoothing_factor,
     recompute,

@@ -249,13 +249,13 @@ export async function encodeRow(
 }
 
 /** A row as text, what is trained in [[ ]], runs of image and video tokens shortened. */
-export function markedSample(processor: Processor, { inputIds, labels }: EncodedSample): string {
+export function markedSample(processor: Processor, { inputIds, labels, decoderLabels }: EncodedSample): string {
   const kindOf = (i: number) =>
     inputIds[i] === processor.imageTokenId
       ? 'image'
       : inputIds[i] === processor.videoTokenId
         ? 'video'
-        : labels?.[i] === -100
+        : decoderLabels || labels?.[i] === -100
           ? 'plain'
           : 'trained';
   let text = '';
@@ -270,6 +270,7 @@ export function markedSample(processor: Processor, { inputIds, labels }: Encoded
     }
     from = to;
   }
+  if (decoderLabels && labels) text += `[[${processor.decode(labels, { skipSpecialTokens: false })}]]`;
   return text;
 }
 

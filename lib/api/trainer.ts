@@ -2,6 +2,7 @@
 import { join } from 'node:path';
 import { configToYaml, type TrainConfig } from '../config/index.js';
 import type { Row } from '../data/index.js';
+import { tokenCount } from '../data/truncate.js';
 import { MartletError } from '../errors.js';
 import { exists, writeDirAtomic, writeFileAtomic } from '../files.js';
 import type { EvalResult, LoadResult, TrainBeginResult, TrainStepArgs, TrainStepResult } from '../native/binding.js';
@@ -383,9 +384,9 @@ class Trainer {
   /** The memory ran out: the same step in smaller micro-batches, its loss the same. One row that does not fit ends the run. */
   async #shrinkBatches(error: MartletError, step: number, batches: LoadedRow[][]): Promise<void> {
     const { config, data, modelDir } = this.#setup;
-    const largest = batches.flat().reduce((a, b) => (b.sample.inputIds.length > a.sample.inputIds.length ? b : a));
+    const largest = batches.flat().reduce((a, b) => (tokenCount(b.sample) > tokenCount(a.sample) ? b : a));
     const sample = rowName(data.train.rows[largest.row] as Row);
-    const { length } = largest.sample.inputIds;
+    const length = tokenCount(largest.sample);
     const most = Math.max(...batches.map((batch) => batch.length));
     if (most <= 1) {
       const savings = await savingsText(config, modelDir, length);

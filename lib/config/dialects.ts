@@ -127,6 +127,11 @@ export function flatten(raw: Record<string, unknown>): FlatConfig {
       set('on_bad_row', value ? 'error' : 'skip', path);
       return;
     }
+    if (path === 'lora_args.dropout') {
+      // beside lora_rank and lora_alpha it means the adapters'
+      flat.problems.push({ path, message: `${path} is not a known key: did you mean lora_dropout?` });
+      return;
+    }
     const target = spelling(ALIASES, key);
     if ((TRAIN_CONFIG_KEYS as string[]).includes(target)) {
       if (value === undefined) return;

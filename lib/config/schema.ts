@@ -326,6 +326,15 @@ export const trainConfigSchema = z.strictObject({
     .nullable()
     .default(null)
     .describe('NEFTune: strength of the noise on text embeddings; 5 to 15 is usual.'),
+  dropout: z
+    .number()
+    .min(0)
+    .lt(1)
+    .nullable()
+    .default(null)
+    .describe(
+      "Dropout of the model's own layers in training (BLIP-2's Q-Former, OPT and T5). null = what config.json says, 0.1 as a rule; 0 = none. Other families have no such layers: more than 0 is an error there.",
+    ),
   label_smoothing_factor: z
     .number()
     .min(0)

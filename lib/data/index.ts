@@ -5,7 +5,7 @@ import type { Processor } from '../processing/types.js';
 import { ImageResolver } from './images.js';
 import { readRows, Yielder } from './read.js';
 import { parseRow, RowError, rowId } from './rows.js';
-import { type CutStrategy, cutSample, isTrained } from './truncate.js';
+import { type CutStrategy, cutSample, isTrained, tokenCount } from './truncate.js';
 import type { DatasetSpec, Row, RowProblem } from './types.js';
 
 export type { DatasetSpec, Row, RowProblem, RowSource } from './types.js';
@@ -152,11 +152,11 @@ async function cutRow(row: Row, strategy: CutStrategy, options: LoadDatasetOptio
   const { signal, maxLength } = options;
   const sample = await options.processor.encode(row, { for: 'train', ...(signal && { signal }) });
   const kept = cutSample(sample, maxLength, strategy).flatMap((piece, i) =>
-    isTrained(piece) ? [{ row: { ...row, piece: i }, length: piece.inputIds.length }] : [],
+    isTrained(piece) ? [{ row: { ...row, piece: i }, length: tokenCount(piece) }] : [],
   );
   if (kept.length === 0) {
     throw new RowError(
-      `the row has ${sample.inputIds.length} tokens; cut to max_length ${maxLength} (${strategy}) no trained token is left`,
+      `the row has ${tokenCount(sample)} tokens; cut to max_length ${maxLength} (${strategy}) no trained token is left`,
     );
   }
   return { pieces: kept.map((piece) => piece.row), lengths: kept.map((piece) => piece.length) };

@@ -1,12 +1,23 @@
 /** Rows longer than max_length: what is kept of them. A picture's tokens are kept or dropped together, and its pixels with them. */
+import { MartletError } from '../errors.js';
 import type { EncodedSample } from '../processing/types.js';
 
 export type CutStrategy = 'left' | 'right' | 'split';
 
-/** The pieces of a row, each of at most `maxLength` tokens; one for `left` and `right`. */
+/** Tokens that a row brings into a batch: an encoder-decoder's on both sides. */
+export function tokenCount({ inputIds, labels, decoderLabels }: EncodedSample): number {
+  return inputIds.length + (decoderLabels ? (labels?.length ?? 0) : 0);
+}
+
+/**
+ * The pieces of a row, each of at most `maxLength` tokens; one for `left` and `right`. An encoder-decoder's answer stays whole, its input is cut.
+ *
+ * @throws ERR_MARTLET_DATASET when such a row is to be split
+ */
 export function cutSample(sample: EncodedSample, maxLength: number, strategy: CutStrategy): EncodedSample[] {
   const { length } = sample.inputIds;
-  if (length <= maxLength) return [sample];
+  if (tokenCount(sample) <= maxLength) return [sample];
+  if (sample.decoderLabels) return cutInput(sample, maxLength - (tokenCount(sample) - length), strategy);
   const inside = (place: number) => (sample.mediaSpans ?? []).find(([begin, end]) => begin < place && place < end);
   const pieces: [number, number][] = [];
   if (strategy === 'left') {
@@ -27,6 +38,23 @@ export function cutSample(sample: EncodedSample, maxLength: number, strategy: Cu
     }
   }
   return pieces.map(([begin, end]) => slice(sample, begin, end));
+}
+
+/** The end token is kept, as transformers' tokenizers do; without room for input the row is no use. */
+function cutInput(sample: EncodedSample, room: number, strategy: CutStrategy): EncodedSample[] {
+  if (strategy === 'split') {
+    throw new MartletError(
+      'ERR_MARTLET_DATASET',
+      'truncation_strategy: split cannot part a question from its answer, which an encoder-decoder reads apart: use left, right or delete.',
+      { field: 'truncation_strategy' },
+    );
+  }
+  if (room < 2) return [];
+  const { inputIds } = sample;
+  const body = { ...sample, inputIds: inputIds.subarray(0, -1) };
+  const { labels, decoderLabels, ...input } = body;
+  const [cut] = cutSample(input, room - 1, strategy) as [EncodedSample];
+  return [{ ...sample, ...cut, inputIds: Int32Array.of(...cut.inputIds, inputIds.at(-1) as number) }];
 }
 
 function slice(sample: EncodedSample, begin: number, end: number): EncodedSample {

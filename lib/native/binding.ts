@@ -80,7 +80,10 @@ export interface ImageArg {
   plan: ImagePlan;
 }
 
-/** One row: `inputIds` and `labels` are indices of Int32Array buffers of one length; image tokens are expanded already. */
+/**
+ * One row: `inputIds` and `labels` are indices of Int32Array buffers of one length; image tokens are expanded already. An encoder-decoder's `labels`
+ * are its decoder's: of their own length, nothing shifted.
+ */
 export interface SampleArg {
   inputIds: number;
   /** −100 = not trained. Absent for generation. */
@@ -119,6 +122,7 @@ export interface LoadResult {
   /** `stored`: the checkpoint itself is quantised */
   quantization: Quantization | 'stored';
   vocabSize: number;
+  /** 0 = no limit */
   maxPositions: number;
   /** id of the token that marks image positions */
   imageTokenId: number;
@@ -201,6 +205,8 @@ export interface TrainBeginArgs {
   loraPlusRatio?: number | null;
   /** 0 = no clipping */
   maxGradNorm: number;
+  /** In place of the dropouts that the model itself has; null = config.json's. LoRA's is apart. Above 0 where it has none: ERR_MARTLET_CONFIG. */
+  dropout?: number | null;
   neftuneNoiseAlpha?: number;
   labelSmoothing?: number;
   recompute: Recompute;

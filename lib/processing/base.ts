@@ -14,6 +14,7 @@ import type {
   Processor,
   ProcessorInput,
   ProcessorOptions,
+  StreamDecoder,
   VideoSource,
   VisionOptions,
 } from './types.js';
@@ -43,10 +44,12 @@ export interface FamilyProcessing<P extends MediaPlan> {
   imageTokenId: number;
   /** Absent: the family takes no videos. */
   videoTokenId?: number;
-  /** Ends an answer. */
-  endToken: string;
+  /** Ends an answer, as the tokenizer's own end token does; given by its id, it alone ends one. */
+  endToken: string | number;
   /** Others that end one. */
   stopTokens?: string[];
+  /** What the template writes before an answer and trains with it (OPT: a space). Not a part of the answer's text. */
+  answerStart?: string;
   renderer: SegmentRenderer;
   /** The options in force. */
   vision: VisionOptions;
@@ -63,7 +66,7 @@ export async function createProcessor<P extends MediaPlan>(
   family: FamilyProcessing<P>,
   options: ProcessorOptions,
 ): Promise<Processor> {
-  const { tokenizer, imageTokenId, videoTokenId, grounding } = family;
+  const { tokenizer, imageTokenId, videoTokenId, grounding, answerStart = '' } = family;
   const generation = await readJsonFile(
     join(modelDir, 'generation_config.json'),
     'ERR_MARTLET_MODEL_NOT_FOUND',
@@ -99,13 +102,13 @@ export async function createProcessor<P extends MediaPlan>(
     imageTokenId,
     ...(videoTokenId !== undefined && { videoTokenId }),
     vision: family.vision,
-    stopTokenIds: stopTokens(generation, tokenizer, [family.endToken, ...(family.stopTokens ?? [])]),
+    stopTokenIds: stopTokens(generation, family),
     generationDefaults: generationDefaults(generation),
 
     async encode(input, { for: purpose, signal }): Promise<EncodedSample> {
       const sources = mediaSources(input, family);
       const decoded = await Promise.all(sources.map((source) => decodeMedia(source, { ...decode, signal })));
-      const { inputIds, labels, mediaSpans, media } = encodeRow(
+      const { inputIds, labels, decoderLabels, mediaSpans, media } = encodeRow(
         input,
         decoded.map(({ size }) => size),
         purpose === 'generate',
@@ -113,6 +116,7 @@ export async function createProcessor<P extends MediaPlan>(
       return {
         inputIds,
         ...(purpose === 'train' && { labels }),
+        ...(decoderLabels && { decoderLabels }),
         images: decoded.flatMap(({ data, size: { width, height, video } }, i) => {
           const { plan, slices = [], secondsPerGrid } = media[i] as MediaPlan;
           return [plan, ...slices].map((view) => ({
@@ -133,11 +137,18 @@ export async function createProcessor<P extends MediaPlan>(
     async countTokens(input, { signal } = {}) {
       const sources = mediaSources(input, family);
       const sizes = await Promise.all(sources.map((source) => mediaSize(source, { ...decode, signal })));
-      return encodeRow(input, sizes, false).inputIds.length;
+      const { inputIds, labels, decoderLabels } = encodeRow(input, sizes, false);
+      return inputIds.length + (decoderLabels ? labels.length : 0);
     },
 
-    decode: (ids, { skipSpecialTokens = true } = {}) => tokenizer.decode(ids, skipSpecialTokens),
-    createStreamDecoder: ({ skipSpecialTokens = true } = {}) => tokenizer.createStreamDecoder(skipSpecialTokens),
+    decode: (ids, { skipSpecialTokens = true } = {}) => {
+      const text = tokenizer.decode(ids, skipSpecialTokens);
+      return skipSpecialTokens && text.startsWith(answerStart) ? text.slice(answerStart.length) : text;
+    },
+    createStreamDecoder: ({ skipSpecialTokens = true } = {}) => {
+      const stream = tokenizer.createStreamDecoder(skipSpecialTokens);
+      return skipSpecialTokens ? withoutStart(stream, answerStart) : stream;
+    },
 
     parseBoxes(text, { width, height, vision = {} }) {
       if (!grounding) {
@@ -271,15 +282,29 @@ function videoSize(
   };
 }
 
-function stopTokens(generation: Record<string, unknown>, tokenizer: Tokenizer, tokens: string[]): number[] {
-  const ids = new Set<number>();
+/** Leaves `start` out of the first text, which no token ends within. */
+function withoutStart(stream: StreamDecoder, start: string): StreamDecoder {
+  let begun = start === '';
+  const cut = (text: string) => {
+    if (begun || text === '') return text;
+    begun = true;
+    return text.startsWith(start) ? text.slice(start.length) : text;
+  };
+  return { push: (id) => cut(stream.push(id)), flush: () => cut(stream.flush()) };
+}
+
+function stopTokens(
+  generation: Record<string, unknown>,
+  { tokenizer, endToken, stopTokens = [] }: Pick<FamilyProcessing<MediaPlan>, 'tokenizer' | 'endToken' | 'stopTokens'>,
+): number[] {
   const listed = generation.eos_token_id;
-  for (const id of Array.isArray(listed) ? listed : [listed]) if (Number.isInteger(id)) ids.add(id as number);
-  for (const token of [tokenizer.special.eos_token, ...tokens]) {
-    const id = token === undefined ? undefined : tokenizer.tokenId(token);
-    if (id !== undefined) ids.add(id);
+  const ids = (Array.isArray(listed) ? listed : [listed]).filter((id) => Number.isInteger(id)) as number[];
+  if (typeof endToken === 'number') ids.push(endToken);
+  else {
+    const tokens = [tokenizer.special.eos_token, endToken, ...stopTokens];
+    ids.push(...tokens.flatMap((token) => tokenizer.tokenId(token ?? '') ?? []));
   }
-  return [...ids];
+  return [...new Set(ids)];
 }
 
 function generationDefaults(generation: Record<string, unknown>): GenerationDefaults {

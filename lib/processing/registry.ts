@@ -1,6 +1,7 @@
 /** The list of families. Adding one: its file, and one line here. */
 import { join } from 'node:path';
 import { MartletError } from '../errors.js';
+import { createBlip2Processor } from './blip2.js';
 import { readJsonFile } from './json.js';
 import { createLlavaProcessor } from './llava.js';
 import { createMiniCpmVProcessor } from './minicpm_v.js';
@@ -18,6 +19,7 @@ export type ProcessorFactory = (
 ) => Promise<Processor>;
 
 const FAMILIES: Record<string, ProcessorFactory> = {
+  'blip-2': createBlip2Processor,
   llava: createLlavaProcessor,
   minicpmv: createMiniCpmVProcessor,
   qwen: createQwenVlChatProcessor,

@@ -190,6 +190,8 @@ export interface EncodedText {
   inputIds: Int32Array;
   /** −100 = not trained. */
   labels: Int32Array;
+  /** Present: `labels` are a decoder's, of their own length and not shifted; `inputIds` are the encoder's. */
+  decoderLabels?: true;
   /** Where the tokens of each picture and video are, [from, to), in order. */
   mediaSpans: [number, number][];
 }

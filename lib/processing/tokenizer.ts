@@ -3,6 +3,7 @@ import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { Tokenizer as HubTokenizer } from '@huggingface/tokenizers';
 import { MartletError } from '../errors.js';
+import { createCharsmap } from './charsmap.js';
 import { readJsonFile } from './json.js';
 import type { StreamDecoder } from './types.js';
 
@@ -53,8 +54,14 @@ export class Tokenizer {
   /** @param definition what tokenizer.json holds; `path` names the file in messages. @throws ERR_MARTLET_TOKENIZER */
   static fromDefinition(definition: Record<string, unknown>, config: Record<string, unknown>, path: string): Tokenizer {
     try {
-      return new Tokenizer(new HubTokenizer(definition, config), config, definition);
+      const hub = new HubTokenizer(
+        { ...definition, pre_tokenizer: withUnicodeSpaces(definition.pre_tokenizer) },
+        config,
+      );
+      useCharsmaps(hub.normalizer, path);
+      return new Tokenizer(hub, config, definition);
     } catch (cause) {
+      if (cause instanceof MartletError) throw cause;
       throw new MartletError(
         'ERR_MARTLET_TOKENIZER',
         `${path} cannot be used: ${(cause as Error).message}. Download it again.`,
@@ -107,6 +114,46 @@ export class Tokenizer {
       flush: () => emit(true),
     };
   }
+}
+
+/** What is used of the library's normalizers, whose types do not come through. */
+interface HubNormalizer {
+  config: { type?: string; precompiled_charsmap?: unknown };
+  /** Of a sequence. */
+  normalizers?: (HubNormalizer | null)[];
+  normalize(text: string): string;
+}
+
+/** The library takes SentencePiece's own normalisation for NFKC; here it is the table that the tokenizer brings. */
+function useCharsmaps(normalizer: HubNormalizer | null, path: string): void {
+  for (const part of normalizer?.normalizers ?? []) useCharsmaps(part, path);
+  const { type, precompiled_charsmap: map } = normalizer?.config ?? {};
+  if (normalizer && type === 'Precompiled' && typeof map === 'string')
+    normalizer.normalize = createCharsmap(Buffer.from(map, 'base64'), path);
+}
+
+/** GPT-2's pieces of text: the tokenizers library's ByteLevel with use_regex. */
+const GPT2_PIECES = String.raw`'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`;
+
+/**
+ * White space is what Unicode says, as in Hugging Face's own library. In WhitespaceSplit and ByteLevel this one goes by JavaScript's `\s`, which lacks
+ * U+0085 and has U+FEFF; in Split it does not.
+ */
+function withUnicodeSpaces(preTokenizer: unknown): unknown {
+  const own = (preTokenizer ?? {}) as {
+    type?: unknown;
+    pretokenizers?: unknown;
+    use_regex?: boolean;
+    add_prefix_space?: boolean;
+  };
+  const split = (pattern: string, behavior: string) =>
+    ({ type: 'Split', pattern: { Regex: pattern }, behavior, invert: false }) as const;
+  if (own.type === 'WhitespaceSplit') return split(String.raw`\s+`, 'Removed');
+  if (own.type === 'ByteLevel' && own.use_regex !== false && own.add_prefix_space === false)
+    return { type: 'Sequence', pretokenizers: [split(GPT2_PIECES, 'Isolated'), { ...own, use_regex: false }] };
+  return Array.isArray(own.pretokenizers)
+    ? { ...own, pretokenizers: own.pretokenizers.map(withUnicodeSpaces) }
+    : preTokenizer;
 }
 
 /** The checkpoint's chat template. @throws ERR_MARTLET_TEMPLATE when it has none */

@@ -54,6 +54,8 @@ export interface EncodedSample {
   inputIds: Int32Array;
   /** −100 = not trained. */
   labels?: Int32Array;
+  /** Present (T5): `labels` are the decoder's, of their own length and not shifted; `inputIds` are the encoder's. */
+  decoderLabels?: true;
   images: RgbImage[];
   /** Where the tokens of each of `images` begin and end. */
   mediaSpans?: [number, number][];
@@ -103,8 +105,9 @@ export interface Processor {
   readonly stopTokenIds: number[];
   readonly generationDefaults: GenerationDefaults;
   encode(input: ProcessorInput, options: EncodeOptions): Promise<EncodedSample>;
-  /** Tokens of a training row, image and video tokens counted, from the pictures' headers alone. */
+  /** Tokens of a training row, image and video tokens and a decoder's counted, from the pictures' headers alone. */
   countTokens(input: ProcessorInput, options?: { signal?: AbortSignal }): Promise<number>;
+  /** Text of an answer, without what the template puts in front of it; with special tokens: everything as it is. */
   decode(ids: ArrayLike<number>, options?: { skipSpecialTokens?: boolean }): string;
   createStreamDecoder(options?: { skipSpecialTokens?: boolean }): StreamDecoder;
   /** Boxes of an answer about a picture, in its own pixels. @throws ERR_MARTLET_USAGE */

@@ -78,23 +78,25 @@ Picture parse_image(const json& image, const Args& args) {
   return picture;
 }
 
-Sample parse_sample(const json& value, const Args& args) {
+Sample parse_sample(const json& value, const Args& args, const ModelInfo& model) {
   Sample sample;
   sample.id = value.value("id", "");
   sample.input_ids = int32_buffer(args.buffer(value.at("inputIds")));
   if (value.contains("labels")) {
     sample.labels = int32_buffer(args.buffer(value["labels"]));
-    if (sample.labels.size() != sample.input_ids.size()) fail(code::kInternal, "labels and inputIds differ in length.");
+    sample.decoder_labels = model.is_encoder_decoder();
+    if (!sample.decoder_labels && sample.labels.size() != sample.input_ids.size())
+      fail(code::kInternal, "labels and inputIds differ in length.");
   }
   for (const json& image : value.at("images")) sample.images.push_back(parse_image(image, args));
   return sample;
 }
 
-std::vector<MicroBatch> parse_micro_batches(const Args& args) {
+std::vector<MicroBatch> parse_micro_batches(const Args& args, const ModelInfo& model) {
   std::vector<MicroBatch> out;
   for (const json& micro : args.values.at("microBatches")) {
     out.emplace_back();
-    for (const json& sample : micro) out.back().push_back(parse_sample(sample, args));
+    for (const json& sample : micro) out.back().push_back(parse_sample(sample, args, model));
   }
   return out;
 }
@@ -186,10 +188,11 @@ json Session::Impl::load(const json& args, JobContext& job) {
       quantized_parts.emplace(canonical, name);
       continue;
     }
-    if (!stored.emplace(canonical, name).second) {
+    if (!stored.emplace(canonical, name).second &&
+        !at::equal(checkpoint.tensor(stored[canonical]), checkpoint.tensor(name))) {
       fail(code::kWeights,
            "The checkpoint holds " + canonical + " twice, under two spellings (" + stored[canonical] + " and " + name +
-               ").",
+               ") and with two values.",
            {{"keys", {stored[canonical], name}}});
     }
   }
@@ -224,6 +227,7 @@ json Session::Impl::load(const json& args, JobContext& job) {
   }
   const std::set<std::string> quantizable = quantizable_weights(*fresh);
   options.is_quantized = [&](const std::string& name) { return quantizable.count(name) > 0; };
+  options.keeps_float32 = [&](const std::string& name) { return fresh->keeps_float32(name); };
   options.quantized_parts = [&](const std::string& name) {
     const auto it = quantized_parts.find(name);
     return it == quantized_parts.end() ? at::Tensor() : checkpoint.tensor(it->second);
@@ -241,7 +245,10 @@ json Session::Impl::load(const json& args, JobContext& job) {
   fresh->load(
       [&](const std::string& name) {
         used.insert(name);
-        return weights(name);
+        const at::Tensor found = weights(name);
+        // A file may hold one of two tied weights, whichever.
+        const bool tied = fresh->has_tied_head() && name == fresh->info().embedding_key;
+        return found.defined() || !tied ? found : weights(fresh->info().head_key);
       },
       options);
   fresh->verify();
@@ -289,14 +296,14 @@ json Session::Impl::load_adapter(const json& args) {
 json Session::Impl::score(const Args& args, Reply& reply, JobContext& job) {
   use_adapter(args.values);
   const c10::InferenceMode inference;
-  const Sample sample = parse_sample(args.values.at("sample"), args);
+  const Sample sample = parse_sample(args.values.at("sample"), args, loaded().info());
   const PackedBatch batch = pack({&sample}, loaded(), device);
   if (batch.labelled == 0) fail(code::kConfig, "No token is labelled: score needs an assistant message.");
-  const Decoder& decoder = model->decoder();
+  const LanguageModel& language_model = model->language_model();
   const ForwardOptions forward = {.job = &job};
   const DecoderInput input = embed(*model, batch, forward, /*vision_needs_grad=*/false);
-  const at::Tensor states = decoder.forward(input.hidden, input.pass).index_select(0, batch.predict_rows);
-  const at::Tensor hidden = decoder.norm.forward(states);
+  const at::Tensor states = language_model.forward(input.hidden, input.pass).index_select(0, batch.predict_rows);
+  const at::Tensor hidden = language_model.head_input(states, forward);
   const at::Tensor logprobs = target_logprobs(hidden, model->head_weight(), batch.targets).to(at::kCPU);
   json result = {{"loss", -logprobs.to(at::kDouble).mean().item<double>()}, {"logprobs", add_buffer(reply, logprobs)}};
   if (args.values.value("logits", false)) {
@@ -309,7 +316,7 @@ json Session::Impl::score(const Args& args, Reply& reply, JobContext& job) {
 json Session::Impl::generate_answer(const Args& args, Reply& reply, JobContext& job) {
   use_adapter(args.values);
   const json& v = args.values;
-  const Sample sample = parse_sample(v.at("sample"), args);
+  const Sample sample = parse_sample(v.at("sample"), args, loaded().info());
   GenerateOptions options;
   options.max_new_tokens = v.at("maxNewTokens").get<int64_t>();
   options.sampling = {v.at("temperature").get<double>(), v.at("topP").get<double>(), v.at("topK").get<int64_t>(),
@@ -402,7 +409,8 @@ Reply Session::handle(const std::string& method, const std::string& args_json, c
     const Clock clock;
     reset_peak_memory(s.device);
     Trainer& trainer = s.training();
-    const StepResult step = trainer.step(v.value("step", trainer.steps_done() + 1), parse_micro_batches(args), job);
+    const StepResult step =
+        trainer.step(v.value("step", trainer.steps_done() + 1), parse_micro_batches(args, s.loaded().info()), job);
     result = {{"step", step.step},
               {"overflow", step.overflow},
               {"lossScale", step.loss_scale},
@@ -416,12 +424,13 @@ Reply Session::handle(const std::string& method, const std::string& args_json, c
               {"memory", memory_json(memory_stats(s.device))}};
     if (s.peak_flops > 0) result["modelFlopUtilisation"] = step.flops / clock.seconds() / s.peak_flops;
   } else if (method == "train.evaluate") {
-    const StepResult step = s.training().evaluate(parse_micro_batches(args), job);
+    const StepResult step = s.training().evaluate(parse_micro_batches(args, s.loaded().info()), job);
     result = {{"loss", step.loss}, {"labelledTokens", step.labelled}, {"correctTokens", step.correct}};
   } else if (method == "train.gradients") {
     double loss = 0;
     json gradients = json::array();
-    for (const auto& [name, gradient] : s.training().gradients(parse_micro_batches(args), job, loss)) {
+    for (const auto& [name, gradient] :
+         s.training().gradients(parse_micro_batches(args, s.loaded().info()), job, loss)) {
       gradients.push_back({{"name", name}, {"shape", gradient.sizes().vec()}, {"buffer", add_buffer(reply, gradient)}});
     }
     result = {{"loss", loss}, {"gradients", gradients}};

@@ -90,7 +90,7 @@ at::Tensor hidden_states(const VisionLanguageModel& model, const std::vector<con
   const PackedBatch batch = pack(samples, model, at::kCPU);
   DecoderInput input = embed(model, batch, {}, false);
   input.pass.cache = cache;
-  return model.decoder().forward(input.hidden, input.pass);
+  return model.language_model().forward(input.hidden, input.pass);
 }
 
 }  // namespace
@@ -184,15 +184,15 @@ TEST("decoding token by token against the cache gives what one pass over the who
   Sample whole = with_picture();
   const int64_t prompt = static_cast<int64_t>(whole.input_ids.size());
   const std::vector<int64_t> answer = {11, 3, 16, 9};
-  KvCache cache(model->decoder().config().num_layers);
+  KvCache cache(model->language_model().config().num_layers);
   std::vector<at::Tensor> parts = {hidden_states(*model, {&whole}, &cache)};
   EXPECT_EQ(cache.length(), prompt);
   for (const int64_t id : answer) {
     DecoderPass pass;
     pass.cache = &cache;
     const int64_t place = cache.length();
-    model->decoder().place(pass, at::tensor({place}, at::kLong), {{1, place + 1, place}}, at::kFloat);
-    parts.push_back(model->decoder().forward(model->decoder().embed(at::tensor({id}, at::kLong)), pass));
+    model->language_model().place(pass, at::tensor({place}, at::kLong), {{1, place + 1, place}}, at::kFloat);
+    parts.push_back(model->language_model().forward(model->language_model().embed(at::tensor({id}, at::kLong)), pass));
     whole.input_ids.push_back(id);
   }
   EXPECT_CLOSE(at::cat(parts), hidden_states(*model, {&whole}), 1e-5);
@@ -239,7 +239,7 @@ TEST("every level of recompute gives the gradients of LoRA with dropout to the b
     pass.options = {.dropout = &dropout, .recompute = recompute};
     at::Tensor input = embed(*model, batch, {}, false).hidden.detach().requires_grad_(true);
     for (auto& [path, layer] : adapter.layers) layer.a.mutable_grad() = layer.b.mutable_grad() = at::Tensor();
-    torch::autograd::backward({model->decoder().forward(input, pass).pow(2).sum()});
+    torch::autograd::backward({model->language_model().forward(input, pass).pow(2).sum()});
     std::vector<at::Tensor> grads = {input.grad()};
     for (auto& [path, layer] : adapter.layers) {
       grads.push_back(layer.a.grad());

@@ -138,7 +138,7 @@ at::Tensor hidden_states(const VisionLanguageModel& model, const std::vector<con
   const PackedBatch batch = pack(samples, model, at::kCPU);
   DecoderInput input = embed(model, batch, {}, false);
   input.pass.cache = cache;
-  return model.decoder().forward(input.hidden, input.pass);
+  return model.language_model().forward(input.hidden, input.pass);
 }
 
 }  // namespace
@@ -315,16 +315,18 @@ TEST("decoding goes on at the row's next position and gives what one pass over t
     const auto model = fixture_model(name);
     const at::NoGradGuard no_grad;
     Sample whole = mixed(name);
-    KvCache cache(model->decoder().config().num_layers);
+    KvCache cache(model->language_model().config().num_layers);
     std::vector<at::Tensor> parts = {hidden_states(*model, {&whole}, &cache)};
     int64_t position = pack({&whole}, *model, at::kCPU).next_positions[0];
     EXPECT(position < cache.length());  // pictures take fewer positions than tokens
     for (const int64_t id : {11, 3, 16}) {
       DecoderPass pass;
       pass.cache = &cache;
-      model->decoder().place(pass, at::tensor({position}, at::kLong), {{1, position + 1, cache.length()}}, at::kFloat);
+      model->language_model().place(pass, at::tensor({position}, at::kLong), {{1, position + 1, cache.length()}},
+                                    at::kFloat);
       ++position;
-      parts.push_back(model->decoder().forward(model->decoder().embed(at::tensor({id}, at::kLong)), pass));
+      parts.push_back(
+          model->language_model().forward(model->language_model().embed(at::tensor({id}, at::kLong)), pass));
       whole.input_ids.push_back(id);
     }
     EXPECT_CLOSE(at::cat(parts), hidden_states(*model, {&whole}), 1e-4);

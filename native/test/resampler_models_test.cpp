@@ -109,7 +109,7 @@ at::Tensor states(const VisionLanguageModel& model, const std::vector<const Samp
   const at::NoGradGuard no_grad;
   const PackedBatch batch = pack(rows, model, at::kCPU);
   const DecoderInput input = start(model, batch);
-  return model.decoder().forward(input.hidden, input.pass);
+  return model.language_model().forward(input.hidden, input.pass);
 }
 
 const std::vector<json> kConfigs = {qwen_vl(), minicpm_v(), minicpm_v(4.5)};
@@ -137,7 +137,7 @@ TEST("decoding token by token gives what one pass over the whole row gives, as l
     Sample whole = row(*model, {{2, 3}}, 1, 4);
     const PackedBatch batch = pack({&whole}, *model, at::kCPU);
     DecoderInput input = start(*model, batch);
-    const Decoder& decoder = model->decoder();
+    const LanguageModel& decoder = model->language_model();
     KvCache cache(decoder.config().num_layers);
     input.pass.cache = &cache;
     std::vector<at::Tensor> parts = {decoder.forward(input.hidden, input.pass)};
@@ -156,7 +156,7 @@ TEST("decoding token by token gives what one pass over the whole row gives, as l
 
 TEST("long prompts: the rotary base and the scale of queries follow the original's rule, at inference only") {
   const auto model = create(qwen_vl());  // trained on 12 tokens
-  const Decoder& decoder = model->decoder();
+  const LanguageModel& decoder = model->language_model();
   const auto placed = [&](int64_t tokens, int64_t prompt) {
     DecoderPass pass;
     decoder.place(pass, at::arange(tokens, at::kLong), {{tokens, tokens, prompt}}, at::kFloat);
@@ -196,7 +196,8 @@ TEST("recomputing layers in the backward pass changes no gradient of tower, resa
       options.recompute = recompute ? Recompute::kLayer : Recompute::kNone;
       options.training = true;
       const DecoderInput input = embed(*model, batch, options, true);
-      const at::Tensor out = model->decoder().norm.forward(model->decoder().forward(input.hidden, input.pass));
+      const at::Tensor out =
+          model->language_model().head_input(model->language_model().forward(input.hidden, input.pass), options);
       const at::Tensor loss = at::linear(out, model->head_weight()).square().mean();
       for (at::Tensor& leaf : leaves) leaf.mutable_grad().reset();
       torch::autograd::backward({loss}, {});

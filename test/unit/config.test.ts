@@ -229,6 +229,16 @@ test('names of the language are no keys and no values', () => {
   assert.equal(parse('model: constructor\ndataset: toString\n').config.model, 'constructor');
 });
 
+test("dropout is the model's own; beside lora_rank the adapters' is meant", () => {
+  assert.equal(resolved('').dropout, null);
+  assert.equal(resolved('dropout: 0').dropout, 0);
+  assert.equal(resolved('train_args:\n  dropout: 0.1').dropout, 0.1);
+  assert.deepEqual(problems(`${BASE}lora_args:\n  dropout: 0.1`), [
+    '4: lora_args.dropout is not a known key: did you mean lora_dropout?',
+  ]);
+  assert.match(problems(`${BASE}dropout: 1`)[0] as string, /^3: dropout/);
+});
+
 test('defaults that depend on other keys', () => {
   const lora = resolved('');
   assert.deepEqual([lora.learning_rate, lora.gradient_accumulation_steps, lora.eval_strategy], [1e-4, 16, 'no']);

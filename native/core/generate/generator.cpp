@@ -34,18 +34,19 @@ class Stopwatch {
 Generation generate(const VisionLanguageModel& model, const Sample& prompt, const GenerateOptions& options,
                     at::Device device, JobContext& job, const std::function<void(int64_t)>& on_token) {
   const c10::InferenceMode inference;
-  const Decoder& decoder = model.decoder();
+  const LanguageModel& language_model = model.language_model();
   const PackedBatch batch = pack({&prompt}, model, device);
   Generation out;
   out.prompt_tokens = batch.tokens;
-  if (batch.tokens >= model.info().max_positions) {
+  const int64_t max_positions = model.info().max_positions;
+  if (max_positions > 0 && batch.tokens >= max_positions) {
     fail(code::kConfig,
          "The prompt has " + std::to_string(batch.tokens) + " tokens (image tokens included); the model has " +
-             std::to_string(model.info().max_positions) + " positions. Shorten the text or send fewer pictures.",
-         {{"promptTokens", batch.tokens}, {"maxPositions", model.info().max_positions}});
+             std::to_string(max_positions) + " positions. Shorten the text or send fewer pictures.",
+         {{"promptTokens", batch.tokens}, {"maxPositions", max_positions}});
   }
-  const int64_t room = model.info().max_positions - batch.tokens;
-  const int64_t limit = std::min(options.max_new_tokens, room);
+  const int64_t limit =
+      max_positions > 0 ? std::min(options.max_new_tokens, max_positions - batch.tokens) : options.max_new_tokens;
 
   Stopwatch watch(device);
   const ForwardOptions forward = {.job = &job};
@@ -53,15 +54,19 @@ Generation generate(const VisionLanguageModel& model, const Sample& prompt, cons
   out.vision_ms = watch.lap_ms();
   job.check();
 
-  KvCache cache(decoder.config().num_layers);
+  KvCache cache(language_model.config().num_layers);
   pass.cache = &cache;
-  hidden = decoder.forward(hidden, pass);
+  hidden = language_model.forward(hidden, pass);
   pass.deepstack.clear();
   int64_t next_position = batch.next_positions[0];
   const auto logits_at_end = [&](const at::Tensor& states) {
-    return at::linear(decoder.norm.forward(states.narrow(0, states.size(0) - 1, 1)), model.head_weight()).squeeze(0);
+    const at::Tensor last = language_model.head_input(states.narrow(0, states.size(0) - 1, 1), forward);
+    return at::linear(last, model.head_weight()).squeeze(0);
   };
-  Sampler sampler(options.sampling, prompt.input_ids);
+  // What an encoder reads is not repeated by its decoder.
+  Sampler sampler(options.sampling, model.info().is_encoder_decoder()
+                                        ? std::vector<int64_t>{model.info().decoder_start_id}
+                                        : prompt.input_ids);
   out.finish_reason = "length";
   if (limit > 0) {
     int64_t token = sampler.next(logits_at_end(hidden));
@@ -78,8 +83,8 @@ Generation generate(const VisionLanguageModel& model, const Sample& prompt, cons
       if (static_cast<int64_t>(out.token_ids.size()) == limit) break;
       const at::Tensor ids = at::full({1}, token, at::TensorOptions().dtype(at::kLong).device(device));
       const at::Tensor position = at::full({1}, next_position++, at::TensorOptions().dtype(at::kLong).device(device));
-      decoder.place(pass, position, {{1, next_position, out.prompt_tokens}}, hidden.scalar_type());
-      token = sampler.next(logits_at_end(decoder.forward(decoder.embed(ids), pass)));
+      language_model.place(pass, position, {{1, next_position, out.prompt_tokens}}, hidden.scalar_type());
+      token = sampler.next(logits_at_end(language_model.forward(language_model.embed(ids), pass)));
     }
   }
   out.decode_ms = watch.lap_ms();

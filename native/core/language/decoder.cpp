@@ -7,30 +7,12 @@
 
 namespace martlet {
 
-std::pair<at::Tensor, at::Tensor> KvCache::append(int64_t layer, const at::Tensor& k, const at::Tensor& v) {
-  Layer& cache = layers_[layer];
-  const int64_t needed = length_ + k.size(0);
-  if (!cache.k.defined() || cache.k.size(0) < needed) {
-    // 256 spare positions at first: most answers are short; then doubling.
-    const int64_t capacity = cache.k.defined() ? std::max(needed, cache.k.size(0) * 2) : needed + 256;
-    const auto grow = [&](const at::Tensor& old, const at::Tensor& like) {
-      at::Tensor grown = at::empty({capacity, like.size(1), like.size(2)}, like.options());
-      if (old.defined()) grown.narrow(0, 0, length_).copy_(old.narrow(0, 0, length_));
-      return grown;
-    };
-    cache.k = grow(cache.k, k);
-    cache.v = grow(cache.v, v);
-  }
-  cache.k.narrow(0, length_, k.size(0)).copy_(k);
-  cache.v.narrow(0, length_, v.size(0)).copy_(v);
-  return {cache.k.narrow(0, 0, needed), cache.v.narrow(0, 0, needed)};
-}
-
 DecoderAttention::DecoderAttention(const DecoderConfig& c)
     : o_proj(c.num_heads * c.head_dim, c.hidden_size, c.output_bias),
       num_heads_(c.num_heads),
       num_kv_heads_(c.num_kv_heads),
-      head_dim_(c.head_dim) {
+      head_dim_(c.head_dim),
+      dropout_(c.attention_dropout) {
   if (c.fused_qkv) {
     const int64_t heads = c.num_heads + 2 * c.num_kv_heads;
     qkv.push_back(std::make_unique<Linear>(c.hidden_size, heads * c.head_dim, c.qkv_bias));
@@ -62,7 +44,8 @@ at::Tensor DecoderAttention::forward(const at::Tensor& x, const DecoderPass& pas
     for (const auto& proj : qkv) states.push_back(proj->forward(x, pass.options.dropout).view({tokens, -1, head_dim_}));
   }
   const auto rotated = [&](const at::Tensor& heads, const std::optional<RmsNorm>& norm) {
-    return apply_rotary(norm ? norm->forward(heads) : heads, pass.rotary);
+    const at::Tensor x = norm ? norm->forward(heads) : heads;
+    return pass.rotary.cos.defined() ? apply_rotary(x, pass.rotary) : x;
   };
   at::Tensor q = rotated(states[0], q_norm);
   const at::Tensor k = rotated(states[1], k_norm), &v = states[2];
@@ -73,38 +56,62 @@ at::Tensor DecoderAttention::forward(const at::Tensor& x, const DecoderPass& pas
     mixed = decode_attention(q, keys, values);
   } else {
     if (pass.cache != nullptr) pass.cache->append(layer, k, v);
-    mixed = packed_attention(q, k, v, *pass.rows, /*causal=*/true);
+    AttentionExtras extras;
+    extras.dropout = {dropout_, ModelDropout::kDecoder, layer, 0};
+    extras.source = pass.options.dropout;
+    mixed = packed_attention(q, k, v, *pass.rows, /*causal=*/true, extras);
   }
   return o_proj.forward(mixed.reshape({tokens, num_heads_ * head_dim_}), pass.options.dropout);
 }
 
 DecoderLayer::DecoderLayer(const DecoderConfig& c)
     : self_attn(c),
-      mlp(c.hidden_size, c.intermediate_size, c.mlp_bias, c.names.mlp),
-      input_layernorm(c.hidden_size, c.norm_eps),
-      post_attention_layernorm(c.hidden_size, c.norm_eps) {
+      input_layernorm(make_norm(c.norm, c.hidden_size, c.norm_eps)),
+      post_attention_layernorm(make_norm(c.norm, c.hidden_size, c.norm_eps)),
+      dropout_(c.dropout) {
   register_module(self_attn, c.names.attention);
-  register_module(mlp, "mlp");
-  register_module(input_layernorm, c.names.input_norm);
-  register_module(post_attention_layernorm, c.names.post_attention_norm);
+  if (c.plain_mlp) {
+    auto plain = std::make_unique<Mlp>(Mlp::Sizes{c.hidden_size, c.intermediate_size, c.hidden_size}, *c.plain_mlp,
+                                       c.mlp_bias, "fc1", "fc2");
+    register_module(plain->first, "fc1");
+    register_module(plain->second, "fc2");
+    mlp = std::move(plain);
+  } else {
+    mlp = std::make_unique<GatedMlp>(c.hidden_size, c.intermediate_size, c.mlp_bias, c.names.mlp);
+    register_module(*mlp, "mlp");
+  }
+  register_module(*input_layernorm, c.names.input_norm);
+  register_module(*post_attention_layernorm, c.names.post_attention_norm);
 }
 
 at::Tensor DecoderLayer::forward(const at::Tensor& x, const DecoderPass& pass, int64_t layer) const {
-  const at::Tensor h = x + self_attn.forward(run_norm(input_layernorm, x), pass, layer);
+  DropoutSource* source = pass.options.dropout;
+  const auto dropped = [this, source, layer](const at::Tensor& y, int64_t place) {
+    return ModelDropout{dropout_, ModelDropout::kDecoder, layer, place}.forward(y, source);
+  };
+  const at::Tensor h = x + dropped(self_attn.forward(run_norm(*input_layernorm, x), pass, layer), 1);
   // With the sum in it: gradients of h add up in one order, whatever is run again.
-  return run_mlp([this, dropout = pass.options.dropout](
-                     const at::Tensor& y) { return y + mlp.forward(run_norm(post_attention_layernorm, y), dropout); },
-                 h, pass.options);
+  return run_mlp(
+      [this, source, dropped](const at::Tensor& y) {
+        return y + dropped(mlp->forward(run_norm(*post_attention_layernorm, y), source), 2);
+      },
+      h, pass.options);
 }
 
 Decoder::Decoder(const DecoderConfig& config)
-    : embed_tokens(config.vocab_size, config.hidden_size), norm(config.hidden_size, config.norm_eps), config_(config) {
+    : LanguageModel(config.vocab_size, config.hidden_size),
+      norm(make_norm(config.norm, config.hidden_size, config.norm_eps)),
+      config_(config) {
   register_module(embed_tokens, config.names.embed_tokens);
+  if (config.position_offset) {
+    embed_positions.emplace(config.max_positions + *config.position_offset, config.hidden_size);
+    register_module(*embed_positions, config.names.embed_positions);
+  }
   for (int64_t i = 0; i < config.num_layers; ++i) {
     layers.push_back(std::make_unique<DecoderLayer>(config));
     register_module(*layers.back(), config.names.layers + "." + std::to_string(i));
   }
-  register_module(norm, config.names.norm);
+  register_module(*norm, config.names.norm);
 }
 
 namespace {
@@ -121,6 +128,10 @@ double rope_theta(const DecoderConfig& config, int64_t prompt) {
 
 void Decoder::place(DecoderPass& pass, const at::Tensor& positions, const std::vector<Row>& rows,
                     at::ScalarType dtype) const {
+  if (config_.position_offset) {
+    pass.position_rows = positions + *config_.position_offset;
+    return;
+  }
   const at::ScalarType table = config_.rope_float32 ? at::kFloat : dtype;
   if (positions.dim() > 1) {
     pass.rotary = rotary_table(positions, config_.rope_axis, config_.head_dim, config_.rope_theta, table);
@@ -155,6 +166,7 @@ void Decoder::place(DecoderPass& pass, const at::Tensor& positions, const std::v
 }
 
 at::Tensor Decoder::forward(at::Tensor hidden, const DecoderPass& pass) const {
+  if (embed_positions) hidden = hidden + embed_positions->forward(pass.position_rows);
   for (int64_t i = 0; i < config_.num_layers; ++i) {
     const DecoderLayer& layer = *layers[i];
     hidden =

@@ -1,22 +1,19 @@
-// Decoder(cfg): the pre-norm transformer of the Llama line, over packed rows. Names are those of transformers'
-// LlamaModel.
+// Decoder(cfg): the pre-norm transformer of the Llama line and of OPT, over packed rows. Names are those of
+// transformers' LlamaModel.
 #pragma once
 
 #include <memory>
 #include <optional>
 #include <vector>
 
-#include "core/nn/attention.h"
-#include "core/nn/checkpoint.h"
-#include "core/nn/linear.h"
+#include "core/language/language_model.h"
 #include "core/nn/mlp.h"
 #include "core/nn/norm.h"
-#include "core/nn/rope.h"
 
 namespace martlet {
 
 struct DecoderNames {
-  std::string embed_tokens = "embed_tokens", layers = "layers", norm = "norm";
+  std::string embed_tokens = "embed_tokens", embed_positions = "embed_positions", layers = "layers", norm = "norm";
   std::string input_norm = "input_layernorm", post_attention_norm = "post_attention_layernorm";
   std::string attention = "self_attn", fused_qkv = "qkv_proj", attention_out = "o_proj";
   GatedMlpNames mlp;
@@ -32,58 +29,24 @@ struct LongContext {
   bool log_scale = false;
 };
 
-struct DecoderConfig {
-  int64_t vocab_size = 0;
-  int64_t hidden_size = 0;
-  int64_t intermediate_size = 0;
-  int64_t num_layers = 0;
-  int64_t num_heads = 0;
-  int64_t num_kv_heads = 0;
-  int64_t head_dim = 0;
-  int64_t max_positions = 0;
-  double norm_eps = 1e-6;
+struct DecoderConfig : TextConfig {
+  NormType norm = NormType::kRms;
   double rope_theta = 10000.0;
   // Positions on several axes (m-rope): the axis that each of the head_dim/2 frequencies turns with. Empty: one axis.
   std::vector<int64_t> rope_axis;
   bool rope_float32 = false;  // the rotation itself in float32
   std::optional<LongContext> long_context;
+  // Positions are learned, not rotated: position p has row p + this of a table of max_positions + this rows.
+  std::optional<int64_t> position_offset;
   bool fused_qkv = false;  // one linear, rows [q, k, v][heads][d]
   bool qkv_bias = false;
   bool output_bias = false;
   bool qk_norm = false;  // RMS norm over each head of q and k, before the rotation
   bool mlp_bias = false;
-  bool tie_word_embeddings = false;
+  // fc1, this, fc2, which are the layer's own modules; absent: the MLP gated by silu.
+  std::optional<Activation> plain_mlp;
+  double dropout = 0, attention_dropout = 0;  // of what attention and MLP give; of the attention's weights
   DecoderNames names;
-};
-
-// Keys and values of one row, for decoding. Storage grows by doubling.
-class KvCache {
- public:
-  explicit KvCache(int64_t num_layers) : layers_(num_layers) {}
-  // Appends [n, kv_heads, d] at `length()` of layer `layer`; gives the whole of it back, [length + n, kv_heads, d].
-  std::pair<at::Tensor, at::Tensor> append(int64_t layer, const at::Tensor& k, const at::Tensor& v);
-  // Call once all layers have appended.
-  void advance(int64_t n) { length_ += n; }
-  int64_t length() const { return length_; }
-
- private:
-  struct Layer {
-    at::Tensor k, v;
-  };
-  std::vector<Layer> layers_;
-  int64_t length_ = 0;
-};
-
-// What one pass over the layers needs besides the hidden states; made once a step.
-struct DecoderPass {
-  const SequenceLengths* rows = nullptr;
-  RotaryTable rotary;
-  at::Tensor query_scale;  // [T, 1, 1]; undefined: none
-  // Deepstack: deepstack[k], [image tokens, hidden], is added at `image_rows` to what layer k gives.
-  at::Tensor image_rows;
-  std::vector<at::Tensor> deepstack;
-  KvCache* cache = nullptr;  // inference only; with a non-empty cache the pass is one new position
-  ForwardOptions options;
 };
 
 class DecoderAttention : public Module {
@@ -96,6 +59,7 @@ class DecoderAttention : public Module {
 
  private:
   int64_t num_heads_, num_kv_heads_, head_dim_;
+  double dropout_;
 };
 
 class DecoderLayer : public Module {
@@ -103,33 +67,28 @@ class DecoderLayer : public Module {
   explicit DecoderLayer(const DecoderConfig& config);
   at::Tensor forward(const at::Tensor& x, const DecoderPass& pass, int64_t layer) const;
   DecoderAttention self_attn;
-  GatedMlp mlp;
-  RmsNorm input_layernorm, post_attention_layernorm;
+  std::unique_ptr<FeedForward> mlp;
+  std::unique_ptr<Norm> input_layernorm, post_attention_layernorm;
+
+ private:
+  double dropout_;
 };
 
-class Decoder : public Module {
+class Decoder : public LanguageModel {
  public:
   explicit Decoder(const DecoderConfig& config);
 
-  // ids: [T] → [T, hidden]
-  at::Tensor embed(const at::Tensor& ids) const { return embed_tokens.forward(ids); }
-  // A packed row of a pass.
-  struct Row {
-    int64_t tokens = 0;
-    int64_t end = 0;     // position after its last token
-    int64_t prompt = 0;  // tokens that the model was given at first: `tokens`, unless it decodes. 0 = training
-  };
-  // Fills what `pass` holds of positions. positions: [T], or [axes, T] where there are several (alike on all of them:
-  // [T] will do).
-  void place(DecoderPass& pass, const at::Tensor& positions, const std::vector<Row>& rows, at::ScalarType dtype) const;
-  // hidden: [T, hidden] → [T, hidden], before the final norm.
-  at::Tensor forward(at::Tensor hidden, const DecoderPass& pass) const;
+  const DecoderConfig& config() const override { return config_; }
+  void place(DecoderPass& pass, const at::Tensor& positions, const std::vector<Row>& rows,
+             at::ScalarType dtype) const override;
+  at::Tensor forward(at::Tensor hidden, const DecoderPass& pass) const override;
+  at::Tensor head_input(const at::Tensor& states, const ForwardOptions&) const override {
+    return norm->forward(states);
+  }
 
-  const DecoderConfig& config() const { return config_; }
-
-  Embedding embed_tokens;
+  std::optional<Embedding> embed_positions;
   std::vector<std::unique_ptr<DecoderLayer>> layers;
-  RmsNorm norm;
+  std::unique_ptr<Norm> norm;
 
  private:
   DecoderConfig config_;

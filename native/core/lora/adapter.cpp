@@ -44,6 +44,15 @@ std::string joined(const std::vector<std::string>& names) {
   return out;
 }
 
+std::regex compiled_target(const std::string& regex) {
+  try {
+    return std::regex(regex);
+  } catch (const std::regex_error&) {
+    fail(code::kConfig, "target_modules: \"" + regex + "\" is not a regular expression that can be read.",
+         {{"path", "target_modules"}});
+  }
+}
+
 // Fills peft_names or peft_regex. A bare `q_proj` would make PEFT put pairs into a vision tower that has modules of
 // that name too. `all`: paths of all modules, since PEFT takes convolutions and embeddings as well, and stops at a
 // block named `0`.
@@ -127,6 +136,11 @@ bool matches_name(const std::string& path, const std::string& name) {
   return path.size() > tail.size() && path.compare(path.size() - tail.size(), tail.size(), tail) == 0;
 }
 
+bool is_named_target(const std::string& path, const std::vector<std::string>& names, const std::string& regex) {
+  if (!regex.empty() && std::regex_match(path, compiled_target(regex))) return true;
+  return std::any_of(names.begin(), names.end(), [&](const std::string& name) { return matches_name(path, name); });
+}
+
 std::vector<std::string> nearest_names(const std::string& name, const std::set<std::string>& candidates) {
   std::vector<std::pair<size_t, std::string>> ranked;
   for (const std::string& candidate : candidates) ranked.emplace_back(edit_distance(name, candidate), candidate);
@@ -168,14 +182,7 @@ TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std
   });
 
   std::regex pattern;
-  if (!regex.empty()) {
-    try {
-      pattern = std::regex(regex);
-    } catch (const std::regex_error&) {
-      fail(code::kConfig, "target_modules: \"" + regex + "\" is not a regular expression that can be read.",
-           {{"path", "target_modules"}});
-    }
-  }
+  if (!regex.empty()) pattern = compiled_target(regex);
 
   TargetSelection out;
   std::set<std::string> matched_names;
@@ -374,7 +381,9 @@ Adapter attach_adapter(VisionLanguageModel& model, AdapterWeights weights,
         fail(code::kAdapter, "The adapter in " + dir + " is for another model: the shape of " + name + " differs.",
              {{"path", dir}, {"module", name}});
       }
-      adapter.saved.emplace(name, value.reshape(it->second->shape).to(device, dtype));
+      // What stays float32 in a float16 model does so here.
+      const at::ScalarType own = dtype == at::kFloat ? dtype : it->second->dtype();
+      adapter.saved.emplace(name, value.reshape(it->second->shape).to(device, own));
     }
   }
   if (!unknown.empty() || (adapter.layers.empty() && adapter.saved.empty())) {

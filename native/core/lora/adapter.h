@@ -78,6 +78,8 @@ std::map<std::string, Linear*> linears_of(VisionLanguageModel& model);
 
 // The three candidates nearest to a name that matches nothing.
 std::vector<std::string> nearest_names(const std::string& name, const std::set<std::string>& candidates);
+// Whether an entry other than all-linear, or the regular expression, means the module.
+bool is_named_target(const std::string& path, const std::vector<std::string>& names, const std::string& regex);
 // PEFT's ending rule: `path` is `name`, or ends with it after a dot.
 bool matches_name(const std::string& path, const std::string& name);
 

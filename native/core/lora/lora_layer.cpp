@@ -5,20 +5,9 @@
 
 #include <algorithm>
 
-#include "core/base/rng.h"
 #include "core/nn/linear_function.h"
 
 namespace martlet {
-
-at::Tensor DropoutSource::mask(const at::Tensor& like, double p, int64_t index) const {
-  at::Generator own = generator;
-  {
-    std::lock_guard<std::mutex> lock(own.mutex());
-    own.set_current_seed(mix_seed(seed, static_cast<uint64_t>(index)));
-  }
-  return at::empty_like(like, like.options().dtype(at::kBool)).bernoulli_(1.0 - p, own);
-}
-
 namespace {
 
 using torch::autograd::AutogradContext;

@@ -2,8 +2,9 @@
 // magnitudes (Liu et al. 2024; PEFT's `use_dora`) where the adapter has them.
 #pragma once
 
-#include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
+
+#include "core/nn/dropout.h"
 
 namespace martlet {
 
@@ -25,15 +26,6 @@ struct LoraLayer {
 // Lengths of the rows of W + scaling · B A, in float32: [out].
 at::Tensor row_norms(const Parameter& weight, const LoraLayer& lora);
 void refresh_weight_norm(const Parameter& weight, LoraLayer& lora);
-
-// Where dropout masks come from during a training forward; absent in evaluation and inference. The mask of a layer
-// depends only on (seed of the run, step, micro-batch, layer), so a resumed or recomputed step draws the same one.
-struct DropoutSource {
-  at::Generator generator;
-  uint64_t seed = 0;
-  // Bool mask of the shape of `like`, true = kept, for layer `index`; the same each time.
-  at::Tensor mask(const at::Tensor& like, double p, int64_t index) const;
-};
 
 // base(x) + scaling · (dropout(x) Aᵀ) Bᵀ, with a backward that keeps x once and adds in place. Weight and bias may be
 // trained as well; a quantised weight is dequantised for each product.

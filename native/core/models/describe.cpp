@@ -38,7 +38,7 @@ json describe_model_json(const json& args) {
     linears.push_back(
         {{"path", path}, {"part", part_name(path)}, {"in", linear->in_features()}, {"out", linear->out_features()}});
   });
-  const DecoderConfig& d = model->decoder().config();
+  const TextConfig& d = model->language_model().config();
   return {{"family", model->info().family},
           {"modelType", model->info().model_type},
           {"parameters", parameters},
@@ -46,7 +46,7 @@ json describe_model_json(const json& args) {
           {"decoder",
            {{"hiddenSize", d.hidden_size},
             {"intermediateSize", d.intermediate_size},
-            {"layers", d.num_layers},
+            {"layers", d.encoder_layers + d.num_layers},
             {"heads", d.num_heads},
             {"keyValueHeads", d.num_kv_heads},
             {"headDim", d.head_dim},

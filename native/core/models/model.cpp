@@ -13,10 +13,10 @@ RowPositions VisionLanguageModel::positions(const std::vector<int64_t>& input_id
   return {{axis}, static_cast<int64_t>(axis.size())};
 }
 
-bool has_own_head(const DecoderConfig& text, const ModelInfo& info, const WeightSource& stored) {
+bool has_own_head(const TextConfig& text, const ModelInfo& info, const WeightSource& stored) {
   if (!text.tie_word_embeddings) return true;
   const at::Tensor head = stored(info.head_key), embedding = stored(info.embedding_key);
-  return head.defined() && !(embedding.defined() && at::equal(head, embedding));
+  return head.defined() && embedding.defined() && !at::equal(head, embedding);
 }
 
 }  // namespace martlet

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "core/language/decoder.h"
+#include "core/language/language_model.h"
 #include "core/nn/checkpoint.h"
 #include "core/nn/module.h"
 #include "core/vision/image_ops.h"
@@ -20,14 +20,21 @@ struct ModelInfo {
   std::string model_type;  // config.json's
   std::string family;
   int64_t vocab_size = 0;
-  int64_t max_positions = 0;
+  int64_t max_positions = 0;  // 0: no limit
   int64_t image_token_id = -1;
   int64_t video_token_id = -1;  // −1: no videos
+  // Encoder-decoder: what the decoder begins with. Its labels are then apart from input_ids, which the encoder reads.
+  int64_t decoder_start_id = -1;
+  // freeze_aligner: false trains the projector as a whole, beside LoRA pairs elsewhere, unless targets name its
+  // modules.
+  bool whole_projector = false;
+  bool has_dropout = false;  // of its own, in training
   // Canonical names of the two weights that may be one.
   std::string embedding_key = "model.language_model.embed_tokens.weight", head_key = "lm_head.weight";
   // The output layer's module: adapters leave it as it is.
   bool is_head(const std::string& path) const { return path + ".weight" == head_key; }
   bool is_placeholder(int64_t id) const { return id == image_token_id || id == video_token_id; }
+  bool is_encoder_decoder() const { return decoder_start_id >= 0; }
 };
 
 // Where the tokens of one row stand.
@@ -55,14 +62,17 @@ class VisionLanguageModel : public Module {
   // ERR_MARTLET_IMAGE naming the row `id`.
   virtual RowPositions positions(const std::vector<int64_t>& input_ids, const std::vector<Picture>& pictures,
                                  const std::string& id) const;
-  virtual const Decoder& decoder() const = 0;
+  virtual const LanguageModel& language_model() const = 0;
   // [vocab, hidden]
   virtual const at::Tensor& head_weight() const = 0;
-  bool has_tied_head() const { return &head_weight() == &decoder().embed_tokens.weight.value; }
+  bool has_tied_head() const { return &head_weight() == &language_model().embed_tokens.weight.value; }
+  // Parameters that float16 is too narrow for: they stay float32 in a float16 model, and are never quantised
+  // (transformers' _keep_in_fp32_modules).
+  virtual bool keeps_float32(const std::string&) const { return false; }
 };
 
-// transformers 5: the head is the embedding if the config says so, unless the file holds a head that differs from it.
-bool has_own_head(const DecoderConfig& text, const ModelInfo& info, const WeightSource& stored);
+// transformers 5: the head is the embedding if the config says so, unless the file holds both and they differ.
+bool has_own_head(const TextConfig& text, const ModelInfo& info, const WeightSource& stored);
 
 struct Family {
   const char* name;

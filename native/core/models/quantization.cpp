@@ -23,7 +23,7 @@ std::set<std::string> quantizable_weights(VisionLanguageModel& model) {
   std::set<std::string> names;
   model.visit([&](const std::string& path, Module& module) {
     if (dynamic_cast<Linear*>(&module) != nullptr && !model.info().is_head(path) &&
-        model.part_of(path) == Part::kLanguage)
+        model.part_of(path) == Part::kLanguage && !model.keeps_float32(path + ".weight"))
       names.insert(path + ".weight");
   });
   return names;

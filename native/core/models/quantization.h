@@ -14,7 +14,8 @@
 
 namespace martlet {
 
-// Full names of the weights of the language model's linears. Vision, projector and head stay as they are.
+// Full names of the weights of the language model's linears. Vision, projector, head and what float16 is too narrow for
+// stay as they are.
 std::set<std::string> quantizable_weights(VisionLanguageModel& model);
 
 // What `dtype: auto` means: bfloat16 or float16 if the language model's largest tensor is stored so, else float32.

@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/base/error.h"
+#include "core/models/blip2/blip2.h"
 #include "core/models/llava/llava.h"
 #include "core/models/minicpm_v/minicpm_v.h"
 #include "core/models/qwen2_5_vl/qwen2_5_vl.h"
@@ -14,8 +15,9 @@
 namespace martlet {
 
 const Family& family_for(const nlohmann::json& config, const std::string& model_dir) {
-  static const std::vector<const Family*> families = {&llava_family(),    &qwen2_vl_family(), &qwen2_5_vl_family(),
-                                                      &qwen3_vl_family(), &qwen_vl_family(),  &minicpm_v_family()};
+  static const std::vector<const Family*> families = {&blip2_family(),      &llava_family(),    &qwen2_vl_family(),
+                                                      &qwen2_5_vl_family(), &qwen3_vl_family(), &qwen_vl_family(),
+                                                      &minicpm_v_family()};
   const std::string model_type = config.is_object() ? config.value("model_type", nlohmann::json()).dump() : "null";
   std::string known;
   for (const Family* family : families) {

@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <map>
 
 namespace martlet {
@@ -10,7 +12,10 @@ namespace {
 
 // FlashAttention 2 is asked for by name: the choice of scaled_dot_product_attention may fall on cuDNN, which plans anew
 // for each length that it sees. It takes heads of a multiple of 8, which all published models have.
-bool uses_flash(const at::Tensor& q) { return q.is_cuda() && q.scalar_type() != at::kFloat && q.size(-1) % 8 == 0; }
+bool uses_flash(const at::Tensor& q, const AttentionExtras& extras) {
+  return q.is_cuda() && q.scalar_type() != at::kFloat && q.size(-1) % 8 == 0 && !extras.bias &&
+         extras.dropout.active_rate(extras.source) == 0;
+}
 
 }  // namespace
 
@@ -26,34 +31,55 @@ SequenceLengths SequenceLengths::from_lengths(const std::vector<int64_t>& length
 
 namespace {
 
-// [B, L, heads, d] → [B, L, heads, d]
-at::Tensor batched(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) {
+// [B, L, heads, d] → [B, L, heads, d]. `part`: which of several calls of one pass.
+at::Tensor batched(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal,
+                   const AttentionExtras& extras, int64_t part = 0) {
   const bool grouped = q.size(2) != k.size(2);
-  return at::scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), std::nullopt, 0.0,
-                                          causal, std::nullopt, grouped)
-      .transpose(1, 2);
+  const at::Tensor queries = q.transpose(1, 2), keys = k.transpose(1, 2), values = v.transpose(1, 2);
+  const bool drops = extras.dropout.active_rate(extras.source) > 0;
+  std::optional<at::Tensor> mask;
+  if (extras.bias) mask = extras.bias(q.size(1), k.size(1)).to(q.scalar_type()).unsqueeze(0);
+  if (causal && (mask || drops)) {
+    // Added, since a bias and the causal flag exclude each other.
+    const at::Tensor later =
+        at::full({q.size(1), k.size(1)}, -std::numeric_limits<double>::infinity(), q.options()).triu(1);
+    mask = mask ? *mask + later : later;
+  }
+  if (!drops) {
+    return at::scaled_dot_product_attention(queries, keys, values, mask, 0.0, causal && !mask, extras.scale, grouped)
+        .transpose(1, 2);
+  }
+  // The operator draws its masks from a generator that a recomputed layer could not rewind.
+  const auto repeated = [&](const at::Tensor& x) {
+    return grouped ? x.repeat_interleave(q.size(2) / k.size(2), 1) : x;
+  };
+  const double scale = extras.scale.value_or(1.0 / std::sqrt(static_cast<double>(q.size(3))));
+  at::Tensor scores = at::matmul(queries * scale, repeated(keys).transpose(2, 3));
+  if (mask) scores = scores + *mask;
+  const at::Tensor weights = extras.dropout.forward(at::softmax(scores, -1), extras.source, part);
+  return at::matmul(weights, repeated(values)).transpose(1, 2);
 }
 
 }  // namespace
 
 at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceLengths& rows,
-                            bool causal) {
-  return packed_attention(q, k, v, rows, rows, causal);
+                            bool causal, const AttentionExtras& extras) {
+  return packed_attention(q, k, v, rows, rows, causal, extras);
 }
 
 at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                            const SequenceLengths& q_rows, const SequenceLengths& k_rows, bool causal) {
-  if (uses_flash(q)) {
-    const std::optional<double> scale = std::nullopt;
+                            const SequenceLengths& q_rows, const SequenceLengths& k_rows, bool causal,
+                            const AttentionExtras& extras) {
+  if (uses_flash(q, extras)) {
     return std::get<0>(at::_flash_attention_forward(q, k, v, q_rows.cu_seqlens, k_rows.cu_seqlens, q_rows.max_length,
                                                     k_rows.max_length, 0.0, causal, /*return_debug_mask=*/false,
-                                                    scale));
+                                                    extras.scale));
   }
   if (q_rows.uniform() && k_rows.uniform()) {
     const auto split = [&](const at::Tensor& x, const SequenceLengths& rows) {
       return x.view({rows.rows(), rows.max_length, x.size(1), x.size(2)});
     };
-    return batched(split(q, q_rows), split(k, k_rows), split(v, k_rows), causal).flatten(0, 1);
+    return batched(split(q, q_rows), split(k, k_rows), split(v, k_rows), causal, extras).flatten(0, 1);
   }
   // Rows of one length are one call.
   std::map<std::pair<int64_t, int64_t>, std::vector<int64_t>> groups;  // rows, by lengths of queries and keys
@@ -71,18 +97,20 @@ at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::
       return x.index_select(0, place).view({n, -1, x.size(1), x.size(2)});
     };
     const at::Tensor q_place = positions(q_rows, lengths.first), k_place = positions(k_rows, lengths.second);
+    const auto part = static_cast<int64_t>(places.size());
     places.push_back(q_place);
-    parts.push_back(batched(group(q, q_place), group(k, k_place), group(v, k_place), causal).flatten(0, 1));
+    parts.push_back(
+        batched(group(q, q_place), group(k, k_place), group(v, k_place), causal, extras, part).flatten(0, 1));
   }
   return at::empty(q.sizes(), q.options()).index_copy(0, at::cat(places), at::cat(parts));
 }
 
-at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                            const AttentionExtras& extras) {
   const at::Tensor query = q.unsqueeze(0), keys = k.unsqueeze(0), values = v.unsqueeze(0);
-  if (!uses_flash(q)) return batched(query, keys, values, /*causal=*/false).squeeze(0);
-  const std::optional<double> scale = std::nullopt;
+  if (!uses_flash(q, extras)) return batched(query, keys, values, /*causal=*/false, extras).squeeze(0);
   return std::get<0>(at::_flash_attention_forward(query, keys, values, std::nullopt, std::nullopt, 1, k.size(0), 0.0,
-                                                  /*is_causal=*/false, /*return_debug_mask=*/false, scale))
+                                                  /*is_causal=*/false, /*return_debug_mask=*/false, extras.scale))
       .squeeze(0);
 }
 

@@ -3,7 +3,11 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
+#include <optional>
 #include <vector>
+
+#include "core/nn/dropout.h"
 
 namespace martlet {
 
@@ -19,16 +23,29 @@ struct SequenceLengths {
   bool uniform() const { return total() == rows() * max_length; }
 };
 
-// q: [T, heads, d], k and v: [T, kv_heads, d] → [T, heads, d]; each row attends to itself only. Scale 1/√d, softmax in
-// float32. CUDA with 16-bit numbers: one FlashAttention call (cu_seqlens). Elsewhere one batched call for each length
-// that occurs.
+// What some models' attention has beside q, k and v.
+struct AttentionExtras {
+  std::optional<double> scale;  // 1/√d
+  // Added to the scores of rows of so many queries and keys, [heads, queries, keys]; the last query stands at the last
+  // key.
+  std::function<at::Tensor(int64_t queries, int64_t keys)> bias;
+  // Of the weights.
+  ModelDropout dropout;
+  const DropoutSource* source = nullptr;
+};
+
+// q: [T, heads, d], k and v: [T, kv_heads, d] → [T, heads, d]; each row attends to itself only. Softmax in float32.
+// CUDA with 16-bit numbers, no bias and no dropout: one FlashAttention call (cu_seqlens). Elsewhere one batched call
+// for each length that occurs.
 at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceLengths& rows,
-                            bool causal);
+                            bool causal, const AttentionExtras& extras = {});
 // Row i of the queries attends to row i of the keys.
 at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                            const SequenceLengths& q_rows, const SequenceLengths& k_rows, bool causal);
+                            const SequenceLengths& q_rows, const SequenceLengths& k_rows, bool causal,
+                            const AttentionExtras& extras = {});
 
 // One new position against a cache: q: [1, heads, d], k and v: [length, kv_heads, d] → [1, heads, d].
-at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v);
+at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                            const AttentionExtras& extras = {});
 
 }  // namespace martlet

@@ -8,31 +8,42 @@
 namespace martlet {
 namespace {
 
+using LayerBody = std::function<at::Tensor(const at::Tensor& x, const at::Tensor& memory)>;
+
 struct LayerFunction : torch::CustomClassHolder {
-  explicit LayerFunction(std::function<at::Tensor(const at::Tensor&)> f) : fn(std::move(f)) {}
-  std::function<at::Tensor(const at::Tensor&)> fn;
+  explicit LayerFunction(LayerBody f) : fn(std::move(f)) {}
+  LayerBody fn;
 };
 
 struct RecomputeFunction : public torch::autograd::Function<RecomputeFunction> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
-                            const c10::intrusive_ptr<LayerFunction>& layer) {
-    ctx->save_for_backward({x});
+                            const std::optional<at::Tensor>& memory, const c10::intrusive_ptr<LayerFunction>& layer) {
+    ctx->save_for_backward({x, memory.value_or(at::Tensor())});
     ctx->saved_data["layer"] = c10::IValue::make_capsule(layer);
     const at::NoGradGuard no_grad;
-    return layer->fn(x);
+    return layer->fn(x, memory.value_or(at::Tensor()));
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
-    const at::Tensor x = ctx->get_saved_variables()[0].detach().requires_grad_(true);
+    const auto saved = ctx->get_saved_variables();
+    const auto leaf = [](const at::Tensor& t) {
+      return t.defined() ? t.detach().requires_grad_(t.requires_grad()) : at::Tensor();
+    };
+    const at::Tensor x = leaf(saved[0]), memory = leaf(saved[1]);
     const auto layer = c10::static_intrusive_pointer_cast<LayerFunction>(ctx->saved_data["layer"].toCapsule());
     {
       const at::AutoGradMode enable(true);
-      const at::Tensor y = layer->fn(x);
+      const at::Tensor y = layer->fn(x, memory);
       torch::autograd::backward({y}, {grads[0]});
     }
-    return {x.grad(), at::Tensor()};
+    return {x.grad(), memory.defined() ? memory.grad() : at::Tensor(), at::Tensor()};
   }
 };
+
+at::Tensor run_again(LayerBody fn, const at::Tensor& x, const at::Tensor& memory) {
+  return RecomputeFunction::apply(x, memory.defined() ? std::optional(memory) : std::nullopt,
+                                  c10::make_intrusive<LayerFunction>(std::move(fn)));
+}
 
 // The identity; its backward asks whether the job was cancelled.
 struct CancellableFunction : public torch::autograd::Function<CancellableFunction> {
@@ -49,26 +60,31 @@ struct CancellableFunction : public torch::autograd::Function<CancellableFunctio
 
 }  // namespace
 
-at::Tensor run_layer(std::function<at::Tensor(const at::Tensor&)> fn, const at::Tensor& x,
-                     const ForwardOptions& options) {
+at::Tensor run_layer(std::function<at::Tensor(const at::Tensor&, const at::Tensor&)> fn, const at::Tensor& x,
+                     const at::Tensor& memory, const ForwardOptions& options) {
   if (options.job != nullptr) options.job->check();
-  if (!x.requires_grad()) return fn(x);
+  if (!x.requires_grad() && !(memory.defined() && memory.requires_grad())) return fn(x, memory);
   const bool again = options.recompute == Recompute::kLayer;
   // A layer that is run again as a whole keeps everything for the moment between its second run and its backward.
   const CheapRecompute cheap(options.recompute == Recompute::kCheap || options.recompute == Recompute::kMlp);
   // A view, where nothing is run again: the layer's gradients of x add up among themselves before those of other
   // readers join them, as they do where it is.
-  at::Tensor y =
-      again ? RecomputeFunction::apply(x, c10::make_intrusive<LayerFunction>(std::move(fn))) : fn(x.view_as(x));
+  at::Tensor y = again ? run_again(std::move(fn), x, memory) : fn(x.view_as(x), memory);
   // The job outlives the backward pass, which it runs.
   return options.job == nullptr ? y : CancellableFunction::apply(y, reinterpret_cast<int64_t>(options.job));
+}
+
+at::Tensor run_layer(std::function<at::Tensor(const at::Tensor&)> fn, const at::Tensor& x,
+                     const ForwardOptions& options) {
+  return run_layer([fn = std::move(fn)](const at::Tensor& y, const at::Tensor&) { return fn(y); }, x, at::Tensor(),
+                   options);
 }
 
 at::Tensor run_mlp(std::function<at::Tensor(const at::Tensor&)> fn, const at::Tensor& x,
                    const ForwardOptions& options) {
   if (!x.requires_grad()) return fn(x);
   if (options.recompute != Recompute::kMlp) return fn(x.view_as(x));
-  return RecomputeFunction::apply(x, c10::make_intrusive<LayerFunction>(std::move(fn)));
+  return run_again([fn = std::move(fn)](const at::Tensor& y, const at::Tensor&) { return fn(y); }, x, at::Tensor());
 }
 
 namespace {

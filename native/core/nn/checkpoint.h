@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "core/base/job.h"
-#include "core/lora/lora_layer.h"
+#include "core/nn/dropout.h"
 
 namespace martlet {
 
@@ -29,6 +29,9 @@ struct ForwardOptions {
 // fn(x). With Recompute::kLayer, parameters that fn uses get their gradients during the second run, in their .grad.
 at::Tensor run_layer(std::function<at::Tensor(const at::Tensor&)> fn, const at::Tensor& x,
                      const ForwardOptions& options);
+// fn(x, memory): a layer that also reads what another stack gave, which gets a gradient as well.
+at::Tensor run_layer(std::function<at::Tensor(const at::Tensor&, const at::Tensor&)> fn, const at::Tensor& x,
+                     const at::Tensor& memory, const ForwardOptions& options);
 // fn(x), where fn is a layer's second half (x + MLP of its norm): run again in the backward pass with Recompute::kMlp.
 at::Tensor run_mlp(std::function<at::Tensor(const at::Tensor&)> fn, const at::Tensor& x, const ForwardOptions& options);
 

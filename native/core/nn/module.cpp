@@ -26,6 +26,16 @@ void Module::register_parameter(Parameter& parameter, std::string name, std::vec
 
 void Module::register_module(Module& child, std::string name) { children_.emplace_back(std::move(name), &child); }
 
+namespace {
+
+// Some files hold tables with a leading batch of one.
+at::IntArrayRef without_leading_ones(at::IntArrayRef shape) {
+  while (shape.size() > 1 && shape[0] == 1) shape = shape.slice(1);
+  return shape;
+}
+
+}  // namespace
+
 void Module::load(const WeightSource& source, const LoadOptions& options, const std::string& prefix) {
   for (Parameter* parameter : parameters_) {
     const std::string name = join_path(prefix, parameter->name);
@@ -43,7 +53,7 @@ void Module::load(const WeightSource& source, const LoadOptions& options, const 
     if (!stored.defined()) continue;
     // A patch convolution is kept as the matrix it is (Linear over flat patches), so equal element counts with the same
     // leading size do.
-    const bool same = stored.sizes() == at::IntArrayRef(parameter->shape);
+    const bool same = without_leading_ones(stored.sizes()) == without_leading_ones(parameter->shape);
     const bool flattened = stored.dim() > 2 && parameter->shape.size() == 2 && stored.size(0) == parameter->shape[0] &&
                            stored.numel() == parameter->shape[0] * parameter->shape[1];
     if (!same && !flattened) {
@@ -53,7 +63,8 @@ void Module::load(const WeightSource& source, const LoadOptions& options, const 
                ". The weights and config.json are not of one model: download the checkpoint again.",
            {{"key", name}, {"expected", parameter->shape}, {"found", stored.sizes().vec()}});
     }
-    const auto wanted = at::TensorOptions().dtype(options.dtype).device(options.device);
+    const bool wide = options.dtype == at::kHalf && options.keeps_float32(name);
+    const auto wanted = at::TensorOptions().dtype(wide ? at::kFloat : options.dtype).device(options.device);
     if (options.quantization.enabled() && options.is_quantized(name)) {
       parameter->quantized = quantize(stored.reshape(parameter->shape).to(wanted), options.quantization);
       options.on_parameter(name, parameter->quantized->nbytes());

@@ -42,6 +42,8 @@ struct LoadOptions {
   // Full names of the parameters that are quantised as they are loaded.
   std::function<bool(const std::string& name)> is_quantized = [](const std::string&) { return false; };
   QuantizationOptions quantization;
+  // Full names of those that stay float32 where `dtype` is float16.
+  std::function<bool(const std::string& name)> keeps_float32 = [](const std::string&) { return false; };
   // Called after each parameter with its full name and what it takes in memory.
   std::function<void(const std::string& name, int64_t bytes)> on_parameter = [](const std::string&, int64_t) {};
 };

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <optional>
 
@@ -12,29 +13,31 @@ namespace martlet {
 
 int64_t count_labelled(const Sample& sample) {
   int64_t count = 0;
-  for (size_t i = 1; i < sample.labels.size(); ++i) count += sample.labels[i] != kIgnored;
+  for (size_t i = sample.decoder_labels ? 0 : 1; i < sample.labels.size(); ++i) count += sample.labels[i] != kIgnored;
   return count;
 }
 
 PackedBatch pack(const std::vector<const Sample*>& samples, const VisionLanguageModel& model, at::Device device) {
   const ModelInfo& info = model.info();
   PackedBatch batch;
-  std::vector<int64_t> ids, image_rows, predict_rows, targets, lengths;
+  std::vector<int64_t> ids, image_rows, predict_rows, targets, lengths, decoder_ids, decoder_lengths;
   std::vector<std::vector<int64_t>> positions;  // by axis
   for (const Sample* sample : samples) {
     const int64_t length = static_cast<int64_t>(sample->input_ids.size()), start = static_cast<int64_t>(ids.size());
     if (length == 0)
       fail(code::kConfig, "A row without tokens was given" + (sample->id.empty() ? "" : " (" + sample->id + ")") + ".");
     lengths.push_back(length);
+    const auto check = [&](int64_t id) {
+      if (id >= 0 && id < info.vocab_size) return;
+      fail("ERR_MARTLET_TOKENIZER",
+           "Token id " + std::to_string(id) + " is outside the model's vocabulary of " +
+               std::to_string(info.vocab_size) + (sample->id.empty() ? "" : " (" + sample->id + ")") +
+               ": the tokenizer and the weights are not of one model.",
+           {{"tokenId", id}, {"vocabSize", info.vocab_size}, {"id", sample->id}});
+    };
     for (int64_t i = 0; i < length; ++i) {
       const int64_t id = sample->input_ids[i];
-      if (id < 0 || (id >= info.vocab_size && !info.is_placeholder(id))) {
-        fail("ERR_MARTLET_TOKENIZER",
-             "Token id " + std::to_string(id) + " is outside the model's vocabulary of " +
-                 std::to_string(info.vocab_size) + (sample->id.empty() ? "" : " (" + sample->id + ")") +
-                 ": the tokenizer and the weights are not of one model.",
-             {{"tokenId", id}, {"vocabSize", info.vocab_size}, {"id", sample->id}});
-      }
+      if (id < 0 || !info.is_placeholder(id)) check(id);
       // The place is overwritten by an image feature; id 0 keeps the look-up in range where the image token has no
       // embedding.
       if (info.is_placeholder(id)) image_rows.push_back(start + i);
@@ -45,10 +48,22 @@ PackedBatch pack(const std::vector<const Sample*>& samples, const VisionLanguage
     for (size_t axis = 0; axis < row.axes.size(); ++axis)
       positions[axis].insert(positions[axis].end(), row.axes[axis].begin(), row.axes[axis].end());
     batch.next_positions.push_back(row.next);
-    for (size_t i = 1; i < sample->labels.size(); ++i) {
-      if (sample->labels[i] == kIgnored) continue;
-      predict_rows.push_back(start + static_cast<int64_t>(i) - 1);
-      targets.push_back(sample->labels[i]);
+    const std::vector<int64_t>& labels = sample->labels;
+    // An encoder-decoder's label is predicted from its own place, since what the decoder is given lags behind by one.
+    const int64_t lag = info.is_encoder_decoder() ? 0 : 1;
+    const int64_t first = (lag == 0 ? static_cast<int64_t>(decoder_ids.size()) : start) - lag;
+    for (size_t i = lag; i < labels.size(); ++i) {
+      if (labels[i] == kIgnored) continue;
+      check(labels[i]);
+      predict_rows.push_back(first + static_cast<int64_t>(i));
+      targets.push_back(labels[i]);
+    }
+    if (info.is_encoder_decoder()) {
+      decoder_ids.push_back(info.decoder_start_id);
+      // What is not trained is read as padding, which T5 begins with too.
+      for (size_t i = 0; i + 1 < labels.size(); ++i)
+        decoder_ids.push_back(labels[i] == kIgnored ? info.decoder_start_id : labels[i]);
+      decoder_lengths.push_back(std::max<int64_t>(1, static_cast<int64_t>(labels.size())));
     }
     batch.images.insert(batch.images.end(), sample->images.begin(), sample->images.end());
   }
@@ -65,6 +80,10 @@ PackedBatch pack(const std::vector<const Sample*>& samples, const VisionLanguage
   batch.predict_rows = to_device(predict_rows);
   batch.targets = to_device(targets);
   batch.rows = SequenceLengths::from_lengths(lengths, device);
+  if (info.is_encoder_decoder()) {
+    batch.decoder_ids = to_device(decoder_ids);
+    batch.decoder_rows = SequenceLengths::from_lengths(decoder_lengths, device);
+  }
   batch.tokens = static_cast<int64_t>(ids.size());
   batch.labelled = static_cast<int64_t>(targets.size());
   return batch;
@@ -73,15 +92,17 @@ PackedBatch pack(const std::vector<const Sample*>& samples, const VisionLanguage
 DecoderInput embed(const VisionLanguageModel& model, const PackedBatch& batch, const ForwardOptions& options,
                    bool vision_needs_grad) {
   DecoderInput out;
-  out.hidden = model.decoder().embed(batch.input_ids);
+  out.hidden = model.language_model().embed(batch.input_ids);
   out.pass.rows = &batch.rows;
+  out.pass.decoder_ids = batch.decoder_ids;
+  out.pass.decoder_rows = &batch.decoder_rows;
   out.pass.options = options;
-  std::vector<Decoder::Row> rows;
+  std::vector<LanguageModel::Row> rows;
   for (size_t i = 0; i + 1 < batch.rows.offsets.size(); ++i) {
     const int64_t tokens = batch.rows.offsets[i + 1] - batch.rows.offsets[i];
     rows.push_back({tokens, batch.next_positions[i], options.training ? 0 : tokens});
   }
-  model.decoder().place(out.pass, batch.positions, rows, out.hidden.scalar_type());
+  model.language_model().place(out.pass, batch.positions, rows, out.hidden.scalar_type());
   if (batch.images.empty()) {
     if (batch.image_rows.numel() > 0) {
       fail(code::kImage,

@@ -16,21 +16,25 @@ constexpr int64_t kIgnored = -100;
 struct Sample {
   std::vector<int64_t> input_ids;  // image tokens expanded
   std::vector<int64_t> labels;     // same length, or empty; kIgnored = not trained
-  std::vector<Picture> images;     // in the order of their places in input_ids
-  std::string id;                  // names the row in messages
+  bool decoder_labels = false;  // of an encoder-decoder: of their own length, each for the decoder's place of its own
+  std::vector<Picture> images;  // in the order of their places in input_ids
+  std::string id;               // names the row in messages
 };
 
 struct PackedBatch {
-  at::Tensor input_ids;                 // [T] int64
+  at::Tensor input_ids;                 // [T] int64; encoder-decoder: the encoder's
   at::Tensor positions;                 // [T] int64, or [axes, T]; they begin anew in each row
   std::vector<int64_t> next_positions;  // for each row, where the token after it would stand
   SequenceLengths rows;
   at::Tensor image_rows;  // [image tokens] int64: where image features go
   std::vector<Picture> images;
+  // Encoder-decoder: the start token and all labels but the last, row by row; [D] int64.
+  at::Tensor decoder_ids;
+  SequenceLengths decoder_rows;
   // The loss is taken where the next token of the same row is labelled.
-  at::Tensor predict_rows;  // [N] int64: rows of the hidden states
+  at::Tensor predict_rows;  // [N] int64: rows of the decoder's states
   at::Tensor targets;       // [N] int64
-  int64_t tokens = 0;
+  int64_t tokens = 0;       // of input_ids
   int64_t labelled = 0;
 };
 

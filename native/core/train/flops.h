@@ -14,9 +14,11 @@ class FlopCounter {
   double training(const PackedBatch& batch) const;
 
  private:
-  double per_token_ = 0;     // of the decoder's linears, forward and backward
-  double per_labelled_ = 0;  // of the head
-  double per_pair_ = 0;      // of causal attention, for each pair of a row's tokens
+  double per_token_ = 0;          // of the decoder's linears, forward and backward
+  double per_encoder_token_ = 0;  // of an encoder-decoder's encoder
+  double per_labelled_ = 0;       // of the head
+  double per_pair_ = 0;           // of causal attention, for each pair of a row's tokens
+  double per_encoder_pair_ = 0;   // of the encoder's, which is not causal
 };
 
 // Multiply-adds a second times two that one large 16-bit product reaches on the device, measured; 0 on the CPU.

@@ -108,9 +108,8 @@ ParameterSelection select_saved(VisionLanguageModel& model, const Adapter& adapt
       unmatched(options.modules_to_save.begin(), options.modules_to_save.end());
   Matcher trainable(options.rules.trainable, options.rules.trainable_regex, "trainable_parameters", canonical_key);
   model.visit([&](const std::string& path, Module& module) {
-    if (path.empty()) return;
-    last_names.insert(path.substr(path.rfind('.') + 1));
-    bool chosen = false;
+    if (!path.empty()) last_names.insert(path.substr(path.rfind('.') + 1));
+    bool chosen = !path.empty() && options.projector && model.part_of(path) == Part::kProjector;
     for (const std::string& name : options.modules_to_save) {
       const bool matched = name == "all-embedding" ? dynamic_cast<Embedding*>(&module) != nullptr
                            : name == "all-norm"    ? dynamic_cast<LayerNorm*>(&module) != nullptr ||
@@ -124,8 +123,15 @@ ParameterSelection select_saved(VisionLanguageModel& model, const Adapter& adapt
     std::set<std::string> alone;
     for (const Parameter* parameter : module.own_parameters()) {
       const std::string name = join_path(path, parameter->name);
-      const bool matched = trainable.matches(name);
-      if (!matched && !(options.vision_and_projector && model.part_of(name) != Part::kLanguage)) continue;
+      const Part part = model.part_of(name);
+      bool matched = trainable.matches(name) || (options.vision_and_projector && part != Part::kLanguage) ||
+                     (options.projector && part == Part::kProjector);
+      for (const std::string& wanted : options.modules_to_save) {
+        if (!module.has_children() || !matches_name(name, wanted)) continue;
+        unmatched.erase(wanted);
+        matched = true;
+      }
+      if (!matched) continue;
       if (module.has_children()) {
         alone.insert(name);
       } else {

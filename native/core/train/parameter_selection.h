@@ -34,6 +34,7 @@ struct SavedModuleOptions {
   std::vector<std::string> modules_to_save;  // names or endings; all-embedding, all-norm
   std::string bias = "none";                 // none | all | lora_only
   bool vision_and_projector = false;         // ms-swift's lora_llm
+  bool projector = false;                    // ModelInfo::whole_projector
   ParameterRules rules;
 };
 

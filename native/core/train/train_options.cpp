@@ -105,6 +105,7 @@ TrainOptions parse_train_options(const json& args) {
                    optional<double>(args, "loraPlusRatio")};
   options.schedule = parse_schedule(args.at("schedule"));
   options.max_grad_norm = args.at("maxGradNorm").get<double>();
+  options.dropout = optional<double>(args, "dropout");
   options.neftune_alpha = args.value("neftuneNoiseAlpha", 0.0);
   options.label_smoothing = args.value("labelSmoothing", 0.0);
   options.recompute = parse_recompute(args.at("recompute").get<std::string>());

@@ -84,6 +84,12 @@ Trainer::Trainer(VisionLanguageModel& model, const Family& family, std::string m
   optimizer_ = make_optimizer(options_.optimizer, *parameters_);
   flops_.emplace(model_, options_.full, options_.full ? 0 : adapter_.numel());
   dropout_.generator = make_generator(device_);
+  dropout_.model_rate = options_.dropout;
+  if (options_.dropout.value_or(0) > 0 && !model_.info().has_dropout) {
+    fail(code::kConfig,
+         "dropout is " + std::to_string(*options_.dropout) + ", but this model has no dropout of its own.",
+         {{"path", "dropout"}});
+  }
 }
 
 void Trainer::begin_full(std::vector<TrainedParameter>& trained, GroupBuilder& groups) {
@@ -102,7 +108,8 @@ void Trainer::begin_full(std::vector<TrainedParameter>& trained, GroupBuilder& g
     }
     const Part part = model_.part_of(name);
     const bool decayed = is_decayed(name, layer_norms.count(name.substr(0, name.rfind('.'))) > 0);
-    trained.push_back({name, &parameter->value, groups.group(part, decayed, /*fast=*/false), dtype_});
+    trained.push_back(
+        {name, &parameter->value, groups.group(part, decayed, /*fast=*/false), parameter->value.scalar_type()});
     trainable_.add(part, parameter->numel());
   }
 }
@@ -110,15 +117,36 @@ void Trainer::begin_full(std::vector<TrainedParameter>& trained, GroupBuilder& g
 void Trainer::begin_lora(std::vector<TrainedParameter>& trained, GroupBuilder& groups) {
   const nlohmann::json config = read_json_file(std::filesystem::path(model_dir_) / "config.json");
   const auto is_unused = [&](const std::string& key) { return family_.is_unused_key(config, key); };
+  const auto linears = linears_of(model_);
+  // As a whole, unless targets say by name that its modules get pairs.
+  const bool whole_projector = model_.info().whole_projector && !options_.freeze.projector &&
+                               std::none_of(linears.begin(), linears.end(), [&](const auto& entry) {
+                                 return model_.part_of(entry.first) == Part::kProjector &&
+                                        is_named_target(entry.first, options_.target_names, options_.target_regex);
+                               });
+  options_.saved.projector = whole_projector;
   if (!options_.adapter_dir.empty()) {
     adapter_ = attach_adapter(model_, read_adapter(options_.adapter_dir, family_.canonical_key), is_unused, at::kFloat,
                               device_, options_.adapter_dir);
     for (auto& [path, layer] : adapter_.layers) layer.dropout = options_.lora.lora_dropout;
     adapter_.config.lora_dropout = options_.lora.lora_dropout;
+    if (whole_projector) {
+      // Where the adapter does not bring it along, it begins as it is in the model.
+      SavedModuleOptions projector;
+      projector.projector = true;
+      const ParameterSelection selection = select_saved(model_, adapter_, projector, family_.canonical_key);
+      for (const std::string& module : selection.modules) {
+        std::vector<std::string>& saved = adapter_.config.modules_to_save;
+        if (std::find(saved.begin(), saved.end(), module) == saved.end()) saved.push_back(module);
+      }
+      for (const auto& [name, parameter] : selection.parameters)
+        adapter_.saved.emplace(name, parameter->dense().clone());
+    }
   } else {
     FreezeFlags freeze = options_.freeze;
     // What is trained as a whole gets no pairs.
     if (options_.saved.vision_and_projector) freeze.vision = freeze.projector = true;
+    if (whole_projector) freeze.projector = true;
     const StoredWeights stored(model_dir_, family_);
     targets_ =
         select_targets(model_, options_.target_names, options_.target_regex, freeze, stored.unused_matrices(is_unused));
@@ -168,7 +196,9 @@ void Trainer::begin_lora(std::vector<TrainedParameter>& trained, GroupBuilder& g
       if (!adapter_.saved.count(name)) continue;
       const Part part = count(name, parameter->numel());
       const bool fast = parameter->shape.size() == 1;
-      trained.push_back({name, &parameter->value, groups.group(part, is_decayed(name, layer_norm), fast), dtype_});
+      // In the dtype of what it stands for: an adapter's values come in float32.
+      trained.push_back({name, &parameter->value, groups.group(part, is_decayed(name, layer_norm), fast),
+                         parameter->replaced->scalar_type()});
     }
   });
 }
@@ -253,7 +283,7 @@ StepResult Trainer::run(int64_t number, const std::vector<MicroBatch>& micro_bat
     std::vector<const Sample*> samples;
     for (const Sample& sample : micro) samples.push_back(&sample);
     const PackedBatch batch = pack(samples, model_, device_);
-    result.tokens += batch.tokens;
+    result.tokens += batch.tokens + batch.decoder_rows.total();
     result.flops += flops_->training(batch);
     if (batch.labelled > 0) {
       dropout_.seed = mix_seed(mix_seed(options_.seed, static_cast<uint64_t>(number - 1)), static_cast<uint64_t>(done));
@@ -269,8 +299,9 @@ StepResult Trainer::run(int64_t number, const std::vector<MicroBatch>& micro_bat
       if (train && options_.neftune_alpha > 0) input.hidden = input.hidden + add_noise(input.hidden, batch);
       // Recomputed layers need an input that requires grad even where nothing before them is trained.
       if (options.recompute != Recompute::kNone && !input.hidden.requires_grad()) input.hidden.requires_grad_(true);
-      const at::Tensor hidden = model_.decoder().forward(input.hidden, input.pass);
-      const at::Tensor selected = model_.decoder().norm.forward(hidden.index_select(0, batch.predict_rows));
+      const at::Tensor hidden = model_.language_model().forward(input.hidden, input.pass);
+      const at::Tensor selected =
+          model_.language_model().head_input(hidden.index_select(0, batch.predict_rows), options);
       const LossOutput loss = chunked_cross_entropy(selected, model_.head_weight(), batch.targets, scale * loss_scale,
                                                     train ? options_.label_smoothing : 0.0);
       correct.add_(loss.correct);
@@ -399,7 +430,7 @@ std::vector<std::string> Trainer::save(const std::string& dir, const std::string
     const at::Tensor value = parameters_->master_view(i).detach();
     const size_t cut = name.rfind(".lora_");
     if (cut == std::string::npos) {
-      weights.saved_modules.emplace(name, stored->as_stored(name, value.to(dtype_)));
+      weights.saved_modules.emplace(name, stored->as_stored(name, value.to(parameters[i].dtype)));
       continue;
     }
     LoraWeights& pair = weights.pairs[name.substr(0, cut)];

@@ -32,8 +32,9 @@ struct TrainOptions {
   OptimizerOptions optimizer;
   RateOptions rates;
   LrSchedule schedule;
-  double max_grad_norm = 1.0;  // 0 = no clipping
-  double neftune_alpha = 0;    // NEFTune (Jain et al. 2023): noise on the text embeddings; 0 = none
+  double max_grad_norm = 1.0;     // 0 = no clipping
+  std::optional<double> dropout;  // in place of the model's own rates; LoRA's is apart
+  double neftune_alpha = 0;       // NEFTune (Jain et al. 2023): noise on the text embeddings; 0 = none
   double label_smoothing = 0;
   Recompute recompute = Recompute::kNone;
   bool vision_recompute = false;  // whole layers of a vision tower that is trained

@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "core/base/error.h"
+#include "core/language/decoder.h"
 #include "core/models/config_fields.h"
 #include "core/projector/resampler.h"
 #include "core/vision/patch_grid.h"
@@ -191,7 +192,7 @@ class MiniCpmV : public VisionLanguageModel {
             {}};
   }
 
-  const Decoder& decoder() const override { return llm_; }
+  const LanguageModel& language_model() const override { return llm_; }
   const at::Tensor& head_weight() const override {
     return lm_head_ ? lm_head_->weight.value : llm_.embed_tokens.weight.value;
   }

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "core/base/error.h"
+#include "core/language/decoder.h"
 #include "core/models/config_fields.h"
 #include "core/projector/resampler.h"
 #include "core/vision/vit.h"
@@ -212,7 +213,7 @@ class QwenVl : public VisionLanguageModel {
     return {at::matmul(ln_post_.forward(pooled), proj_.value), {}};
   }
 
-  const Decoder& decoder() const override { return transformer_; }
+  const LanguageModel& language_model() const override { return transformer_; }
   const at::Tensor& head_weight() const override { return lm_head_.weight.value; }
 
  private:

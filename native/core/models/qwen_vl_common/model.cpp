@@ -176,7 +176,7 @@ class QwenVl : public VisionLanguageModel {
     return out;
   }
 
-  const Decoder& decoder() const override { return language_model_; }
+  const LanguageModel& language_model() const override { return language_model_; }
   const at::Tensor& head_weight() const override {
     return lm_head_ ? lm_head_->weight.value : language_model_.embed_tokens.weight.value;
   }

@@ -6,6 +6,7 @@
 #include <nlohmann/json_fwd.hpp>
 #include <vector>
 
+#include "core/language/decoder.h"
 #include "core/models/model.h"
 #include "core/projector/patch_merger.h"
 #include "core/vision/vit.h"

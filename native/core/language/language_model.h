@@ -1,0 +1,97 @@
+// What the trainer and the generator know of a language model: embeddings in, states for the head out. An
+// encoder-decoder reads its input once and answers with its decoder; its callers need not know.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "core/nn/attention.h"
+#include "core/nn/checkpoint.h"
+#include "core/nn/linear.h"
+#include "core/nn/rope.h"
+
+namespace martlet {
+
+struct TextConfig {
+  int64_t vocab_size = 0;
+  int64_t hidden_size = 0;
+  int64_t intermediate_size = 0;
+  int64_t num_layers = 0;      // of the decoder
+  int64_t encoder_layers = 0;  // 0: a decoder alone
+  int64_t num_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t max_positions = 0;  // 0: no limit
+  double norm_eps = 1e-6;
+  bool tie_word_embeddings = false;
+};
+
+// Keys and values of one row, for decoding. Storage grows by doubling.
+class KvCache {
+ public:
+  explicit KvCache(int64_t num_layers) : layers_(num_layers) {}
+  // Appends [n, kv_heads, d] at `length()` of layer `layer`; gives the whole of it back, [length + n, kv_heads, d].
+  std::pair<at::Tensor, at::Tensor> append(int64_t layer, const at::Tensor& k, const at::Tensor& v);
+  // Call once all layers have appended.
+  void advance(int64_t n) { length_ += n; }
+  int64_t length() const { return length_; }
+
+  // Keys and values of what the encoder read, for cross-attention: made in the first pass, [read, heads, d].
+  struct Memory {
+    at::Tensor k, v;
+  };
+  Memory& memory(int64_t layer) { return layers_[layer].memory; }
+
+ private:
+  struct Layer {
+    at::Tensor k, v;
+    Memory memory;
+  };
+  std::vector<Layer> layers_;
+  int64_t length_ = 0;
+};
+
+// What one pass over the layers needs besides the hidden states; made once a step.
+struct DecoderPass {
+  const SequenceLengths* rows = nullptr;  // of the hidden states that the pass begins with
+  RotaryTable rotary;
+  at::Tensor query_scale;    // [T, 1, 1]; undefined: none
+  at::Tensor position_rows;  // [T]: of the table of learned positions
+  // Deepstack: deepstack[k], [image tokens, hidden], is added at `image_rows` to what layer k gives.
+  at::Tensor image_rows;
+  std::vector<at::Tensor> deepstack;
+  // Encoder-decoder: what the decoder is given while `rows` are the encoder's. Not there once it decodes.
+  at::Tensor decoder_ids;  // [D]
+  const SequenceLengths* decoder_rows = nullptr;
+  KvCache* cache = nullptr;  // inference only; with a non-empty cache the pass is one new position
+  ForwardOptions options;
+};
+
+class LanguageModel : public Module {
+ public:
+  LanguageModel(int64_t vocab_size, int64_t hidden_size) : embed_tokens(vocab_size, hidden_size) {}
+
+  virtual const TextConfig& config() const = 0;
+  // ids: [T] → [T, hidden]
+  at::Tensor embed(const at::Tensor& ids) const { return embed_tokens.forward(ids); }
+  // A packed row of a pass.
+  struct Row {
+    int64_t tokens = 0;
+    int64_t end = 0;     // position after its last token
+    int64_t prompt = 0;  // tokens that the model was given at first: `tokens`, unless it decodes. 0 = training
+  };
+  // Fills what `pass` holds of positions. positions: [T], or [axes, T] where there are several (alike on all of them:
+  // [T] will do).
+  virtual void place(DecoderPass& pass, const at::Tensor& positions, const std::vector<Row>& rows,
+                     at::ScalarType dtype) const = 0;
+  // hidden: [T, hidden] → the decoder's states, [T, hidden] ([D, hidden] of an encoder-decoder), before the final norm.
+  virtual at::Tensor forward(at::Tensor hidden, const DecoderPass& pass) const = 0;
+  // Some of these states → what the head reads.
+  virtual at::Tensor head_input(const at::Tensor& states, const ForwardOptions& options) const = 0;
+  // Null: a decoder alone.
+  virtual const Module* encoder() const { return nullptr; }
+
+  Embedding embed_tokens;
+};
+
+}  // namespace martlet
