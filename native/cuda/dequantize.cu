@@ -8,23 +8,7 @@ constexpr int kThreads = 256;
 constexpr int kBlock = 64;         // elements that share a scale
 constexpr int kNestedBlock = 256;  // scales that share one of their own
 
-// Table of the QLoRA paper's appendix E, as bitsandbytes has it.
-__constant__ float kCodes[16] = {-1.0f,
-                                 -0.6961928009986877f,
-                                 -0.5250730514526367f,
-                                 -0.39491748809814453f,
-                                 -0.28444138169288635f,
-                                 -0.18477343022823334f,
-                                 -0.09105003625154495f,
-                                 0.0f,
-                                 0.07958029955625534f,
-                                 0.16093020141124725f,
-                                 0.24611230194568634f,
-                                 0.33791524171829224f,
-                                 0.44070982933044434f,
-                                 0.5626170039176941f,
-                                 0.7229568362236023f,
-                                 1.0f};
+__constant__ Nf4Codes codes_on_device = kNf4Codes;
 
 // One thread does 8 elements, which are of one block.
 template <typename T>
@@ -33,7 +17,7 @@ __global__ void nf4(const uint8_t* __restrict__ codes, const void* __restrict__ 
                     T* __restrict__ out, int64_t n) {
   // In shared memory, where threads of a warp may read different entries at once.
   __shared__ float table[16];
-  if (threadIdx.x < 16) table[threadIdx.x] = kCodes[threadIdx.x];
+  if (threadIdx.x < 16) table[threadIdx.x] = codes_on_device.values[threadIdx.x];
   __syncthreads();
   const int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kVector;
   if (i >= n) return;

@@ -32,6 +32,15 @@ struct Rotary {
   bool inverse;      // by −θ: the gradient
 };
 
+// Table of the QLoRA paper's appendix E, as bitsandbytes has it; on both sides, so that codes mean the same.
+struct Nf4Codes {
+  float values[16];
+};
+inline constexpr Nf4Codes kNf4Codes = {
+    {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f}};
+
 struct Nf4 {
   const uint8_t* codes;  // two of 4 bits a byte, the first in the upper half
   const void* scales;    // one of each 64 elements: float32, or codes of 8 bits if nested_map is given

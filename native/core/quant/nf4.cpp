@@ -15,30 +15,12 @@ namespace {
 
 using nlohmann::json;
 
-// Table of the QLoRA paper's appendix E, as bitsandbytes has it.
-constexpr float kCodes[16] = {-1.0f,
-                              -0.6961928009986877f,
-                              -0.5250730514526367f,
-                              -0.39491748809814453f,
-                              -0.28444138169288635f,
-                              -0.18477343022823334f,
-                              -0.09105003625154495f,
-                              0.0f,
-                              0.07958029955625534f,
-                              0.16093020141124725f,
-                              0.24611230194568634f,
-                              0.33791524171829224f,
-                              0.44070982933044434f,
-                              0.5626170039176941f,
-                              0.7229568362236023f,
-                              1.0f};
-
 // Elements at a time, a multiple of the block: float32 temporaries of 4 MB on the CPU, of 64 MB where each call costs
 // a launch.
 int64_t chunk_size(at::Device device) { return int64_t{device.is_cpu() ? 1 : 16} << 20; }
 
 at::Tensor code_table(at::Device device) {
-  return at::from_blob(const_cast<float*>(kCodes), {16}, at::kFloat).clone().to(device);
+  return at::from_blob(const_cast<float*>(cuda::kNf4Codes.values), {16}, at::kFloat).clone().to(device);
 }
 
 // Both values of a byte: [256, 2].
