@@ -13,7 +13,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 limit=${LIMIT:-580}
-export OUT=${OUT:-$PWD/build/gpu-out} PYTHONUNBUFFERED=1 MARTLET_CUDA_KERNELS=${MARTLET_CUDA_KERNELS:-1}
+export OUT=${OUT:-$PWD/build/gpu-out} PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 stage=${1:?info, test, bench, everything, train-base or profile}
 shift

@@ -15,10 +15,9 @@ const cuda::Kernels* kernels = nullptr;
 std::string error = "no CUDA device is used";
 
 const cuda::Kernels* open() {
-  const char* wanted = std::getenv("MARTLET_CUDA_KERNELS");
-  // Until the benchmark's gate has passed with them.
-  if (wanted == nullptr || std::string(wanted) != "1") {
-    error = "they are not switched on (MARTLET_CUDA_KERNELS=1)";
+  // To find out whether a difference is theirs.
+  if (const char* wanted = std::getenv("MARTLET_CUDA_KERNELS"); wanted != nullptr && std::string(wanted) == "0") {
+    error = "they are switched off (MARTLET_CUDA_KERNELS=0)";
     return nullptr;
   }
   Dl_info self;

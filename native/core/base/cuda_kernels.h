@@ -1,5 +1,5 @@
 // The kernels of native/cuda, called on ATen's tensors. Where there are none (no GPU, no martlet_cuda.so beside the
-// addon, MARTLET_CUDA_KERNELS other than 1) the callers compute the same with ATen's operations.
+// addon, MARTLET_CUDA_KERNELS=0) the callers compute the same with ATen's operations.
 #pragma once
 
 #include <ATen/core/Tensor.h>
