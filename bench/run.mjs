@@ -202,7 +202,7 @@ const titleOf = (task) =>
     task.method,
     task.attention,
     task.batch && `${task.batch} rows`,
-    task.recompute && (task.method ? `recompute ${task.recompute}` : 'recompute'),
+    task.recompute && task.recompute !== 'none' && 'recompute',
   ]
     .filter(Boolean)
     .join(' ');
