@@ -3,19 +3,23 @@
     python3 bench/make_checkpoint.py --shape llava-7b … --out DIR [--device cuda]     (each shape into DIR/martlet-bench-<shape>)
 
 …/model     config.json and safetensors shards in the hub's spelling; every weight N(0, 0.02), norm weights 1
-…/adapter   a PEFT adapter, r 8, alpha 16, on the seven linears of every language layer; neither matrix is zero
-…/data.safetensors   ids and labels [rows, tokens] int32, pictures [rows, size, size, 3] uint8; for the vision tower alone visionIds [1, tokens]
-                     and visionPictures [pictures, size, size, 3]
+…/adapter   a PEFT adapter on the language model, r 8, alpha 16, on the shape's targets or the seven linears of every layer; neither matrix is
+            zero. Not for a shape without a peer: its runs start from a fresh one
+…/data.safetensors   ids and labels [rows, tokens] int32 (labels of an encoder-decoder are its decoder's: [rows, decoder tokens]), pictures
+                     [rows, size, size, 3] uint8; for the vision tower alone visionIds [1, tokens] and visionPictures [pictures, size, size, 3]
 …/shape.json   the shape, written last: a folder with the same one is left as it is
 """
 
 import argparse
 import json
+import math
+import re
 import shutil
 import time
 from pathlib import Path
 
 import torch
+from original_shapes import ORIGINAL_SHAPES
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -33,8 +37,10 @@ HUB_NAMES = {
         ("model.multi_modal_projector.", "multi_modal_projector."),
     ],
     "qwen2_vl": [("model.language_model.", "model."), ("model.visual.", "visual."), ("lm_head.", "lm_head.")],
+    "blip-2": [("", "")],
 }
 HUB_NAMES["qwen2_5_vl"] = HUB_NAMES["qwen2_vl"]
+LANGUAGE_MODEL = {"blip-2": "language_model."}
 
 
 def hub_name(name: str, model_type: str) -> str:
@@ -45,27 +51,30 @@ def hub_name(name: str, model_type: str) -> str:
 
 
 def is_norm(name: str) -> bool:
-    return any(part in name for part in ("norm", "layrnorm", "ln_q"))
+    return any(part in name.lower() for part in ("norm", "layrnorm", "ln_"))
 
 
-def write_model(out: Path, config: dict, generator: torch.Generator) -> torch.nn.Module:
-    out.mkdir(parents=True)
-    (out / "config.json").write_text(json.dumps(config, indent=2))
+def meta_model(folder: Path) -> torch.nn.Module:
+    """transformers' model of the folder's config.json, without memory."""
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(out))
+        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+
+
+def write_weights(out: Path, shapes: dict[str, tuple[int, ...]], generator: torch.Generator) -> None:
+    """Random weights under the hub's names, in shards with an index."""
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
-    for name, parameter in model.named_parameters():
+    for name, shape in shapes.items():
         if is_norm(name):
             fill = torch.ones if name.endswith("weight") else torch.zeros
-            value = fill(parameter.shape, dtype=torch.bfloat16)
+            value = fill(shape, dtype=torch.bfloat16)
         else:
-            value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=generator.device)
+            value = torch.empty(shape, dtype=torch.bfloat16, device=generator.device)
             value = value.normal_(0, 0.02, generator=generator).cpu()
         if size + value.nbytes > SHARD_BYTES and shards[-1]:
             shards.append({})
             size = 0
-        shards[-1][hub_name(name, config["model_type"])] = value
+        shards[-1][name] = value
         size += value.nbytes
     index: dict[str, str] = {}
     total = 0
@@ -78,14 +87,15 @@ def write_model(out: Path, config: dict, generator: torch.Generator) -> torch.nn
     (out / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
     )
-    return model
 
 
-def write_adapter(out: Path, model: torch.nn.Module, generator: torch.Generator) -> None:
+def write_adapter(out: Path, model: torch.nn.Module, shape: dict, generator: torch.Generator) -> None:
     out.mkdir(parents=True)
+    prefix = LANGUAGE_MODEL.get(shape["config"]["model_type"], "model.language_model.layers.")
+    targets = shape["lora"]["targets"] if "lora" in shape else TARGETS
     tensors = {}
     for name, module in model.named_modules():
-        if not (name.startswith("model.language_model.layers.") and name.rsplit(".", 1)[-1] in TARGETS):
+        if not (name.startswith(prefix) and name.rsplit(".", 1)[-1] in targets):
             continue
         for part, shape, std in (
             ("lora_A", (RANK, module.in_features), module.in_features**-0.5),
@@ -103,25 +113,52 @@ def write_adapter(out: Path, model: torch.nn.Module, generator: torch.Generator)
         "lora_alpha": ALPHA,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": rf"model\.language_model\.layers\..*\.({'|'.join(TARGETS)})",
+        "target_modules": rf"{re.escape(prefix)}.*\.({'|'.join(targets)})",
     }
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
+def marks(config: dict) -> dict:
+    """Ids around the pictures of a row: `image`, its place; `start` and `end`, around the first; `slice`, a pair around each other one."""
+    model_type = config["model_type"]
+    if model_type == "qwen":
+        first = config["visual"]["image_start_id"]
+        return {"image": first + 2, "start": first, "end": first + 1}
+    if model_type == "minicpmv":
+        # <unk>, <image>, </image>, <slice>, </slice> of the published vocabulary; a trial's stand at its end.
+        if "image_token_id" in config:
+            return {"image": 500, "start": 501, "end": 502, "slice": (503, 504)}
+        return {"image": 128244, "start": 151646, "end": 151647, "slice": (151656, 151657)}
+    image = config["image_token_id"] if "image_token_id" in config else config["image_token_index"]
+    if "vision_start_token_id" in config:
+        return {"image": image, "start": config["vision_start_token_id"], "end": config["vision_end_token_id"]}
+    return {"image": image}
+
+
 def token_ids(rows: int, tokens: int, picture_tokens: list[int], config: dict, generator: torch.Generator):
     """A few words, the pictures, words. A start token where the model has one, marks around pictures where it has them."""
+    mark = marks(config)
     special = [value for name, value in config.items() if name.endswith(("_token_id", "_token_index"))]
-    ids = torch.randint(10, min(special), (rows, tokens), generator=generator)
+    special += [value for value in mark.values() if isinstance(value, int)]
+    ids = torch.randint(30, min(special), (rows, tokens), generator=generator)
     if config["model_type"] == "llava":
         ids[:, 0] = 1
     at = min(35, (tokens - sum(picture_tokens)) // 8)
-    for count in picture_tokens:
-        if "vision_start_token_id" in config:
-            ids[:, at] = config["vision_start_token_id"]
-            ids[:, at + 1 + count] = config["vision_end_token_id"]
+    if config["model_type"] == "blip-2":
+        at = 0  # the queries stand in front of all text
+    for i, count in enumerate(picture_tokens):
+        start, end = mark["slice"] if i > 0 and "slice" in mark else (mark.get("start"), mark.get("end"))
+        if start is not None:
+            ids[:, at] = start
+            ids[:, at + 1 + count] = end
             at += 1
-        ids[:, at : at + count] = config["image_token_id" if "image_token_id" in config else "image_token_index"]
-        at += count + ("vision_start_token_id" in config)
+        ids[:, at : at + count] = mark["image"]
+        at += count + (start is not None)
+    if config["model_type"] == "blip-2":
+        if config["use_decoder_only_language_model"]:
+            ids[:, at] = 2
+        else:
+            ids[:, -1] = 1
     return ids
 
 
@@ -136,9 +173,14 @@ def random_pictures(count: int, size: int, generator: torch.Generator) -> torch.
 def write_rows(path: Path, shape: dict) -> None:
     row, config = shape["row"], shape["config"]
     generator = torch.Generator().manual_seed(7)
-    ids = token_ids(ROWS, row["tokens"], [row["imageTokens"]], config, generator)
-    labels = torch.full_like(ids, -100)
-    labels[:, -row["labelled"] :] = ids[:, -row["labelled"] :]
+    views = row.get("views", 1)
+    decoder = row.get("decoderTokens", 0)
+    ids = token_ids(ROWS, row["tokens"] - decoder, [row["imageTokens"] // views] * views, config, generator)
+    if decoder:
+        labels = token_ids(ROWS, decoder, [], config, generator)
+    else:
+        labels = torch.full_like(ids, -100)
+        labels[:, -row["labelled"] :] = ids[:, -row["labelled"] :]
     tensors = {
         "ids": ids.int(),
         "labels": labels.int(),
@@ -162,10 +204,23 @@ def make(name: str, out: Path, device: str) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     generator = torch.Generator(device=device).manual_seed(1)
-    model = write_model(out / "model", shape["config"], generator)
-    write_adapter(out / "adapter", model, generator)
+    config, folder = shape["config"], out / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    if shape.get("peer") == "none":
+        shapes = ORIGINAL_SHAPES[config["model_type"]](config)
+        write_weights(folder, shapes, generator)
+    else:
+        model = meta_model(folder)
+        shapes = {hub_name(name, config["model_type"]): tuple(p.shape) for name, p in model.named_parameters()}
+        text = config.get("text_config", {})
+        if text.get("model_type") == "t5":
+            # transformers 5 makes flan-T5's head the embedding unless the file has one of its own, as the published ones have.
+            shapes["language_model.lm_head.weight"] = (text["vocab_size"], text["d_model"])
+        write_weights(folder, shapes, generator)
+        write_adapter(out / "adapter", model, shape, generator)
     write_rows(out / "data.safetensors", shape)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(math.prod(size) for size in shapes.values())
     done.write_text(wanted)
     print(f"  {name}: {parameters / 1e9:.3f}e9 parameters, made in {time.time() - began:.0f} s", flush=True)
 

@@ -9,62 +9,109 @@
 import { mkdirSync, readdirSync, readFileSync, rmSync, statSync } from 'node:fs';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
+import { planTraining } from '../dist/lib/index.js';
 import { Engine } from '../dist/lib/native/engine.js';
 import { readSafetensors, writeFloat32 } from './safetensors.mjs';
 
-const MEAN = [0.48145466, 0.4578275, 0.40821073];
-const STD = [0.26862954, 0.26130258, 0.27577711];
+const CLIP = { mean: [0.48145466, 0.4578275, 0.40821073], std: [0.26862954, 0.26130258, 0.27577711] };
+const HALF = { mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5] };
 
 const [dir, device] = process.argv.slice(2);
 const say = (text) => console.error(`    martlet: ${text}`);
 const engine = new Engine();
+let shape;
 let data;
-let plan;
+/** Of the network's views of one picture. */
+let plans;
+
+/** What lib/processing does to a picture that has the right size already. MiniCPM-V: the whole, then its slices. */
+function viewPlans({ config, row }) {
+  const rescale = 1 / 255;
+  if (config.model_type.startsWith('qwen2'))
+    return [{ rescale, ...CLIP, patches: { size: 14, temporal: 2, merge: 2 } }];
+  if (config.model_type !== 'minicpmv') return [{ rescale, ...CLIP }];
+  const size = config.slice_config.scale_resolution;
+  const view = (side, crop) => ({
+    resize: { width: side, height: side, backend: 'pillow' },
+    ...(crop && { crop: { ...crop, width: size, height: size } }),
+    rescale,
+    ...HALF,
+    patches: { size: 14, temporal: 1, merge: 1, sideBySide: true },
+  });
+  const across = row.picture / size;
+  const slices = Array.from({ length: across ** 2 }, (_, i) =>
+    view(row.picture, { top: Math.floor(i / across) * size, left: (i % across) * size }),
+  );
+  return [view(size), ...slices];
+}
 
 /** A row as arguments of a job; its buffers are added to `buffers`. `first` picture of `pictures` and `count` − 1 more. */
 function sample(buffers, ids, labels, pictures, first, count) {
   const size = pictures.shape[1];
   const bytes = size * size * 3;
   const add = (values) => buffers.push(values.slice()) - 1;
-  return {
-    inputIds: add(ids),
-    ...(labels && { labels: add(labels) }),
-    images: Array.from({ length: count }, (_, i) => ({
-      buffer: add(pictures.data.subarray((first + i) * bytes, (first + i + 1) * bytes)),
-      width: size,
-      height: size,
-      plan,
-    })),
-  };
+  const images = Array.from({ length: count }, (_, i) => {
+    const buffer = add(pictures.data.subarray((first + i) * bytes, (first + i + 1) * bytes));
+    return plans.map((plan) => ({ buffer, width: size, height: size, plan }));
+  });
+  return { inputIds: add(ids), ...(labels && { labels: add(labels) }), images: images.flat() };
 }
 
 /** One micro-batch of `count` rows from row `first` on, with its buffers; `promptTokens` cuts rows and leaves the labels out. */
 function rows(first, count, promptTokens) {
   const buffers = [];
-  const [total, length] = data.ids.shape;
+  const [total] = data.ids.shape;
   const samples = Array.from({ length: count }, (_, i) => {
     const row = (first + i) % total;
-    const part = (tensor, end = length) => tensor.data.subarray(row * length, row * length + end);
+    const part = ({ data, shape: [, length] }, end = length) => data.subarray(row * length, row * length + end);
     const labels = promptTokens === undefined ? part(data.labels) : undefined;
     return { ...sample(buffers, part(data.ids, promptTokens), labels, data.pictures, row, 1), id: `row ${row}` };
   });
   return { samples, buffers };
 }
 
-/** All runs start from the stored adapter, as the peer's do. */
-const begin = (recompute) => ({
-  method: 'lora',
-  lora: { r: 8, alpha: 16, dropout: 0, useRslora: false, targetModules: 'all-linear' },
-  adapterDir: join(dir, 'adapter'),
-  freeze: { vision: true, projector: true, language: false },
-  optimizer: { name: 'adamw', beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weightDecay: 0.1 },
-  schedule: { type: 'constant', warmupSteps: 0, totalSteps: 1000 },
-  learningRate: 1e-4,
-  maxGradNorm: 1,
-  recompute: recompute ? 'layer' : 'none',
-  seed: 42,
-  deterministic: false,
-});
+/** LoRA starts from the stored adapter, as the peer's does, where there is a peer; from PEFT's fresh one where there is none. */
+function begin(recompute, method = 'lora') {
+  const { r = 8, alpha = 16, dropout = 0, targets = 'all-linear' } = shape.lora ?? {};
+  const full = method === 'full';
+  return {
+    method: full ? 'full' : 'lora',
+    ...(!full && { lora: { r, alpha, dropout, useRslora: false, targetModules: targets } }),
+    ...(!full && shape.peer !== 'none' && { adapterDir: join(dir, 'adapter') }),
+    freeze: { vision: true, projector: true, language: false },
+    optimizer: { name: 'adamw', beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weightDecay: 0.1 },
+    schedule: { type: 'constant', warmupSteps: 0, totalSteps: 1000 },
+    learningRate: full ? 1e-5 : 1e-4,
+    maxGradNorm: 1,
+    recompute: typeof recompute === 'string' ? recompute : recompute ? 'layer' : 'none',
+    seed: 42,
+    deterministic: false,
+  };
+}
+
+const BITS = { nf4: 4, int8: 8 };
+
+/** What `martlet plan` says that such a run takes at most, in bytes. */
+async function plannedPeak({ method, batch, recompute }) {
+  const bits = BITS[method];
+  const { r = 8, alpha = 16, targets = 'all-linear' } = shape.lora ?? {};
+  const { memory, settings } = await planTraining(
+    {
+      model: join(dir, 'model'),
+      device,
+      sft_type: bits ? 'qlora' : method,
+      ...(bits && { quant_bits: bits }),
+      ...(method !== 'full' && { lora_rank: r, lora_alpha: alpha, target_modules: targets }),
+      per_device_train_batch_size: batch,
+      max_length: shape.row.tokens,
+      gradient_checkpointing: recompute,
+    },
+    { gpu: '1000GB' },
+  );
+  const changed = Object.keys(settings).filter((key) => key !== 'gradient_checkpointing');
+  if (changed.length > 0) throw new Error(`the plan is for another run: ${JSON.stringify(settings)}`);
+  return memory.total;
+}
 
 const greedy = (maxNewTokens) => ({
   maxNewTokens,
@@ -83,15 +130,17 @@ async function timed(work) {
 }
 
 const TASKS = {
-  async load() {
-    const { config } = JSON.parse(readFileSync(join(dir, 'shape.json'), 'utf8'));
-    const patches = config.model_type === 'llava' ? undefined : { size: 14, temporal: 2, merge: 2 };
-    plan = { rescale: 1 / 255, mean: MEAN, std: STD, ...(patches && { patches }) };
+  /** `quantization`: none, nf4 (with double quantisation) or int8. */
+  async load({ quantization = 'none' }) {
+    shape = JSON.parse(readFileSync(join(dir, 'shape.json'), 'utf8'));
+    plans = viewPlans(shape);
     data = readSafetensors(join(dir, 'data.safetensors'));
     const { value, seconds } = await timed(() =>
-      engine.call('load', { modelDir: join(dir, 'model'), device, dtype: 'bfloat16' }),
+      engine.call('load', { modelDir: join(dir, 'model'), device, dtype: 'bfloat16', quantization }),
     );
-    return { seconds, parameters: value.result.parameters };
+    const { parameters, weightBytes } = value.result;
+    const { peakAllocated } = (await engine.call('stats', {})).result;
+    return { seconds, parameters, weightBytes, peakAllocated };
   },
 
   async decode({ promptTokens, newTokens, warmup, repeats }) {
@@ -138,9 +187,11 @@ const TASKS = {
     return { visionSeconds, pictures };
   },
 
+  /** With a `method`: lora, nf4, int8 (LoRA on weights loaded that way) or full; else LoRA. */
   async train(task) {
     await engine.call('emptyCache', {});
-    const { result: begun } = await engine.call('train.begin', begin(task.recompute));
+    const planned = task.method && (await plannedPeak(task));
+    const { result: begun } = await engine.call('train.begin', begin(task.recompute, task.method));
     const seconds = [];
     const losses = [];
     const peak = { peakAllocated: 0, peakReserved: 0 };
@@ -161,7 +212,14 @@ const TASKS = {
     } finally {
       await engine.call('train.end', {});
     }
-    return { seconds, losses, trainableParams: begun.trainableParams, ...peak };
+    if (!losses.every(Number.isFinite)) throw new Error(`losses are not finite: ${losses}`);
+    return {
+      seconds,
+      losses,
+      trainableParams: begun.trainableParams,
+      ...(planned && { plannedPeak: planned }),
+      ...peak,
+    };
   },
 
   async gradients({ batch, file }) {

@@ -87,7 +87,7 @@ class Side:
         config = self.shape["config"]
         pixels = pictures.permute(0, 3, 1, 2).float()
         pixels = (pixels - MEAN.view(3, 1, 1) * 255) / (STD.view(3, 1, 1) * 255)
-        if config["model_type"] == "llava":
+        if config["model_type"] in ("llava", "blip-2"):
             return {"input_ids": ids.long(), "pixel_values": pixels.to(self.dtype)}
         # Patches in blocks of 2 × 2, as Qwen2VLImageProcessor orders them; a still picture stands twice in its temporal patch.
         patch, merge, temporal = 14, 2, 2
@@ -142,8 +142,9 @@ class Side:
         self.reset_peak()
         prompt = task["promptTokens"]
         inputs = self.inputs(self.data["ids"][:1, :prompt], self.data["pictures"][:1])
-        config = self.model.generation_config
-        config.eos_token_id, config.pad_token_id = None, 0
+        for owner in (self.model, getattr(self.model, "language_model", None)):  # BLIP-2 generates with the latter's
+            if owner is not None:
+                owner.generation_config.eos_token_id, owner.generation_config.pad_token_id = None, 0
         options = {"do_sample": False}
         if self.mode == "tuned":
             options["cache_implementation"] = "static"
@@ -155,7 +156,7 @@ class Side:
             sent = {name: value.to(self.device) for name, value in inputs.items()}
             with torch.inference_mode():
                 out = self.model.generate(**sent, max_new_tokens=task["newTokens"], streamer=clock, **options)
-            ids = out[0, prompt:].tolist()
+            ids = out[0, -task["newTokens"] :].tolist()
             assert len(ids) == len(clock.times) == task["newTokens"], (len(ids), len(clock.times))
             return clock.times[0] - began, (len(ids) - 1) / (clock.times[-1] - clock.times[0]), ids
 
@@ -206,23 +207,44 @@ class Side:
             )
             self.peft.train()
             if self.mode == "tuned":
-                for layer in self.model.model.language_model.layers:
+                for layer in self.layers():
                     layer.compile(dynamic=False)
         return self.peft
 
-    def checkpointing(self, on: bool) -> None:
+    def layers(self) -> list[torch.nn.Module]:
+        """Of the language model."""
         assert self.model is not None
-        if on:
+        if self.shape["config"]["model_type"] != "blip-2":
+            return list(self.model.model.language_model.layers)
+        language = self.model.language_model
+        if hasattr(language, "encoder"):
+            return [*language.encoder.block, *language.decoder.block]
+        return list(language.model.decoder.layers)
+
+    def unfreeze(self) -> torch.nn.Module:
+        """The model for full fine-tuning of its language part, in bfloat16 with AdamW's moments in bfloat16: the least memory transformers takes."""
+        assert self.model is not None and self.peft is None
+        self.model.requires_grad_(False)
+        self.model.model.language_model.requires_grad_(True)
+        self.model.get_output_embeddings().requires_grad_(True)
+        return self.model.train()
+
+    def checkpointing(self, on: bool | str) -> None:
+        """True or `layer`: all layers; False or `none`: none."""
+        assert self.model is not None
+        if on not in (False, "none"):
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             self.model.gradient_checkpointing_disable()
 
     def train(self, task: dict) -> dict:
-        model = self.adapt()
+        """`method`: full, else LoRA."""
+        full = task.get("method") == "full"
+        model = self.unfreeze() if full else self.adapt()
         self.checkpointing(task["recompute"])
         self.reset_peak()
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.1, fused=True)
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5 if full else LEARNING_RATE, weight_decay=0.1, fused=True)
         seconds, losses = [], []
         try:
             for step in range(task["warmup"] + task["steps"]):

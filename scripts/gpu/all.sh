@@ -58,6 +58,8 @@ case $stage in
     timeout -k 5 "$(left)" node scripts/gpu/test.mjs --built "$@" 2>&1 | tee -a "$log"
     ;;
   bench)
+    # Checkpoints in memory where there is room for one and a merged model.
+    if [ -z "${BENCH_DIR:-}" ] && [ "$(df --output=avail -B1G /dev/shm | tail -1)" -ge 40 ]; then export BENCH_DIR=/dev/shm; fi
     # A few seconds of the limit stay for the last results.
     timeout -k 5 "$(left)" node bench/run.mjs --budget "$(($(left) - 10))" "$@" 2>&1 | tee -a "$log"
     ;;
