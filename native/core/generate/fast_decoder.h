@@ -21,7 +21,7 @@ class FastDecoder {
     int64_t steps = 0;          // at most
     bool graph = true;          // false: the same kernels one by one
     // Steps that the cache has room for at first; it grows by doubling.
-    int64_t spare = 1024;
+    int64_t spare = 256;
   };
   // Goes on after what `cache` holds, of which it takes a copy. Null where the model or its place is of another form
   // (no kernels, float32, adapters not merged, plain MLP, learned positions, layer norm).

@@ -122,7 +122,6 @@ TEST("tokens/s of a random decoder of 7B") {
       int64_t token = fast->next(1, sampler);
       synchronize(gpu());
       const auto start = std::chrono::steady_clock::now();
-      // The last is not begun within the first ones' time.
       for (int64_t i = 1; i < kSteps; ++i) token = fast->next(token, sampler);
       synchronize(gpu());
       const double time =

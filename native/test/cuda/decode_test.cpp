@@ -82,7 +82,7 @@ TEST("matrix times vector: 16 bits, int8, NF4; norm, bias, residual, three parts
   for (const at::ScalarType type : kTypes) {
     for (const auto& [name, quantization] : kStorages) {
       for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{
-               {1, 1}, {13, 7}, {70, 80}, {9, 514}, {33, 3584}, {129, 520}, {40, 18944}}) {
+               {5, 1}, {13, 7}, {70, 80}, {9, 514}, {33, 3584}, {129, 520}, {40, 18944}}) {
         const std::string what = name + " " + std::to_string(rows) + "×" + std::to_string(columns);
         const at::Tensor x = randn({columns}, 1).to(type).to(gpu()),
                          norm = (1 + 0.1 * randn({columns}, 2)).to(type).to(gpu());
