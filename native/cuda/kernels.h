@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cuda/decode.h"
+
 namespace martlet::cuda {
 
 // Of a kernel's 16-bit tensors; arithmetic is in float32.
@@ -70,10 +72,11 @@ struct Kernels {
                             Type type, void* stream);
   Status (*nf4_dequantize)(const Nf4& op, void* out, void* stream);
   Status (*int8_dequantize)(const Int8& op, void* out, void* stream);
+  DecodeKernels decode;
 };
 
 // The only symbol of the library; its name changes with the struct, so that an old library is never called wrongly.
-inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_1";
+inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_2";
 using EntryPoint = const Kernels* (*)();
 
 }  // namespace martlet::cuda

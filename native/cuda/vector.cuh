@@ -90,5 +90,6 @@ Status swiglu_backward(const void* gate, const void* up, const void* dy, void* d
                        void* stream);
 Status nf4_dequantize(const Nf4& op, void* out, void* stream);
 Status int8_dequantize(const Int8& op, void* out, void* stream);
+extern const DecodeKernels decode_kernels;
 
 }  // namespace martlet::cuda

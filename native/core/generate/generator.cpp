@@ -9,6 +9,7 @@
 
 #include "core/base/error.h"
 #include "core/base/memory.h"
+#include "core/generate/fast_decoder.h"
 
 namespace martlet {
 namespace {
@@ -71,6 +72,7 @@ Generation generate(const VisionLanguageModel& model, const Sample& prompt, cons
   if (limit > 0) {
     int64_t token = sampler.next(logits_at_end(hidden));
     out.prefill_ms = watch.lap_ms();
+    std::unique_ptr<FastDecoder> fast;
     while (true) {
       job.check();
       const auto& stops = options.stop_token_ids;
@@ -81,6 +83,16 @@ Generation generate(const VisionLanguageModel& model, const Sample& prompt, cons
       out.token_ids.push_back(token);
       on_token(token);
       if (static_cast<int64_t>(out.token_ids.size()) == limit) break;
+      if (out.token_ids.size() == 1) {  // after the first has been told
+        fast = FastDecoder::make(language_model, model.head_weight(), cache,
+                                 {.next_position = next_position, .prompt = out.prompt_tokens, .steps = limit - 1});
+        // It has a copy.
+        if (fast != nullptr) cache = KvCache(language_model.config().num_layers);
+      }
+      if (fast != nullptr) {
+        token = fast->next(token, sampler);
+        continue;
+      }
       const at::Tensor ids = at::full({1}, token, at::TensorOptions().dtype(at::kLong).device(device));
       const at::Tensor position = at::full({1}, next_position++, at::TensorOptions().dtype(at::kLong).device(device));
       language_model.place(pass, position, {{1, next_position, out.prompt_tokens}}, hidden.scalar_type());

@@ -10,13 +10,17 @@
 #include "core/base/error.h"
 
 namespace martlet {
+
+void fail_not_finite() {
+  fail(code::kNonFinite,
+       "The model's logits are not finite: it cannot be sampled from. Try dtype float32 or bfloat16.");
+}
+
 namespace {
 
 // at::max hands a NaN of any place on, so the highest logit speaks for the row.
 void check_finite(double highest) {
-  if (std::isfinite(highest)) return;
-  fail(code::kNonFinite,
-       "The model's logits are not finite: it cannot be sampled from. Try dtype float32 or bfloat16.");
+  if (!std::isfinite(highest)) fail_not_finite();
 }
 
 }  // namespace
@@ -27,7 +31,7 @@ Sampler::Sampler(const SamplingOptions& options, const std::vector<int64_t>& pro
 int64_t Sampler::next(const at::Tensor& logits) {
   const bool greedy = options_.temperature <= 0;
   const bool penalised = options_.repetition_penalty != 1.0;
-  if (greedy && !penalised) {
+  if (is_argmax()) {
     const auto [highest, id] = logits.max(0);
     check_finite(highest.item<double>());
     return id.item<int64_t>();

@@ -18,11 +18,16 @@ struct SamplingOptions {
   uint64_t seed = 0;
 };
 
+// Throws ERR_MARTLET_NON_FINITE.
+[[noreturn]] void fail_not_finite();
+
 class Sampler {
  public:
   Sampler(const SamplingOptions& options, const std::vector<int64_t>& prompt);
   // logits: [vocab], any device and float dtype.
   int64_t next(const at::Tensor& logits);
+  // Greedy and without penalty: next() is the highest logit's id, whatever came before.
+  bool is_argmax() const { return options_.temperature <= 0 && options_.repetition_penalty == 1.0; }
 
  private:
   SamplingOptions options_;

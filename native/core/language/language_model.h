@@ -32,6 +32,10 @@ class KvCache {
   explicit KvCache(int64_t num_layers) : layers_(num_layers) {}
   // Appends [n, kv_heads, d] at `length()` of layer `layer`; gives the whole of it back, [length + n, kv_heads, d].
   std::pair<at::Tensor, at::Tensor> append(int64_t layer, const at::Tensor& k, const at::Tensor& v);
+  // What layer `layer` holds: keys and values, [length, kv_heads, d] each.
+  std::pair<at::Tensor, at::Tensor> stored(int64_t layer) const {
+    return {layers_[layer].k.narrow(0, 0, length_), layers_[layer].v.narrow(0, 0, length_)};
+  }
   // Call once all layers have appended.
   void advance(int64_t n) { length_ += n; }
   int64_t length() const { return length_; }

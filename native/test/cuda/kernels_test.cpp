@@ -1,11 +1,8 @@
 // Each CUDA kernel beside what it stands for: the same call on the CPU, where ATen's operations do it. Odd sizes take
 // the kernels' scalar paths.
 #include <ATen/ATen.h>
-#include <dlfcn.h>
-#include <link.h>
 #include <torch/csrc/autograd/autograd.h>
 
-#include <filesystem>
 #include <functional>
 
 #include "check.h"
@@ -15,24 +12,13 @@
 #include "core/nn/norm.h"
 #include "core/nn/rope.h"
 #include "core/quant/quantized_tensor.h"
-#include "core/session.h"
 #include "core/vision/image_ops.h"
+#include "cuda/gpu.h"
 
 using namespace martlet;
 using namespace martlet::test;
 
 namespace {
-
-// With libtorch's CUDA half and the kernels loaded.
-at::Device gpu() {
-  static const at::Device device = [] {
-    link_map* torch = nullptr;
-    ::dlinfo(::dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD), RTLD_DI_LINKMAP, &torch);
-    initialize_runtime(std::filesystem::path(torch->l_name).parent_path(), /*cuda=*/true, /*threads=*/4);
-    return at::Device(at::kCUDA, 0);
-  }();
-  return device;
-}
 
 using Tensors = std::vector<at::Tensor>;
 using Fn = std::function<at::Tensor(const Tensors&)>;

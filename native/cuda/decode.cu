@@ -1,0 +1,538 @@
+// Decoding at batch 1 reads each weight once for one product: what counts is how many bytes are under way. A warp does
+// a row; a lane reads 8 weights at a time, kUnroll times before it computes.
+#include "cuda/vector.cuh"
+
+namespace martlet::cuda {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kMaxHeadDim = 256, kPerLane = kMaxHeadDim / 32;
+constexpr int kAttentionThreads = 128, kAttentionWarps = kAttentionThreads / 32;
+constexpr int kKeysAtOnce = 4;
+constexpr int kArgmaxThreads = 1024;
+
+__constant__ Nf4Codes codes_on_device = kNf4Codes;
+
+struct Parts {
+  Matrix matrix[3];
+};
+
+__device__ inline float warp_sum(float x) {
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+__device__ inline float nf4_scale(const Matrix& m, int64_t block) {
+  if (m.nested_map == nullptr) return static_cast<const float*>(m.scales)[block];
+  const uint8_t code = static_cast<const uint8_t*>(m.scales)[block];
+  return __fadd_rn(__fmul_rn(__ldg(m.nested_map + code), __ldg(m.nested_scales + block / 256)), m.nested_offset);
+}
+
+// This lane's part of row · x. Vectors: rows and x are aligned for 8 elements at a time.
+template <typename T>
+__device__ float dense_row(const Matrix& m, int64_t row, const T* x, int lane, bool vectors) {
+  constexpr int kUnroll = 4;
+  const T* w = static_cast<const T*>(m.weight) + row * m.columns;
+  float sum = 0;
+  if (!vectors) {
+    for (int i = lane; i < m.columns; i += 32) sum += to_float(w[i]) * to_float(x[i]);
+    return sum;
+  }
+  const int n = m.columns / kVector;
+  for (int i = lane; i < n; i += 32 * kUnroll) {
+    uint4 in[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = i + 32 * u;
+      // Bits of 0 are the number 0 in both types.
+      in[u] = at < n ? __ldcs(reinterpret_cast<const uint4*>(w) + at) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = i + 32 * u;
+      if (at >= n) break;
+      const auto a = *reinterpret_cast<const Vector<T, kVector>*>(&in[u]);
+      const auto b = load<kVector>(x + at * kVector);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) sum = fmaf(to_float(a.v[j]), to_float(b.v[j]), sum);
+    }
+  }
+  return sum;
+}
+
+template <typename T>
+__device__ float int8_row(const Matrix& m, int64_t row, const T* x, int lane, bool vectors) {
+  constexpr int kUnroll = 6;
+  const int8_t* w = static_cast<const int8_t*>(m.weight) + row * m.columns;
+  float sum = 0;
+  if (vectors) {
+    const int n = m.columns / kVector;
+    for (int i = lane; i < n; i += 32 * kUnroll) {
+      uint2 in[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int at = i + 32 * u;
+        in[u] = at < n ? __ldcs(reinterpret_cast<const uint2*>(w) + at) : make_uint2(0, 0);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int at = i + 32 * u;
+        if (at >= n) break;
+        const auto a = *reinterpret_cast<const Vector<int8_t, kVector>*>(&in[u]);
+        const auto b = load<kVector>(x + at * kVector);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) sum = fmaf(static_cast<float>(a.v[j]), to_float(b.v[j]), sum);
+      }
+    }
+  } else {
+    for (int i = lane; i < m.columns; i += 32) sum += static_cast<float>(w[i]) * to_float(x[i]);
+  }
+  sum *= static_cast<const float*>(m.scales)[row] * static_cast<float>(1.0 / 127.0);
+  const T* kept = static_cast<const T*>(m.outlier_values) + row * m.outliers;
+  for (int i = lane; i < m.outliers; i += 32) sum += to_float(kept[i]) * to_float(x[m.outlier_columns[i]]);
+  return sum;
+}
+
+// 8 elements that begin at a multiple of 8 are of one block, whose scale is applied to their sum.
+template <typename T>
+__device__ float nf4_row(const Matrix& m, int64_t row, const T* x, const float* table, int lane, bool vectors) {
+  constexpr int kUnroll = 8;
+  const uint8_t* codes = static_cast<const uint8_t*>(m.weight);
+  const int64_t start = row * m.columns;
+  float sum = 0;
+  if (!vectors) {
+    for (int i = lane; i < m.columns; i += 32) {
+      const int64_t place = start + i;
+      const uint32_t byte = codes[place / 2];
+      sum += table[place % 2 == 0 ? byte >> 4 : byte & 15] * nf4_scale(m, place / 64) * to_float(x[i]);
+    }
+    return sum;
+  }
+  const int n = m.columns / kVector;
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(codes) + start / kVector;
+  for (int i = lane; i < n; i += 32 * kUnroll) {
+    uint32_t in[kUnroll];
+    float scale[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = i + 32 * u;
+      in[u] = at < n ? __ldcs(words + at) : 0;
+      scale[u] = at < n ? nf4_scale(m, (start + int64_t{at} * kVector) / 64) : 0;
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = i + 32 * u;
+      if (at >= n) break;
+      const auto b = load<kVector>(x + at * kVector);
+      float part = 0;
+#pragma unroll
+      for (int j = 0; j < kVector / 2; ++j) {
+        const uint32_t byte = in[u] >> (8 * j);
+        part = fmaf(table[byte >> 4 & 15], to_float(b.v[2 * j]), part);
+        part = fmaf(table[byte & 15], to_float(b.v[2 * j + 1]), part);
+      }
+      sum = fmaf(part, scale[u], sum);
+    }
+  }
+  return sum;
+}
+
+// row · x + bias as the linear rounds it; every lane has it.
+template <typename T>
+__device__ float linear_row(const Matrix& m, int row, const T* x, const float* table, int lane, bool vectors) {
+  float sum;
+  if (m.storage == Storage::kDense) {
+    sum = dense_row<T>(m, row, x, lane, vectors);
+  } else if (m.storage == Storage::kInt8) {
+    sum = int8_row<T>(m, row, x, lane, vectors);
+  } else {
+    sum = nf4_row<T>(m, row, x, table, lane, vectors);
+  }
+  sum = warp_sum(sum);
+  if (m.bias != nullptr) sum += to_float(static_cast<const T*>(m.bias)[row]);
+  return rounded<T>(sum);
+}
+
+// With a norm each block norms x anew, into its shared memory: x is small beside the rows.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 4)
+    matvec(const Parts parts, int count, bool gated, const T* x, const T* norm, float eps, const T* residual, T* out,
+           int rows, bool vectors) {
+  extern __shared__ uint4 shared[];
+  __shared__ float table[16];
+  const int columns = parts.matrix[0].columns, lane = threadIdx.x % 32;
+  if (threadIdx.x < 16) table[threadIdx.x] = codes_on_device.values[threadIdx.x];
+  if (norm != nullptr) {
+    T* normed = reinterpret_cast<T*>(shared);
+    float squares = 0;
+    for (int i = threadIdx.x; i < columns; i += kThreads) {
+      const float v = to_float(x[i]);
+      squares += v * v;
+    }
+    const float rstd = rsqrtf(row_sum<kThreads>(squares) / static_cast<float>(columns) + eps);
+    for (int i = threadIdx.x; i < columns; i += kThreads)
+      normed[i] = from_float<T>(rounded<T>(to_float(x[i]) * rstd) * to_float(norm[i]));
+    x = normed;
+  }
+  __syncthreads();
+  const int row = blockIdx.x * kWarps + threadIdx.x / 32;
+  if (row >= rows) return;
+  float y;
+  if (gated) {
+    const float gate = linear_row<T>(parts.matrix[0], row, x, table, lane, vectors);
+    const float up = linear_row<T>(parts.matrix[1], row, x, table, lane, vectors);
+    y = rounded<T>(gate / (1.0f + expf(-gate))) * up;
+  } else {
+    int part = 0, local = row;
+    while (part + 1 < count && local >= parts.matrix[part].rows) local -= parts.matrix[part++].rows;
+    y = linear_row<T>(parts.matrix[part], local, x, table, lane, vectors);
+    if (residual != nullptr) y += to_float(residual[row]);
+  }
+  if (lane == 0) out[row] = from_float<T>(y);
+}
+
+bool takes_vectors(const Matrix& m) {
+  const int bytes = m.storage == Storage::kDense ? 16 : m.storage == Storage::kInt8 ? 8 : 4;
+  return m.columns % kVector == 0 && reinterpret_cast<uintptr_t>(m.weight) % bytes == 0;
+}
+
+Status enqueue_matvec(const Matvec& op, Type type, void* stream) {
+  Parts parts = {};
+  bool vectors = aligned(op.x);
+  int rows = 0;
+  for (int i = 0; i < op.count; ++i) {
+    parts.matrix[i] = op.parts[i];
+    vectors = vectors && takes_vectors(op.parts[i]);
+    rows += op.parts[i].rows;
+  }
+  if (op.gated) rows = op.parts[0].rows;
+  const size_t bytes = op.norm == nullptr ? 0 : static_cast<size_t>(op.parts[0].columns) * 2;
+  if (bytes > 47 * 1024) return "a normed row of more than 24,064 numbers";
+  with_type(type, [&]<typename T>(T) {
+    matvec<T><<<blocks_for(rows, kWarps), kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(
+        parts, op.count, op.gated, static_cast<const T*>(op.x), static_cast<const T*>(op.norm), op.eps,
+        static_cast<const T*>(op.residual), static_cast<T*>(op.out), rows, vectors);
+  });
+  return status();
+}
+
+// Products of the rotation as rotary.cu rounds them.
+template <typename T, typename Table>
+__device__ float turned(float a, float b) {
+  const float p = __fmul_rn(a, b);
+  if constexpr (std::is_same_v<T, Table>) return rounded<T>(p);
+  return p;
+}
+
+// A warp does a head of q, k or v. q stays in `qkv`; k and v go to their place in the cache.
+template <typename T, typename Table>
+__global__ void place(T* qkv, const T* q_norm, const T* k_norm, float eps, const Table* cos, const Table* sin,
+                      const T* query_scale, T* keys, T* values, const int32_t* step_at, int prompt, int heads,
+                      int kv_heads, int head_dim) {
+  const int head = blockIdx.x, lane = threadIdx.x, half = head_dim / 2, step = *step_at;
+  T* x = qkv + int64_t{head} * head_dim;
+  const int64_t slot = (int64_t{prompt} + step) * kv_heads;
+  if (head >= heads + kv_heads) {
+    T* to = values + (slot + head - heads - kv_heads) * head_dim;
+    for (int i = lane; i < head_dim; i += 32) to[i] = x[i];
+    return;
+  }
+  const bool query = head < heads;
+  const T* norm = query ? q_norm : k_norm;
+  float rstd = 1;
+  if (norm != nullptr) {
+    float squares = 0;
+    for (int i = lane; i < head_dim; i += 32) squares += to_float(x[i]) * to_float(x[i]);
+    rstd = rsqrtf(warp_sum(squares) / static_cast<float>(head_dim) + eps);
+  }
+  T* to = query ? x : keys + (slot + head - heads) * head_dim;
+  const float scale = query && query_scale != nullptr ? to_float(query_scale[step]) : 1.0f;
+  for (int i = lane; i < half; i += 32) {
+    float a = to_float(x[i]), b = to_float(x[i + half]);
+    if (norm != nullptr) {
+      a = rounded<T>(rounded<T>(a * rstd) * to_float(norm[i]));
+      b = rounded<T>(rounded<T>(b * rstd) * to_float(norm[i + half]));
+    }
+    const float c = to_float(cos[int64_t{step} * half + i]), s = to_float(sin[int64_t{step} * half + i]);
+    const float first = rounded<T>(__fsub_rn(turned<T, Table>(a, c), turned<T, Table>(b, s)));
+    const float second = rounded<T>(__fadd_rn(turned<T, Table>(b, c), turned<T, Table>(a, s)));
+    to[i] = from_float<T>(first * scale);
+    to[i + half] = from_float<T>(second * scale);
+  }
+}
+
+// One head of the query over one part of the context: the softmax's maximum and sum, and the values' sum before it is
+// divided. partial: [heads, splits, head_dim + 2].
+template <typename T>
+__global__ void attend(const T* q, const T* keys, const T* values, float* partial, const int32_t* step, int prompt,
+                       int heads, int kv_heads, int head_dim, float scale) {
+  __shared__ float maxima[kAttentionWarps], sums[kAttentionWarps], mixed[kAttentionWarps][kMaxHeadDim];
+  const int head = blockIdx.x, splits = gridDim.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int length = prompt + *step + 1, share = (length + splits - 1) / splits;
+  const int begin = min(static_cast<int>(blockIdx.y) * share, length), end = min(begin + share, length);
+  const int64_t stride = int64_t{kv_heads} * head_dim, shift = int64_t{head / (heads / kv_heads)} * head_dim;
+  float query[kPerLane], acc[kPerLane];
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    const int e = lane + 32 * j;
+    query[j] = e < head_dim ? to_float(q[int64_t{head} * head_dim + e]) * scale : 0.0f;
+    acc[j] = 0;
+  }
+  float highest = -INFINITY, sum = 0;
+  for (int k = begin + warp * kKeysAtOnce; k < end; k += kAttentionWarps * kKeysAtOnce) {
+    float score[kKeysAtOnce];
+#pragma unroll
+    for (int n = 0; n < kKeysAtOnce; ++n) {
+      const T* key = keys + min(k + n, end - 1) * stride + shift;
+      float dot = 0;
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        const int e = lane + 32 * j;
+        if (e < head_dim) dot = fmaf(query[j], to_float(key[e]), dot);
+      }
+      score[n] = dot;
+    }
+#pragma unroll
+    for (int n = 0; n < kKeysAtOnce; ++n) score[n] = k + n < end ? warp_sum(score[n]) : -INFINITY;
+    float next = highest;
+#pragma unroll
+    for (int n = 0; n < kKeysAtOnce; ++n) next = fmaxf(next, score[n]);
+    const float shrink = expf(highest - next);  // 0 at first
+    highest = next;
+    sum *= shrink;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) acc[j] *= shrink;
+#pragma unroll
+    for (int n = 0; n < kKeysAtOnce; ++n) {
+      if (k + n >= end) break;
+      const float weight = expf(score[n] - highest);
+      const T* value = values + (k + n) * stride + shift;
+      sum += weight;
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        const int e = lane + 32 * j;
+        if (e < head_dim) acc[j] = fmaf(weight, to_float(value[e]), acc[j]);
+      }
+    }
+  }
+  if (lane == 0) {
+    maxima[warp] = highest;
+    sums[warp] = sum;
+  }
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    const int e = lane + 32 * j;
+    if (e < head_dim) mixed[warp][e] = acc[j];
+  }
+  __syncthreads();
+  float top = -INFINITY;
+  for (int w = 0; w < kAttentionWarps; ++w) top = fmaxf(top, maxima[w]);
+  float weights[kAttentionWarps], total = 0;
+  for (int w = 0; w < kAttentionWarps; ++w) {
+    // A warp without keys weighs nothing.
+    weights[w] = maxima[w] == -INFINITY ? 0.0f : expf(maxima[w] - top);
+    total += weights[w] * sums[w];
+  }
+  float* to = partial + (int64_t{head} * splits + blockIdx.y) * (head_dim + 2);
+  for (int e = threadIdx.x; e < head_dim; e += kAttentionThreads) {
+    float y = 0;
+    for (int w = 0; w < kAttentionWarps; ++w) y += weights[w] * mixed[w][e];
+    to[e] = y;
+  }
+  if (threadIdx.x == 0) {
+    to[head_dim] = top;
+    to[head_dim + 1] = total;
+  }
+}
+
+template <typename T>
+__global__ void combine(const float* partial, T* out, int splits, int head_dim) {
+  const float* parts = partial + int64_t{blockIdx.x} * splits * (head_dim + 2);
+  float top = -INFINITY;
+  for (int s = 0; s < splits; ++s) top = fmaxf(top, parts[s * (head_dim + 2) + head_dim]);
+  for (int e = threadIdx.x; e < head_dim; e += kAttentionThreads) {
+    float y = 0, total = 0;
+    for (int s = 0; s < splits; ++s) {
+      const float* part = parts + s * (head_dim + 2);
+      const float weight = part[head_dim] == -INFINITY ? 0.0f : expf(part[head_dim] - top);
+      y += weight * part[e];
+      total += weight * part[head_dim + 1];
+    }
+    out[int64_t{blockIdx.x} * head_dim + e] = from_float<T>(y / total);
+  }
+}
+
+Status enqueue_attention(const Decode& op, int32_t index, void* stream) {
+  if (op.head_dim > kMaxHeadDim || op.head_dim % 2 != 0 || op.heads % op.kv_heads != 0)
+    return "attention heads of a shape that the kernel does not take";
+  const DecodeLayer& layer = op.layers[index];
+  const auto to = static_cast<cudaStream_t>(stream);
+  with_type(op.type, [&]<typename T>(T) {
+    const auto placed = [&]<typename Table>(Table) {
+      place<T, Table><<<op.heads + 2 * op.kv_heads, 32, 0, to>>>(
+          static_cast<T*>(op.qkv), static_cast<const T*>(layer.q_norm), static_cast<const T*>(layer.k_norm), op.eps,
+          static_cast<const Table*>(op.cos), static_cast<const Table*>(op.sin), static_cast<const T*>(op.query_scale),
+          static_cast<T*>(layer.keys), static_cast<T*>(layer.values), op.step, op.prompt, op.heads, op.kv_heads,
+          op.head_dim);
+    };
+    if (op.float_table) {
+      placed(float{});
+    } else {
+      placed(T{});
+    }
+    attend<T><<<dim3(op.heads, op.splits), kAttentionThreads, 0, to>>>(
+        static_cast<const T*>(op.qkv), static_cast<const T*>(layer.keys), static_cast<const T*>(layer.values),
+        op.partial, op.step, op.prompt, op.heads, op.kv_heads, op.head_dim,
+        1.0f / sqrtf(static_cast<float>(op.head_dim)));
+    combine<T><<<op.heads, kAttentionThreads, 0, to>>>(op.partial, static_cast<T*>(op.mixed), op.splits, op.head_dim);
+  });
+  return status();
+}
+
+// A token that is none (the logits were not finite) reads row 0: its results are thrown away.
+template <typename T>
+__global__ void embed(const T* table, const int64_t* token, T* out, int hidden) {
+  const int64_t row = *token < 0 ? 0 : *token;
+  for (int i = threadIdx.x; i < hidden; i += kThreads) out[i] = table[row * hidden + i];
+}
+
+// One block. Of equal logits the lowest id, as at::max; −1 if the highest is not finite or there is a NaN.
+template <typename T>
+__global__ void argmax(const T* logits, int vocab, int64_t* token, int32_t* step) {
+  __shared__ float values[32];
+  __shared__ int ids[32];
+  float best = -INFINITY;
+  int id = vocab;
+  const auto take = [&](float value, int at) {
+    // A NaN wins over all, as +∞ does.
+    if (isnan(value)) value = INFINITY;
+    if (value > best || (value == best && at < id)) {
+      best = value;
+      id = at;
+    }
+  };
+  for (int i = threadIdx.x; i < vocab; i += kArgmaxThreads) take(to_float(logits[i]), i);
+  const auto reduce = [&] {
+    for (int offset = 16; offset > 0; offset /= 2) {
+      const float value = __shfl_xor_sync(0xffffffffu, best, offset);
+      const int at = __shfl_xor_sync(0xffffffffu, id, offset);
+      take(value, at);
+    }
+  };
+  reduce();
+  if (threadIdx.x % 32 == 0) {
+    values[threadIdx.x / 32] = best;
+    ids[threadIdx.x / 32] = id;
+  }
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  best = values[threadIdx.x];
+  id = ids[threadIdx.x];
+  reduce();
+  if (threadIdx.x != 0) return;
+  *token = isinf(best) ? -1 : id;
+  ++*step;
+}
+
+Status enqueue_step(const Decode& op, void* stream) {
+  const auto to = static_cast<cudaStream_t>(stream);
+  with_type(op.type, [&]<typename T>(T) {
+    embed<T>
+        <<<1, kThreads, 0, to>>>(static_cast<const T*>(op.embedding), op.token, static_cast<T*>(op.states), op.hidden);
+  });
+  if (const Status error = status()) return error;
+  const auto product = [&](const Matrix* parts, int count, bool gated, const void* x, const void* norm, bool adds,
+                           void* out) {
+    const Matvec call = {parts, count, gated, x, norm, op.eps, adds ? op.states : nullptr, out};
+    return enqueue_matvec(call, op.type, stream);
+  };
+  for (int i = 0; i < op.num_layers; ++i) {
+    const DecodeLayer& layer = op.layers[i];
+    const Matrix gate_up[] = {layer.gate, layer.up};
+    Status error = product(layer.qkv, layer.qkv_parts, false, op.states, layer.input_norm, false, op.qkv);
+    if (error == nullptr) error = enqueue_attention(op, i, stream);
+    if (error == nullptr) error = product(&layer.out, 1, false, op.mixed, nullptr, true, op.states);
+    if (error == nullptr) error = product(gate_up, 2, true, op.states, layer.post_attention_norm, false, op.product);
+    if (error == nullptr) error = product(&layer.down, 1, false, op.product, nullptr, true, op.states);
+    if (error != nullptr) return error;
+  }
+  if (const Status error = product(&op.head, 1, false, op.states, op.final_norm, false, op.logits)) return error;
+  with_type(op.type, [&]<typename T>(T) {
+    argmax<T><<<1, kArgmaxThreads, 0, to>>>(static_cast<const T*>(op.logits), op.head.rows, op.token, op.step);
+  });
+  return status();
+}
+
+struct Captured {
+  cudaGraphExec_t exec = nullptr;
+  cudaEvent_t done[2] = {};
+  cudaStream_t last = nullptr;
+  bool used = false;
+  const int64_t* token = nullptr;
+};
+
+Status message(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // not to be found again by the next launch
+  return cudaGetErrorString(error);
+}
+
+void release(void* graph) {
+  auto* captured = static_cast<Captured*>(graph);
+  if (captured == nullptr) return;
+  if (captured->used) cudaStreamSynchronize(captured->last);
+  for (const cudaEvent_t event : captured->done) {
+    if (event != nullptr) cudaEventDestroy(event);
+  }
+  if (captured->exec != nullptr) cudaGraphExecDestroy(captured->exec);
+  delete captured;
+}
+
+Status capture(const Decode& op, void** graph) {
+  *graph = nullptr;
+  auto* captured = new Captured{};
+  captured->token = op.token;
+  cudaStream_t own = nullptr;
+  cudaGraph_t recorded = nullptr;
+  Status error = message(cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking));
+  if (error == nullptr) error = message(cudaStreamBeginCapture(own, cudaStreamCaptureModeRelaxed));
+  if (error == nullptr) {
+    error = enqueue_step(op, own);
+    const Status ended = message(cudaStreamEndCapture(own, &recorded));
+    if (error == nullptr) error = ended;
+  }
+  if (error == nullptr) error = message(cudaGraphInstantiate(&captured->exec, recorded, 0));
+  for (cudaEvent_t& event : captured->done) {
+    if (error == nullptr) error = message(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  }
+  if (recorded != nullptr) cudaGraphDestroy(recorded);
+  if (own != nullptr) cudaStreamDestroy(own);
+  if (error != nullptr) {
+    release(captured);
+  } else {
+    *graph = captured;
+  }
+  return error;
+}
+
+Status replay(void* graph, int64_t* token, int32_t slot, void* stream) {
+  auto* captured = static_cast<Captured*>(graph);
+  captured->last = static_cast<cudaStream_t>(stream);
+  captured->used = true;
+  Status error = message(cudaGraphLaunch(captured->exec, captured->last));
+  if (error == nullptr) {
+    error = message(cudaMemcpyAsync(token, captured->token, sizeof(int64_t), cudaMemcpyDeviceToHost, captured->last));
+  }
+  if (error == nullptr) error = message(cudaEventRecord(captured->done[slot], captured->last));
+  return error;
+}
+
+Status wait(void* graph, int32_t slot) {
+  return message(cudaEventSynchronize(static_cast<Captured*>(graph)->done[slot]));
+}
+
+}  // namespace
+
+const DecodeKernels decode_kernels = {enqueue_matvec, enqueue_attention, enqueue_step, capture, replay, wait, release};
+
+}  // namespace martlet::cuda

@@ -1,0 +1,88 @@
+// One decoding step of a decoder of the Llama line at batch 1, as kernels that a CUDA graph can hold: all sizes are
+// fixed, the token and the step are read from device memory. Reference: the same decoder through ATen's operations.
+#pragma once
+
+#include <cstdint>
+
+namespace martlet::cuda {
+
+enum class Type : int32_t;
+using Status = const char*;
+
+enum class Storage : int32_t { kDense, kInt8, kNf4 };
+
+// A weight [rows, columns] in one of the forms of quant/, and its bias.
+struct Matrix {
+  const void* weight;  // 16-bit numbers, or codes (int8; NF4: two a byte, the first in the upper half)
+  const void* bias;    // 16-bit [rows], or null
+  // int8: float32 [rows], what 127 stands for. NF4: one of each 64 elements, float32, or uint8 where nested_map is
+  // given.
+  const void* scales;
+  const float* nested_map;     // NF4: what each of the 256 codes of a scale stands for
+  const float* nested_scales;  // NF4: one of each 256 scales
+  float nested_offset;
+  int32_t outliers;                // int8: columns whose codes are 0 and whose values are kept in 16 bits
+  const int64_t* outlier_columns;  // [outliers]
+  const void* outlier_values;      // [rows, outliers]
+  int32_t rows, columns;
+  Storage storage;
+};
+
+// What a product reads and where its results go.
+struct Matvec {
+  const Matrix* parts;  // up to 3, of as many columns each; their rows one after the other
+  int32_t count;
+  bool gated;            // two parts, gate and up: out = silu(gate · x) · (up · x)
+  const void* x;         // 16-bit [columns], 16-byte aligned
+  const void* norm;      // RMSNorm's weight on x first, or null
+  float eps;             // RMSNorm's
+  const void* residual;  // added to the result, or null; may be `out`
+  void* out;             // 16-bit
+};
+
+struct DecodeLayer {
+  Matrix qkv[3];  // q, k, v; or one part with all rows
+  int32_t qkv_parts;
+  Matrix out, gate, up, down;
+  const void *input_norm, *post_attention_norm;  // [hidden]
+  const void *q_norm, *k_norm;                   // [head_dim], or null
+  void *keys, *values;                           // [capacity, kv_heads, head_dim]
+};
+
+struct Decode {
+  const DecodeLayer* layers;  // host memory, read while the kernels are enqueued
+  int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim;
+  int32_t prompt;  // positions in the cache before step 0
+  int32_t splits;  // parts of the context that attention works on at once
+  float eps;
+  Type type;
+  bool float_table;         // cos and sin are float32, else of `type`
+  const void *cos, *sin;    // [steps, head_dim / 2]
+  const void* query_scale;  // `type`, [steps]: queries times this, or null
+  const void* embedding;    // [vocab, hidden]
+  const void* final_norm;   // [hidden]
+  Matrix head;
+  // Device memory that the caller owns. All but the last three are scratch.
+  void *states, *qkv, *mixed,
+      *product;    // `type`: [hidden], [(heads + 2 kv_heads) head_dim], [heads head_dim], [intermediate]
+  float* partial;  // [heads, splits, head_dim + 2]
+  void* logits;    // `type`, [vocab]
+  int64_t* token;  // in: the token of this step; out: the likeliest next (−1: logits not finite)
+  int32_t* step;   // counted up by each step
+};
+
+struct DecodeKernels {
+  Status (*matvec)(const Matvec& op, Type type, void* stream);
+  // q, k, v of layer `layer` in `qkv`: norm, rotation, and k and v into the cache.
+  // Then the attention of the one query, into `mixed`.
+  Status (*attention)(const Decode& op, int32_t layer, void* stream);
+  Status (*step)(const Decode& op, void* stream);
+  // `step` as a graph with two events; release() waits for the stream of the last replay.
+  Status (*capture)(const Decode& op, void** graph);
+  // One step, then the next token into `token`, pinned host memory; ready once wait(slot) has returned. slot: 0 or 1.
+  Status (*replay)(void* graph, int64_t* token, int32_t slot, void* stream);
+  Status (*wait)(void* graph, int32_t slot);
+  void (*release)(void* graph);
+};
+
+}  // namespace martlet::cuda

@@ -1,0 +1,134 @@
+// How near decoding comes to the memory's bandwidth: each matrix at the sizes of a 7B model, and a whole random one.
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <chrono>
+#include <functional>
+
+#include "check.h"
+#include "core/base/cuda_kernels.h"
+#include "core/base/memory.h"
+#include "cuda/gpu.h"
+#include "cuda/random_decoder.h"
+
+using namespace martlet;
+using namespace martlet::test;
+
+namespace {
+
+double seconds(int64_t repeats, const std::function<void()>& fn) {
+  for (int i = 0; i < 3; ++i) fn();
+  synchronize(gpu());
+  const auto start = std::chrono::steady_clock::now();
+  for (int64_t i = 0; i < repeats; ++i) fn();
+  synchronize(gpu());
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / static_cast<double>(repeats);
+}
+
+// Bytes/s that a device copy reads and writes.
+double copy_bandwidth() {
+  const at::Tensor from = at::empty({int64_t{1} << 30}, at::dtype(at::kByte).device(gpu())), to = at::empty_like(from);
+  return 2.0 * static_cast<double>(from.numel()) / seconds(10, [&] { at::Tensor(to).copy_(from); });
+}
+
+using Method = QuantizationOptions::Method;
+const std::vector<std::pair<const char*, QuantizationOptions>> kStorages = {
+    {"bf16", {}}, {"int8", {Method::kInt8, false}}, {"nf4", {Method::kNf4, true}}};
+
+}  // namespace
+
+TEST("GB/s of matrix times vector") {
+  const at::NoGradGuard no_grad;
+  const at::Tensor any = at::empty({1}, at::dtype(at::kBFloat16).device(gpu()));
+  const cuda::DecodeKernels& kernels = cuda_kernels(any)->decode;
+  const double copy = copy_bandwidth();
+  std::printf("  device copy %.0f GB/s\n", copy / 1e9);
+  for (const auto& [name, quantization] : kStorages) {
+    for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{
+             {3584, 3584}, {4608, 3584}, {18944, 3584}, {3584, 18944}, {11008, 4096}, {4096, 11008}, {152064, 3584}}) {
+      // More than the second-level cache holds, read in turn.
+      const int64_t copies = std::max<int64_t>(1, (int64_t{1} << 29) / (rows * columns * 2));
+      std::vector<at::Tensor> dense;
+      std::vector<QuantizedPtr> quantized;
+      std::vector<cuda::Matrix> parts;
+      double bytes = 0;
+      for (int64_t i = 0; i < copies; ++i) {
+        at::Tensor w = at::empty({rows, columns}, any.options()).normal_(0, 0.02);
+        cuda::Matrix part = {};
+        if (quantization.enabled()) {
+          quantized.push_back(quantize(w, quantization));
+          quantized.back()->describe(part);
+          bytes = static_cast<double>(quantized.back()->nbytes());
+        } else {
+          part.weight = w.const_data_ptr();
+          bytes = static_cast<double>(w.nbytes());
+          dense.push_back(w);
+        }
+        part.rows = static_cast<int32_t>(rows);
+        part.columns = static_cast<int32_t>(columns);
+        parts.push_back(part);
+      }
+      const at::Tensor x = at::empty({columns}, any.options()).normal_(), y = at::empty({rows}, any.options());
+      for (const bool normed : {false, true}) {
+        if (normed && columns > 8192) continue;
+        int64_t turn = 0;
+        const double time = seconds(200, [&] {
+          const cuda::Matvec op = {&parts[turn++ % copies],
+                                   1,
+                                   false,
+                                   x.const_data_ptr(),
+                                   normed ? x.const_data_ptr() : nullptr,
+                                   1e-6f,
+                                   nullptr,
+                                   y.mutable_data_ptr()};
+          check_cuda(kernels.matvec(op, cuda::Type::kBFloat16, cuda_stream(x)));
+        });
+        std::printf("  %s %lld×%lld%s: %.1f us, %.0f GB/s\n", name, static_cast<long long>(rows),
+                    static_cast<long long>(columns), normed ? " normed" : "", time * 1e6, bytes / time / 1e9);
+        // A launch costs microseconds, which the large ones hide.
+        if (!quantization.enabled() && rows > 100000) EXPECT(bytes / time > 0.5 * copy);
+      }
+    }
+  }
+}
+
+TEST("tokens/s of a random decoder of 7B") {
+  const at::NoGradGuard no_grad;
+  DecoderConfig config;
+  config.vocab_size = 152064;
+  config.hidden_size = 3584;
+  config.intermediate_size = 18944;
+  config.num_layers = 28;
+  config.num_heads = 28;
+  config.num_kv_heads = 4;
+  config.head_dim = 128;
+  config.qkv_bias = true;
+  constexpr int64_t kPrompt = 320, kSteps = 256;
+  const double copy = copy_bandwidth();
+  for (const auto& [name, quantization] : kStorages) {
+    const RandomDecoder decoder = random_decoder(config, at::kBFloat16, gpu(), quantization);
+    double bytes = static_cast<double>(decoder.head.nbytes());
+    decoder.model->visit_parameters([&](const std::string& parameter, Parameter& p) {
+      if (parameter.find("embed") != std::string::npos) return;
+      bytes += static_cast<double>(p.value.defined() ? p.value.nbytes() : p.quantized->nbytes());
+    });
+    const Reference reference(decoder, at::arange(1, kPrompt + 1, at::kLong));
+    for (const bool graph : {true, false}) {
+      const auto fast =
+          FastDecoder::make(*decoder.model, decoder.head, reference.cache,
+                            {.next_position = kPrompt, .prompt = kPrompt, .steps = kSteps, .graph = graph});
+      if (fast == nullptr) return record_failure(__FILE__, __LINE__, "no fast decoder was made");
+      Sampler sampler({}, {});
+      int64_t token = fast->next(1, sampler);
+      synchronize(gpu());
+      const auto start = std::chrono::steady_clock::now();
+      for (int64_t i = 1; i < kSteps; ++i) token = fast->next(token, sampler);
+      synchronize(gpu());
+      const double time =
+          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / (kSteps - 1);
+      std::printf("  %s%s: %.1f tok/s, %.0f GB/s (copy %.0f)\n", name, graph ? ", graph" : "", 1 / time,
+                  bytes / time / 1e9, copy / 1e9);
+      if (graph && !quantization.enabled()) EXPECT(bytes / time > 0.4 * copy);
+    }
+  }
+}

@@ -1,0 +1,287 @@
+// Decoding's kernels beside ATen's expressions in float32, and whole decoders beside the generator's own path.
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <functional>
+
+#include "check.h"
+#include "core/base/cuda_kernels.h"
+#include "core/quant/quantized_tensor.h"
+#include "cuda/gpu.h"
+#include "cuda/random_decoder.h"
+
+using namespace martlet;
+using namespace martlet::test;
+
+namespace {
+
+const std::vector<at::ScalarType> kTypes = {at::kBFloat16, at::kHalf};
+
+double distance(const at::Tensor& actual, const at::Tensor& expected) {
+  const at::Tensor a = actual.cpu().to(at::kDouble), e = expected.cpu().to(at::kDouble);
+  return ((a - e).norm() / e.norm()).item<double>();
+}
+
+// Of the whole, and of the worst element beside the root mean square.
+void check_near(const at::Tensor& actual, const at::Tensor& expected, double whole, const std::string& what) {
+  const double far = distance(actual, expected);
+  const at::Tensor a = actual.cpu().to(at::kDouble), e = expected.cpu().to(at::kDouble);
+  const double rms = std::max(e.square().mean().sqrt().item<double>(), 1e-6);
+  const double worst = (a - e).abs().max().item<double>() / rms;
+  if (!(far <= whole && worst <= 10 * whole)) {
+    record_failure(__FILE__, __LINE__,
+                   what + ": rel. error " + std::to_string(far) + ", worst " + std::to_string(worst));
+  }
+}
+
+struct TestMatrix {
+  at::Tensor dense, bias;
+  QuantizedPtr quantized;
+  cuda::Matrix described = {};
+};
+
+TestMatrix matrix(int64_t rows, int64_t columns, at::ScalarType type, const QuantizationOptions& quantization,
+                  uint64_t seed, bool bias) {
+  TestMatrix out;
+  out.dense = (randn({rows, columns}, seed) / std::sqrt(static_cast<double>(columns))).to(type);
+  // An outlier column, for int8.
+  if (columns >= 64) out.dense.select(1, columns / 2).mul_(20);
+  out.dense = out.dense.to(gpu());
+  if (quantization.enabled()) {
+    out.quantized = quantize(out.dense, quantization);
+    out.quantized->describe(out.described);
+    out.dense = out.quantized->dequantize();
+  } else {
+    out.described.weight = out.dense.const_data_ptr();
+  }
+  if (bias) {
+    out.bias = randn({rows}, seed + 1).to(type).to(gpu());
+    out.described.bias = out.bias.const_data_ptr();
+  }
+  out.described.rows = static_cast<int32_t>(rows);
+  out.described.columns = static_cast<int32_t>(columns);
+  return out;
+}
+
+const std::vector<std::pair<std::string, QuantizationOptions>> kStorages = {
+    {"16 bits", {}},
+    {"int8", {QuantizationOptions::Method::kInt8, false}},
+    {"NF4", {QuantizationOptions::Method::kNf4, false}},
+    {"NF4 with nested scales", {QuantizationOptions::Method::kNf4, true}}};
+
+at::Tensor linear32(const TestMatrix& m, const at::Tensor& x) {
+  const at::Tensor y = at::mv(m.dense.cpu().to(at::kFloat), x.cpu().to(at::kFloat));
+  return (m.bias.defined() ? y + m.bias.cpu().to(at::kFloat) : y);
+}
+
+}  // namespace
+
+TEST("matrix times vector: 16 bits, int8, NF4; norm, bias, residual, three parts, gated") {
+  const at::NoGradGuard no_grad;
+  const cuda::DecodeKernels& kernels = cuda_kernels(at::empty({1}, at::dtype(at::kHalf).device(gpu())))->decode;
+  for (const at::ScalarType type : kTypes) {
+    for (const auto& [name, quantization] : kStorages) {
+      for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{
+               {5, 1}, {13, 7}, {70, 80}, {9, 514}, {33, 3584}, {129, 520}, {40, 18944}}) {
+        const std::string what = name + " " + std::to_string(rows) + "×" + std::to_string(columns);
+        const at::Tensor x = randn({columns}, 1).to(type).to(gpu()),
+                         norm = (1 + 0.1 * randn({columns}, 2)).to(type).to(gpu());
+        const at::Tensor residual = randn({rows}, 3).to(type).to(gpu());
+        const TestMatrix a = matrix(rows, columns, type, quantization, 10, true),
+                         b = matrix(rows, columns, type, quantization, 20, false),
+                         c = matrix(rows + 3, columns, type, quantization, 30, true);
+        const auto run = [&](const std::vector<cuda::Matrix>& parts, bool gated, bool normed, const at::Tensor& added,
+                             int64_t n) {
+          at::Tensor y = added.defined() ? added.clone() : at::full({n}, 99.0, x.options());
+          const cuda::Matvec op = {parts.data(),
+                                   static_cast<int32_t>(parts.size()),
+                                   gated,
+                                   x.const_data_ptr(),
+                                   normed ? norm.const_data_ptr() : nullptr,
+                                   1e-6f,
+                                   added.defined() ? y.const_data_ptr() : nullptr,
+                                   y.mutable_data_ptr()};
+          check_cuda(kernels.matvec(op, cuda_type(type), cuda_stream(x)));
+          return y;
+        };
+        const at::Tensor x32 = x.cpu().to(at::kFloat);
+        const at::Tensor normed = (at::rms_norm(x.cpu(), {columns}, std::nullopt, 1e-6) * norm.cpu());
+        check_near(run({a.described}, false, false, residual, rows), linear32(a, x) + residual.cpu().to(at::kFloat),
+                   1e-2, what + " with residual");
+        const bool fits = columns <= 8192;
+        if (!fits) continue;
+        check_near(run({a.described, b.described, c.described}, false, true, {}, 3 * rows + 3),
+                   at::cat({linear32(a, normed), linear32(b, normed), linear32(c, normed)}), 1e-2,
+                   what + ", three parts of a normed row");
+        check_near(run({a.described, b.described}, true, true, {}, rows),
+                   at::silu(linear32(a, normed)) * linear32(b, normed), 2e-2, what + ", gated");
+      }
+    }
+  }
+}
+
+TEST("attention of one query, rotary, norms of q and k, and the cache") {
+  const at::NoGradGuard no_grad;
+  const cuda::DecodeKernels& kernels = cuda_kernels(at::empty({1}, at::dtype(at::kHalf).device(gpu())))->decode;
+  struct Shape {
+    int32_t heads, kv_heads, head_dim;
+  };
+  for (const at::ScalarType type : kTypes) {
+    for (const Shape& shape : {Shape{28, 4, 128}, Shape{6, 3, 64}, Shape{4, 4, 80}, Shape{3, 1, 6}}) {
+      for (const int64_t context : {1, 2, 31, 32, 33, 257, 2100}) {
+        for (const bool extras : {false, true}) {
+          const auto [heads, kv_heads, d] = shape;
+          const int32_t step = context > 3 ? 2 : 0;  // of 3 steps, the rest of the context is the prompt's
+          const auto on_gpu = [&](const at::Tensor& t) { return t.to(type).to(gpu()); };
+          const at::Tensor qkv = on_gpu(randn({heads + 2 * kv_heads, d}, 1));
+          const at::Tensor cache = on_gpu(randn({2, context + 5, kv_heads, d}, 2));
+          const at::Tensor angles = randn({3, d / 2}, 3);
+          const at::ScalarType table = extras ? at::kFloat : type;
+          const at::Tensor cos = angles.cos().to(table).to(gpu()), sin = angles.sin().to(table).to(gpu());
+          const at::Tensor q_norm = on_gpu(1 + 0.1 * randn({d}, 4)), k_norm = on_gpu(1 + 0.1 * randn({d}, 5));
+          const at::Tensor scale = on_gpu(1 + 0.1 * randn({3}, 6));
+          const at::Tensor mixed = on_gpu(at::zeros({heads, d})), at_step = at::full({1}, step, at::kInt).to(gpu());
+          const int32_t splits = 37;
+          const at::Tensor partial = at::empty({heads, splits, d + 2}, at::kFloat).to(gpu());
+          // What is expected, in float32 on the CPU.
+          const auto f32 = [](const at::Tensor& t) { return t.cpu().to(at::kFloat); };
+          const auto turned = [&](at::Tensor x, const at::Tensor& norm) {
+            if (extras) x = at::rms_norm(x, {d}, std::nullopt, 1e-6) * f32(norm);
+            const at::Tensor c = f32(cos)[step], s = f32(sin)[step], x1 = x.narrow(1, 0, d / 2),
+                             x2 = x.narrow(1, d / 2, d / 2);
+            return at::cat({x1 * c - x2 * s, x2 * c + x1 * s}, 1);
+          };
+          at::Tensor q = turned(f32(qkv).narrow(0, 0, heads), q_norm);
+          if (extras) q = q * f32(scale)[step];
+          const at::Tensor k = turned(f32(qkv).narrow(0, heads, kv_heads), k_norm);
+          at::Tensor keys = f32(cache)[0].narrow(0, 0, context), values = f32(cache)[1].narrow(0, 0, context);
+          keys[context - 1].copy_(k);
+          values[context - 1].copy_(f32(qkv).narrow(0, heads + kv_heads, kv_heads));
+          const auto repeated = [&, heads = heads, kv_heads = kv_heads](const at::Tensor& x) {
+            return x.repeat_interleave(heads / kv_heads, 1).transpose(0, 1);  // [heads, context, d]
+          };
+          const at::Tensor weights =
+              at::softmax(at::matmul(repeated(keys), q.unsqueeze(2)).squeeze(2) / std::sqrt(static_cast<double>(d)), 1);
+          const at::Tensor expected = at::matmul(weights.unsqueeze(1), repeated(values)).squeeze(1);
+
+          cuda::DecodeLayer layer = {};
+          layer.keys = cache[0].mutable_data_ptr();
+          layer.values = cache[1].mutable_data_ptr();
+          cuda::Decode op = {};
+          op.layers = &layer;
+          op.num_layers = 1;
+          op.heads = heads;
+          op.kv_heads = kv_heads;
+          op.head_dim = d;
+          op.prompt = static_cast<int32_t>(context) - 1 - step;
+          op.splits = splits;
+          op.eps = 1e-6f;
+          op.type = cuda_type(type);
+          op.float_table = extras;
+          op.cos = cos.const_data_ptr();
+          op.sin = sin.const_data_ptr();
+          if (extras) {
+            layer.q_norm = q_norm.const_data_ptr();
+            layer.k_norm = k_norm.const_data_ptr();
+            op.query_scale = scale.const_data_ptr();
+          }
+          op.qkv = qkv.mutable_data_ptr();
+          op.mixed = mixed.mutable_data_ptr();
+          op.partial = partial.mutable_data_ptr<float>();
+          op.step = at_step.mutable_data_ptr<int32_t>();
+          check_cuda(kernels.attention(op, 0, cuda_stream(qkv)));
+          const std::string what = std::to_string(heads) + "/" + std::to_string(kv_heads) + " heads of " +
+                                   std::to_string(d) + ", context " + std::to_string(context) +
+                                   (extras ? ", with norms" : "");
+          check_near(mixed, expected, 2e-2, what);
+          check_near(cache[0].narrow(0, 0, context), keys, 2e-2, what + ": keys");
+          check_near(cache[1].narrow(0, 0, context), values, 1e-6, what + ": values");
+        }
+      }
+    }
+  }
+}
+
+namespace {
+
+DecoderConfig tiny() {
+  DecoderConfig config;
+  config.vocab_size = 509;
+  config.hidden_size = 200;
+  config.intermediate_size = 328;
+  config.num_layers = 3;
+  config.num_heads = 6;
+  config.num_kv_heads = 2;
+  config.head_dim = 32;
+  return config;
+}
+
+constexpr int64_t kSteps = 40;
+
+void check_decoder(const std::string& what, const DecoderConfig& config, at::ScalarType type,
+                   const QuantizationOptions& quantization) {
+  const at::NoGradGuard no_grad;
+  const RandomDecoder decoder = random_decoder(config, type, gpu(), quantization);
+  const RandomDecoder exact = random_decoder(config, at::kFloat, at::kCPU, {}, &decoder);
+  const at::Tensor prompt = at::arange(1, 24, at::kLong);
+  Reference reference(decoder, prompt), truth(exact, prompt);
+  // Room for 7 steps at first: it grows on the way.
+  FastDecoder::Options options = {.next_position = 23, .prompt = 23, .steps = kSteps, .graph = true, .spare = 7};
+  const auto forced = FastDecoder::make(*decoder.model, decoder.head, reference.cache, options);
+  const auto greedy = FastDecoder::make(*decoder.model, decoder.head, reference.cache, options);
+  options.graph = false;
+  const auto plain = FastDecoder::make(*decoder.model, decoder.head, reference.cache, options);
+  if (forced == nullptr || greedy == nullptr || plain == nullptr)
+    return record_failure(__FILE__, __LINE__, what + ": no fast decoder was made");
+  // Not greedy in the sampler's eyes, so that each step reads the token that it is given.
+  Sampler given({.repetition_penalty = 1 + 1e-9}, {}), highest({}, {});
+  const int64_t first = reference.logits.argmax().item<int64_t>();
+  int64_t token = first, of_greedy = first, of_plain = first;
+  double fast_error = 0, reference_error = 0, apart = 0;
+  for (int64_t i = 0; i < kSteps; ++i) {
+    forced->next(token, given);
+    const int64_t before = of_greedy;
+    of_greedy = greedy->next(of_greedy, highest);
+    of_plain = plain->next(before, highest);
+    EXPECT_EQ(of_greedy, of_plain);
+    reference.next(token);
+    truth.next(token);
+    fast_error = std::max(fast_error, distance(forced->logits(), truth.logits));
+    reference_error = std::max(reference_error, distance(reference.logits, truth.logits));
+    apart = std::max(apart, distance(forced->logits(), reference.logits));
+    token = reference.logits.argmax().item<int64_t>();
+  }
+  EXPECT_SAME(greedy->logits().cpu(), plain->logits().cpu());
+  std::printf("  %s: from float32 %.4f (reference %.4f), apart %.4f\n", what.c_str(), fast_error, reference_error,
+              apart);
+  EXPECT(fast_error <= 1.3 * reference_error + 2e-3);
+}
+
+}  // namespace
+
+TEST("a whole decoder: 40 steps beside the generator's own path, with a graph and without the same bits") {
+  for (const at::ScalarType type : kTypes) {
+    for (const auto& [name, quantization] : kStorages) check_decoder(name, tiny(), type, quantization);
+    DecoderConfig config = tiny();
+    config.qk_norm = true;
+    config.qkv_bias = true;
+    config.rope_float32 = true;
+    check_decoder("norms of q and k, biases, rotation in float32", config, type, {});
+    config = tiny();
+    config.fused_qkv = true;
+    config.head_dim = 40;
+    config.hidden_size = 203;
+    config.long_context = LongContext{.trained_length = 30, .dynamic_ntk = true, .log_scale = true};
+    check_decoder("fused q, k, v, log-n scale, rows of 203", config, type, {});
+  }
+}
+
+TEST("a decoder of another form is left to the generator's own path") {
+  const at::NoGradGuard no_grad;
+  DecoderConfig config = tiny();
+  config.plain_mlp = Activation::kRelu;
+  const RandomDecoder decoder = random_decoder(config, at::kHalf, gpu());
+  Reference reference(decoder, at::arange(1, 5, at::kLong));
+  EXPECT(FastDecoder::make(*decoder.model, decoder.head, reference.cache,
+                           {.next_position = 4, .prompt = 4, .steps = 3}) == nullptr);
+}

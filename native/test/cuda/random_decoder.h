@@ -1,0 +1,85 @@
+// A decoder with random weights on the GPU, prefilled, and the two ways to go on.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <map>
+#include <memory>
+
+#include "check.h"
+#include "core/generate/fast_decoder.h"
+#include "core/language/decoder.h"
+
+namespace martlet::test {
+
+struct RandomDecoder {
+  std::unique_ptr<Decoder> model;
+  at::Tensor head;  // [vocab, hidden]
+};
+
+// Weights are drawn on `device`. With `like` its weights, in `dtype`.
+inline RandomDecoder random_decoder(const DecoderConfig& config, at::ScalarType dtype, at::Device device,
+                                    QuantizationOptions quantization = {}, const RandomDecoder* like = nullptr) {
+  RandomDecoder out{std::make_unique<Decoder>(config), at::Tensor()};
+  std::map<std::string, std::vector<int64_t>> shapes;
+  std::map<std::string, at::Tensor> values;
+  out.model->visit_parameters([&](const std::string& name, Parameter& parameter) { shapes[name] = parameter.shape; });
+  if (like != nullptr)
+    like->model->visit_parameters([&](const std::string& name, Parameter& p) { values[name] = p.dense(); });
+  LoadOptions options;
+  options.dtype = dtype;
+  options.device = device;
+  options.quantization = quantization;
+  options.is_quantized = [&](const std::string& name) {
+    return quantization.enabled() && name.find("proj.weight") != std::string::npos;
+  };
+  const auto drawn = [&](at::IntArrayRef shape) {
+    at::Tensor x = at::empty(shape, at::TensorOptions().dtype(dtype).device(device)).normal_();
+    if (shape.size() == 1) return x.mul_(0.1).add_(1.0);  // norms and biases
+    return x.mul_(1.0 / std::sqrt(static_cast<double>(shape[1])));
+  };
+  out.model->load(
+      [&](const std::string& name) {
+        return like != nullptr ? values.at(name).to(device, dtype) : drawn(shapes.at(name));
+      },
+      options);
+  out.head = like != nullptr ? like->head.to(device, dtype) : drawn({config.vocab_size, config.hidden_size});
+  return out;
+}
+
+// The reference: the generator's own path.
+class Reference {
+ public:
+  Reference(const RandomDecoder& decoder, const at::Tensor& prompt)
+      : decoder_(decoder), cache(decoder.model->config().num_layers), prompt_(prompt.numel()) {
+    rows_ = SequenceLengths::from_lengths({prompt_}, decoder.head.device());
+    logits = run(prompt);
+  }
+  void next(int64_t token) { logits = run(at::full({1}, token, at::kLong)); }
+  at::Tensor logits;
+
+ private:
+  at::Tensor run(const at::Tensor& ids) {
+    const Decoder& model = *decoder_.model;
+    DecoderPass pass;
+    pass.rows = &rows_;
+    pass.cache = &cache;
+    const at::Device device = decoder_.head.device();
+    const int64_t n = ids.numel(), end = cache.length() + n;
+    model.place(pass, at::arange(end - n, end, at::TensorOptions().dtype(at::kLong).device(device)),
+                {{n, end, prompt_}}, decoder_.head.scalar_type());
+    const at::Tensor states = model.forward(model.embed(ids.to(device)), pass);
+    return at::linear(model.head_input(states.narrow(0, n - 1, 1), {}), decoder_.head).squeeze(0);
+  }
+  const RandomDecoder& decoder_;
+
+ public:
+  KvCache cache;
+
+ private:
+  int64_t prompt_;
+  SequenceLengths rows_;
+};
+
+}  // namespace martlet::test
