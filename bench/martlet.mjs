@@ -71,15 +71,22 @@ function rows(first, count, promptTokens) {
 }
 
 /** LoRA starts from the stored adapter, as the peer's does, where there is a peer; from PEFT's fresh one where there is none. */
-function begin(recompute, method = 'lora') {
-  const { r = 8, alpha = 16, dropout = 0, targets = 'all-linear' } = shape.lora ?? {};
+function begin({ recompute, method = 'lora', optim = 'adamw', ...task }) {
+  const { r = 8, alpha = 16, dropout = 0, targets = 'all-linear' } = { ...shape.lora, ...(task.r && { r: task.r }) };
   const full = method === 'full';
   return {
     method: full ? 'full' : 'lora',
     ...(!full && { lora: { r, alpha, dropout, useRslora: false, targetModules: targets } }),
     ...(!full && shape.peer !== 'none' && { adapterDir: join(dir, 'adapter') }),
     freeze: { vision: true, projector: true, language: false },
-    optimizer: { name: 'adamw', beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weightDecay: 0.1 },
+    optimizer: {
+      name: optim.replace('paged_', ''),
+      paged: optim.startsWith('paged_'),
+      beta1: 0.9,
+      beta2: 0.999,
+      epsilon: 1e-8,
+      weightDecay: 0.1,
+    },
     schedule: { type: 'constant', warmupSteps: 0, totalSteps: 1000 },
     learningRate: full ? 1e-5 : 1e-4,
     maxGradNorm: 1,
@@ -92,9 +99,9 @@ function begin(recompute, method = 'lora') {
 const BITS = { nf4: 4, int8: 8 };
 
 /** What `martlet plan` says that such a run takes at most, in bytes. */
-async function plannedPeak({ method, batch, recompute }) {
+async function plannedPeak({ method, batch, recompute, optim = 'adamw_torch', ...task }) {
   const bits = BITS[method];
-  const { r = 8, alpha = 16, targets = 'all-linear' } = shape.lora ?? {};
+  const { r = 8, alpha = 16, targets = 'all-linear' } = { ...shape.lora, ...(task.r && { r: task.r }) };
   const { memory, settings } = await planTraining(
     {
       model: join(dir, 'model'),
@@ -102,6 +109,7 @@ async function plannedPeak({ method, batch, recompute }) {
       sft_type: bits ? 'qlora' : method,
       ...(bits && { quant_bits: bits }),
       ...(method !== 'full' && { lora_rank: r, lora_alpha: alpha, target_modules: targets }),
+      optim,
       per_device_train_batch_size: batch,
       max_length: shape.row.tokens,
       gradient_checkpointing: recompute,
@@ -187,11 +195,11 @@ const TASKS = {
     return { visionSeconds, pictures };
   },
 
-  /** With a `method`: lora, nf4, int8 (LoRA on weights loaded that way) or full; else LoRA. */
+  /** With a `method`: lora, nf4, int8 (LoRA on weights loaded that way) or full; else LoRA. `r` and `optim` in place of the shape's and AdamW. */
   async train(task) {
     await engine.call('emptyCache', {});
     const planned = task.method && (await plannedPeak(task));
-    const { result: begun } = await engine.call('train.begin', begin(task.recompute, task.method));
+    const { result: begun } = await engine.call('train.begin', begin(task));
     const seconds = [];
     const losses = [];
     const peak = { peakAllocated: 0, peakReserved: 0 };
@@ -223,7 +231,7 @@ const TASKS = {
   },
 
   async gradients({ batch, file }) {
-    await engine.call('train.begin', begin(true));
+    await engine.call('train.begin', begin({ recompute: true }));
     const { samples, buffers } = rows(0, batch);
     const { result, buffers: out } = await engine.call('train.gradients', { microBatches: [samples] }, { buffers });
     writeFloat32(

@@ -200,6 +200,8 @@ const titleOf = (task) =>
     task.mode,
     task.quantization,
     task.method,
+    task.optim,
+    task.r && `r ${task.r}`,
     task.attention,
     task.batch && `${task.batch} rows`,
     task.recompute && task.recompute !== 'none' && 'recompute',

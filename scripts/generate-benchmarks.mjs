@@ -148,7 +148,11 @@ function methodsTable(result) {
   const rows = result.runs
     .filter(({ kind, method }) => kind === 'train' && method)
     .map((run) => {
-      const setting = [METHODS[run.method], `${run.batch} × ${result.row.tokens}`, RECOMPUTE[run.recompute]];
+      const setting = [
+        [METHODS[run.method], run.r && `r ${run.r}`, run.optim].filter(Boolean).join(', '),
+        `${run.batch} × ${result.row.tokens}`,
+        RECOMPUTE[run.recompute],
+      ];
       const { side, tokensPerSecond, peakAllocated, peakReserved, plannedPeak } = run;
       if (!tokensPerSecond) return [SIDES[side], ...setting, run.error, '—', '—', '—'];
       // On the CPU the peak is the whole process's, which no plan is of.
