@@ -32,13 +32,14 @@ export function largestBatchTokens(config: TrainConfig, lengths: number[]): numb
 /** The options of a prediction for this config; `changes` win. Half of the tokens are taken as labelled. */
 export function memoryOptions(
   config: TrainConfig,
+  model: ModelDescription,
   tokens: number,
   changes: Partial<MemoryOptions> = {},
 ): MemoryOptions {
   return {
     quantization: quantizationOf(config),
     doubleQuantization: config.bnb_4bit_use_double_quant,
-    computeBytes: config.torch_dtype === 'float32' ? 4 : 2,
+    computeBytes: (config.torch_dtype === 'auto' ? model.dtype : config.torch_dtype) === 'float32' ? 4 : 2,
     recompute: fixedRecompute(config.gradient_checkpointing) ?? 'layer',
     tokens,
     labelled: Math.ceil(tokens / 2),
@@ -65,7 +66,7 @@ export async function chooseRecompute(config: TrainConfig, modelDir: string, dat
   const budget = memoryBudget(config);
   return (
     RECOMPUTE_LEVELS.find(
-      (recompute) => predict(config, model, memoryOptions(config, tokens, { recompute })).total <= budget,
+      (recompute) => predict(config, model, memoryOptions(config, model, tokens, { recompute })).total <= budget,
     ) ?? 'layer'
   );
 }
@@ -84,10 +85,10 @@ export function memoryBudget(config: TrainConfig): number {
 /** For a run that does not fit: what each remedy would save, by the prediction. */
 export async function savingsText(config: TrainConfig, modelDir: string, tokens: number): Promise<string> {
   const model = await describeModel(modelDir);
-  const now = predict(config, model, memoryOptions(config, tokens));
+  const now = predict(config, model, memoryOptions(config, model, tokens));
   const remedies: { what: string; saved: number }[] = [];
   const offer = (what: string, options: Partial<MemoryOptions>, changed: TrainConfig = config) => {
-    const saved = now.total - predict(changed, model, memoryOptions(config, tokens, options)).total;
+    const saved = now.total - predict(changed, model, memoryOptions(config, model, tokens, options)).total;
     if (saved > 0) remedies.push({ what, saved });
   };
   offer('gradient_checkpointing: layer', { recompute: 'layer' });

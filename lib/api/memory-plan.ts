@@ -119,13 +119,12 @@ export function estimateMemory(
   // besides: the embeddings, the states that the loss reads and their gradient
   const activations = tokens * (layers * perLayer + 2 * h * computeBytes) + 2 * labelled * h * computeBytes;
 
-  // the layer at work: everything it keeps, and the gradients of its widest part
+  // the layer at work: everything that it computes again, and the gradients of its widest part, the MLP
   const layerAtWork =
-    tokens *
-    ((recompute === 'layer' ? kept.none : recompute === 'mlp' ? 3 * i + 2 * h : 0) + 3 * i + 2 * h) *
-    computeBytes;
+    tokens * ((recompute === 'layer' ? kept.none : recompute === 'mlp' ? 3 * i + 2 * h : 0) + 3 * i) * computeBytes;
   const rows = Math.min(labelled, Math.max(1, Math.floor(2 ** 25 / vocabSize)));
-  const loss = rows * vocabSize * (2 * computeBytes + 8);
+  // float32 logits, and as many for their exponentials (native/core/train/loss.cpp)
+  const loss = rows * vocabSize * 8;
   // native/core/quant: three float32 temporaries of a part
   const part = options.cpu ? 2 ** 20 : 2 ** 24;
   const dequantised = largest * computeBytes + 12 * Math.min(part, largest);

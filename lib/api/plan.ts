@@ -85,7 +85,7 @@ export async function planTraining(input: string | TrainConfigInput, options: Pl
     return predict(
       { ...config, optim: candidate.optim },
       model,
-      memoryOptions(config, largestBatchTokens(rows, longest), {
+      memoryOptions(config, model, largestBatchTokens(rows, longest), {
         quantization: candidate.quantization,
         recompute: candidate.recompute,
       }),
@@ -119,8 +119,7 @@ export async function planTraining(input: string | TrainConfigInput, options: Pl
 /** From the fastest to the smallest. */
 function* everyCandidate(config: TrainConfig, tokens: number): Generator<Candidate> {
   const own = quantizationOf(config);
-  const quantizations: Candidate['quantization'][] =
-    own === 'none' && config.sft_type !== 'full' ? ['none', 'nf4'] : [own];
+  const quantizations: Candidate['quantization'][] = own === 'nf4' || config.sft_type === 'full' ? [own] : [own, 'nf4'];
   const fixed = config.gradient_checkpointing;
   // true is ms-swift's default and says nothing: the least recompute that fits is the better one
   const levels: Recompute[] = typeof fixed === 'string' && fixed !== 'auto' ? [fixed] : RECOMPUTE_LEVELS;

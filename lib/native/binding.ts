@@ -308,6 +308,8 @@ export interface MergeArgs {
 export interface ModelDescription {
   family: string;
   modelType: string;
+  /** of the weights where they are there, else as config.json says; null where it does not */
+  dtype: Dtype | null;
   parameters: { name: string; part: 'vision' | 'projector' | 'language'; numel: number; quantizable: boolean }[];
   linears: { path: string; part: 'vision' | 'projector' | 'language'; in: number; out: number }[];
   decoder: {
@@ -356,7 +358,7 @@ export interface ConvertArgs {
 export interface Methods {
   /** events: {type:'load', done, total, bytes} */
   load: [LoadArgs, LoadResult];
-  /** Reads config.json only. */
+  /** Reads config.json, and the headers of weights that are there. */
   describe: [{ modelDir: string }, ModelDescription];
   'adapter.load': [{ name: string; dir: string }, { r: number; alpha: number; parameters: number; targets: number }];
   'adapter.unload': [{ name: string }, Record<string, never>];

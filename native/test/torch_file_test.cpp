@@ -109,6 +109,7 @@ Error check_refused(const std::string& bytes, const std::string& part, const std
   const Error error = expect_error(code::kWeights, [&] { TorchFile::open(path); }, label.c_str(), __FILE__, __LINE__);
   check_contains(error.what(), part, label.c_str(), 0);
   check_contains(json::parse(error.details_json()).value("path", ""), path.string(), label.c_str(), 0);
+  check_contains(error.what(), "Download it again from its publisher, or take a safetensors copy", label.c_str(), 0);
   return error;
 }
 void check_pickle_refused(const std::string& pickle, const std::string& part, const std::string& about = "") {

@@ -1,6 +1,6 @@
 /** Memory plans: from a config.json alone, against what a run takes, and the tutorial's four sizes. */
 import assert from 'node:assert/strict';
-import { mkdir, mkdtemp, rm } from 'node:fs/promises';
+import { cp, mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
@@ -45,8 +45,8 @@ test("the tutorial's 8, 12, 24 and 48 GB: plans for a 7B model that fit, the mor
 test('sizes of LLaVA-1.5-7B: weights, QLoRA at 1,024 tokens, LoRA at 8,192', async () => {
   const model = await describeModel(LLAVA_7B);
   const { config } = resolveTrainConfig({ model: LLAVA_7B, dataset: '-', lora_rank: 8 });
-  const total = (tokens: number, changes: Parameters<typeof memoryOptions>[2]) =>
-    predict(config, model, memoryOptions(config, tokens, changes)).total / GIB;
+  const total = (tokens: number, changes: Parameters<typeof memoryOptions>[3]) =>
+    predict(config, model, memoryOptions(config, model, tokens, changes)).total / GIB;
   const elements = model.parameters.reduce((sum, { numel }) => sum + numel, 0);
   assert.ok(elements > 7.0e9 && elements < 7.1e9, String(elements));
   const qlora = total(1024, { quantization: 'nf4', recompute: 'layer' });
@@ -93,4 +93,107 @@ test('the rows of the data are measured', async () => {
   const plan = await planTraining(smallConfig(dir), { gpu: '1GB' });
   assert.deepEqual([plan.tokens.source, plan.fits], ['data', true]);
   assert.ok(plan.tokens.longest > 60);
+});
+
+test('torch_dtype: auto counts bytes as the weights are stored, else as config.json says', async () => {
+  const plan = (model: string, changes: object = {}) =>
+    planTraining({ model, max_length: 64, lora_rank: 4, ...changes }, { gpu: '1GB' });
+  const weights = async (model: string, changes?: object) => (await plan(model, changes)).memory.weights;
+  const stored = join(projectRoot, 'test/fixtures/llava/model-4x');
+  assert.equal(await weights(stored), await weights(stored, { torch_dtype: 'float32' }));
+  assert.equal(await weights(stored), 2 * (await weights(stored, { torch_dtype: 'bfloat16' })));
+  const config = JSON.parse(await readFile(join(stored, 'config.json'), 'utf8'));
+  for (const [name, files] of Object.entries({
+    // the weights win over what config.json says
+    both: { config: { ...config, torch_dtype: 'float16' }, weights: true },
+    config: { config, weights: false },
+    nested: { config: { ...config, torch_dtype: undefined }, weights: false },
+  })) {
+    const dir = join(root, `dtype-${name}`);
+    await cp(stored, dir, { recursive: true, filter: (path) => files.weights || !/safetensors/.test(path) });
+    await writeFile(join(dir, 'config.json'), JSON.stringify(files.config));
+    assert.equal(await weights(dir), await weights(stored), name);
+  }
+  const half = join(root, 'dtype-half');
+  await mkdir(half);
+  await writeFile(join(half, 'config.json'), JSON.stringify({ ...config, torch_dtype: 'float16' }));
+  assert.equal(await weights(half), (await weights(stored)) / 2);
+});
+
+/** The published Qwen-VL-Chat's config.json where it differs from the fixture's. */
+const QWEN_VL_CHAT = {
+  hidden_size: 4096,
+  num_hidden_layers: 32,
+  num_attention_heads: 32,
+  intermediate_size: 22016,
+  vocab_size: 151936,
+  fp32: false,
+  bf16: true,
+  torch_dtype: 'bfloat16',
+  visual: {
+    width: 1664,
+    layers: 48,
+    heads: 16,
+    mlp_ratio: 4.9231,
+    image_size: 448,
+    patch_size: 14,
+    output_dim: 4096,
+    image_start_id: 151857,
+  },
+};
+
+test("the tutorial's settings for Qwen-VL-Chat itself: 12, 24 and 48 GB fit with the same rows in a step, 8 GB cannot", async () => {
+  const model = join(root, 'qwen-vl-chat');
+  await mkdir(model);
+  const config = JSON.parse(
+    await readFile(join(projectRoot, 'test/fixtures/qwen_vl_chat/model/config.json'), 'utf8'),
+  ) as object;
+  await writeFile(join(model, 'config.json'), JSON.stringify({ ...config, ...QWEN_VL_CHAT }));
+  const { parameters } = await describeModel(model);
+  const elements = parameters.reduce((sum, { numel }) => sum + numel, 0);
+  assert.ok(elements > 9.6e9 && elements < 9.7e9, `${elements}`);
+  const settings = [
+    { gpu: '8GB', batch: 1, steps: 8, torch_dtype: 'int8', sft_type: 'qlora' },
+    { gpu: '12GB', batch: 1, steps: 4, torch_dtype: 'fp16', sft_type: 'lora' },
+    { gpu: '24GB', batch: 2, steps: 2, torch_dtype: 'fp16', sft_type: 'lora' },
+    { gpu: '48GB', batch: 4, steps: 1, torch_dtype: 'bf16', sft_type: 'lora' },
+  ];
+  const plans = await Promise.all(
+    settings.map(({ gpu, batch, steps, ...rest }) =>
+      planTraining(
+        {
+          model,
+          ...rest,
+          lora_rank: 8,
+          target_modules: ['c_attn', 'qkv_proj'],
+          per_device_train_batch_size: batch,
+          gradient_accumulation_steps: steps,
+          gradient_checkpointing: true,
+          max_length: 1024,
+        },
+        { gpu },
+      ),
+    ),
+  );
+  const [small, ...others] = plans;
+  for (const [i, plan] of plans.entries()) {
+    const { batch = 0, steps = 0 } = settings[i] ?? {};
+    const { per_device_train_batch_size = batch, gradient_accumulation_steps = steps } = plan.settings;
+    assert.equal(per_device_train_batch_size * gradient_accumulation_steps, batch * steps);
+    assert.equal(plan.trainableParams, 32 * 8 * (4096 + 3 * 4096), 'c_attn of every layer');
+  }
+  for (const plan of others) {
+    assert.ok(plan.fits && plan.memory.total <= plan.budget, JSON.stringify(plan));
+    assert.equal(plan.tokens.longest, 1024, 'rows are not cut');
+  }
+  assert.equal(others[0]?.settings.quant_bits, 4, '19 GB of fp16 weights fit no 12 GB');
+  // Its tower, embeddings and head are 6.4 GB in 16 bits, its layers 3.3 GB in NF4: no setting makes 8 GB of it, and the plan says so.
+  assert.equal(small?.fits, false);
+  assert.equal(small?.settings.quant_bits, 4, 'int8 gives way to what is smaller');
+  assert.match(small?.notes.join() ?? '', /nothing fits/);
+  const least = await planTraining(
+    { model, sft_type: 'qlora', target_modules: ['c_attn'], max_length: 1024 },
+    { gpu: '12GB' },
+  );
+  assert.ok((small?.memory.weights ?? 0) > (small?.budget ?? 0) && least.fits, 'the weights alone are more');
 });

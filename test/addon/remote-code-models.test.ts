@@ -1,9 +1,18 @@
 /** Qwen-VL-Chat and MiniCPM-V from end to end, on models of the fixtures' shapes with random weights. */
 import assert from 'node:assert/strict';
-import { copyFileSync, cpSync, existsSync, mkdirSync, mkdtempSync, readFileSync, writeFileSync } from 'node:fs';
+import {
+  copyFileSync,
+  cpSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  writeFileSync,
+} from 'node:fs';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { join, relative } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { dump, load } from 'js-yaml';
 import sharp from 'sharp';
@@ -13,7 +22,7 @@ import { cli, jsonLines } from '../support/cli.js';
 import { projectRoot } from '../support/fixtures.js';
 import { CALM } from '../support/process.js';
 import { type RandomFamily, writeRandomModel } from '../support/random-model.js';
-import { readSafetensors } from '../support/safetensors.js';
+import { readSafetensors, safetensorsHeader } from '../support/safetensors.js';
 import { collect, losses } from '../support/train.js';
 
 Object.assign(process.env, CALM);
@@ -69,6 +78,22 @@ function config(family: RandomFamily, dir: string, changes: Record<string, unkno
   };
 }
 
+/** What the published folders hold beside weights, config and tokenizer, and what a folder of somebody's own may hold. */
+const REMOTE_FILES = [
+  'modeling_qwen.py',
+  'configuration_qwen.py',
+  'tokenization_qwen.py',
+  'qwen_generation_utils.py',
+  'visual.py',
+  'modeling_minicpmv.py',
+  'resampler.py',
+  'image_processing_minicpmv.py',
+  'processing/__init__.py',
+  'processing/slices/grid.py',
+  'SimSun.ttf',
+  'LICENSE',
+];
+
 const question = { messages: turns('<image>What is it?'), images: [WIDE], temperature: 0, maxNewTokens: 6 };
 
 for (const family of FAMILIES) {
@@ -103,6 +128,50 @@ for (const family of FAMILIES) {
         await adapted.dispose();
         await merged.dispose();
       }
+    });
+
+    test('a merged folder of many shards: other files byte for byte, weights under their names, shapes and dtypes', async () => {
+      const dir = folder();
+      const model = join(dir, 'model');
+      cpSync(models[family], model, { recursive: true });
+      mkdirSync(join(model, 'processing/slices'), { recursive: true });
+      for (const [i, name] of REMOTE_FILES.entries())
+        writeFileSync(join(model, name), Buffer.from([...Buffer.from(`# ${name}\r\n\u00e9`), 0, 255, i]));
+      const { result } = await collect(
+        trainLoRA(config(family, dir, { model, max_steps: 1, target_modules: 'all-linear' })),
+      );
+      const outputDir = join(dir, 'merged');
+      await mergeAdapter({ adapter: result.adapterDir, outputDir, maxShardSize: 2 ** 21 });
+
+      const isWeights = (name: string) => /\.safetensors(\.index\.json)?$/.test(name);
+      const others = (folder: string) =>
+        readdirSync(folder, { recursive: true, withFileTypes: true })
+          .filter((entry) => entry.isFile() && !isWeights(entry.name))
+          .map((entry) => relative(folder, join(entry.parentPath, entry.name)))
+          .sort();
+      // and how to prompt the merged model
+      assert.deepEqual(others(outputDir), [...others(model), 'args.yaml'].sort());
+      assert.ok(REMOTE_FILES.every((name) => others(outputDir).includes(name)));
+      for (const name of others(model))
+        assert.deepEqual(readFileSync(join(outputDir, name)), readFileSync(join(model, name)), name);
+
+      const shards = readdirSync(outputDir).filter((name) => name.endsWith('.safetensors'));
+      assert.ok(shards.length > 2, 'several shards');
+      const index = JSON.parse(readFileSync(join(outputDir, 'model.safetensors.index.json'), 'utf8'));
+      const base = safetensorsHeader(join(model, 'model.safetensors'));
+      const seen = new Map<string, string>();
+      let size = 0;
+      for (const shard of shards) {
+        for (const [name, { dtype, shape, data_offsets }] of safetensorsHeader(join(outputDir, shard))) {
+          assert.ok(!seen.has(name), `${name} is there once`);
+          seen.set(name, shard);
+          size += data_offsets[1] - data_offsets[0];
+          assert.deepEqual({ dtype, shape }, { dtype: base.get(name)?.dtype, shape: base.get(name)?.shape }, name);
+        }
+      }
+      assert.deepEqual([...seen.keys()].sort(), [...base.keys()].sort());
+      assert.deepEqual(index.weight_map, Object.fromEntries([...seen].sort()));
+      assert.equal(index.metadata.total_size, size);
     });
 
     test('the projector alone: everything else stays as it was, the whole model is saved', async () => {

@@ -1,6 +1,6 @@
 /** Every option of the training engine through a config: it runs, does what it says, and refuses what it cannot do. */
 import assert from 'node:assert/strict';
-import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { cpSync, existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { mkdir, mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -8,7 +8,7 @@ import { after, before, describe, test } from 'node:test';
 import { loadModel, mergeAdapter, quantizeModel, type TrainEvent, trainLoRA } from '../../lib/index.js';
 import { cases, getCase, llava } from '../support/fixtures.js';
 import { modelWithBadToken, modelWithLargeHead, tokenOnlyIn } from '../support/planted.js';
-import { readSafetensors } from '../support/safetensors.js';
+import { type FixtureTensor, patchTensor, readSafetensors } from '../support/safetensors.js';
 import { digest, losses, MODEL, smallConfig, steps, train } from '../support/train.js';
 
 let root: string;
@@ -270,6 +270,47 @@ describe('what is trained', () => {
     );
   });
 
+  test('parameters chosen by expressions: trained beside adapters, frozen in full training, alone or by a share', async () => {
+    const regex = String.raw`language_model\.(layers\.1\..*norm|norm)`;
+    const dir = await folder();
+    await train(smallConfig(dir, { ...fast, target_modules: ['q_proj'], trainable_parameters_regex: regex }));
+    const whole = keysOf(dir).filter((key) => !key.includes('lora_'));
+    assert.deepEqual(
+      whole.sort(),
+      ['layers.1.input_layernorm', 'layers.1.post_attention_layernorm', 'norm'].map(
+        (name) => `base_model.model.model.language_model.${name}.weight`,
+      ),
+    );
+
+    const before = readModel(MODEL);
+    const changed = async (changes: Record<string, unknown>) => {
+      const out = await folder();
+      await train(smallConfig(out, { ...fast, sft_type: 'full', learning_rate: 1e-4, ...changes }));
+      const found = readModel(join(out, 'out'));
+      assert.equal(found.size, before.size);
+      return [...found].filter(([name, { data }]) => data.some((x, i) => x !== before.get(name)?.data[i]));
+    };
+    const kept = /mlp|norm|embed_tokens|lm_head/;
+    const some = (await changed({ freeze_parameters_regex: kept.source })).map(([name]) => name);
+    assert.equal(some.length, 3 * 4, 'the attentions of three layers');
+    assert.ok(some.every((name) => !kept.test(name)));
+    // beats what is frozen
+    const both = await changed({ freeze_parameters_regex: '.', trainable_parameters_regex: 'lm_head' });
+    assert.deepEqual(
+      both.map(([name]) => name),
+      ['language_model.lm_head.weight'],
+    );
+    const all = (await changed({})).length;
+    const late = (await changed({ freeze_parameters_ratio: 0.9 })).length;
+    assert.ok(late > 0 && late < all / 2, `${late} of ${all}`);
+    for (const key of ['trainable_parameters_regex', 'freeze_parameters_regex']) {
+      await assert.rejects(train(smallConfig(await folder(), { ...fast, sft_type: 'full', [key]: '(' })), {
+        code: 'ERR_MARTLET_CONFIG',
+        message: new RegExp(key.replace('_regex', '')),
+      });
+    }
+  });
+
   test('lora_target: all means all-linear; a list beside it wins, as in the tutorial', async () => {
     const all = await train(smallConfig(await folder(), { ...fast, max_steps: 1, lora_target: 'all' }));
     assert.equal(start(all.events).targets, 21);
@@ -279,6 +320,12 @@ describe('what is trained', () => {
     assert.equal(start(listed.events).targets, 3);
   });
 });
+
+/** The tensors of every shard of a model folder. */
+function readModel(dir: string): Map<string, FixtureTensor> {
+  const shards = readdirSync(dir).filter((name) => name.endsWith('.safetensors'));
+  return new Map(shards.flatMap((name) => [...readSafetensors(join(dir, name))]));
+}
 
 async function valFile(dir: string): Promise<string> {
   const path = join(dir, 'val.json');
@@ -597,7 +644,7 @@ describe('runs', () => {
     assert.ok((curve.at(-1) as number) < (curve[0] as number));
   });
 
-  test('advice: a flat loss, rows without pictures, pictures that change nothing', async () => {
+  test('advice: a flat loss, rows without pictures, a rate out of the usual range, pictures that change nothing', async () => {
     const dir = await folder();
     writeFileSync(join(dir, 'text.json'), JSON.stringify([row('text-only'), row('spaces')]));
     const { events } = await train(
@@ -605,6 +652,19 @@ describe('runs', () => {
     );
     assert.match(warnings(events), /no row has a picture/);
     assert.match(warnings(events), /the loss is flat/);
+    assert.match(warnings(events), /learning_rate 0 is unusual/);
+    const blind = join(dir, 'blind');
+    cpSync(MODEL, blind, { recursive: true });
+    for (const file of readdirSync(blind).filter((name) => name.endsWith('.safetensors'))) {
+      const path = join(blind, file);
+      for (const name of readSafetensors(path).keys()) {
+        if (name.includes('multi_modal_projector.linear_2')) patchTensor(path, name, (data) => void data.fill(0));
+      }
+    }
+    const grey = /does not depend on its picture/;
+    const one = { ...fast, max_steps: 1 };
+    assert.match(warnings((await train(smallConfig(await folder(), { ...one, model: blind }))).events), grey);
+    assert.doesNotMatch(warnings((await train(smallConfig(await folder(), one))).events), grey);
     const plots = readdirSync(join(dir, 'out', 'images'));
     assert.ok(plots.includes('train_loss.svg') && plots.includes('train_learning_rate.svg'), String(plots));
   });

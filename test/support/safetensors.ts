@@ -6,17 +6,27 @@ export interface FixtureTensor {
   data: Float32Array;
 }
 
+interface TensorHeader {
+  dtype: string;
+  shape: number[];
+  /** bytes from the end of the header */
+  data_offsets: [number, number];
+}
+
+function parseHeader(bytes: Buffer): { header: Map<string, TensorHeader>; begin: number } {
+  const begin = 8 + Number(bytes.readBigUInt64LE(0));
+  const { __metadata__, ...tensors } = JSON.parse(bytes.subarray(8, begin).toString()) as Record<string, TensorHeader>;
+  return { header: new Map(Object.entries(tensors)), begin };
+}
+
+export const safetensorsHeader = (path: string): Map<string, TensorHeader> => parseHeader(readFileSync(path)).header;
+
 export function readSafetensors(path: string): Map<string, FixtureTensor> {
   const bytes = readFileSync(path);
-  const headerSize = Number(bytes.readBigUInt64LE(0));
-  const header = JSON.parse(bytes.subarray(8, 8 + headerSize).toString()) as Record<
-    string,
-    { dtype: string; shape: number[]; data_offsets: [number, number] }
-  >;
+  const { header, begin } = parseHeader(bytes);
   const out = new Map<string, FixtureTensor>();
-  for (const [name, info] of Object.entries(header)) {
-    if (name === '__metadata__') continue;
-    const raw = bytes.subarray(8 + headerSize + info.data_offsets[0], 8 + headerSize + info.data_offsets[1]);
+  for (const [name, info] of header) {
+    const raw = bytes.subarray(begin + info.data_offsets[0], begin + info.data_offsets[1]);
     out.set(name, { shape: info.shape, data: toFloat32(info.dtype, raw, name) });
   }
   return out;
@@ -38,14 +48,10 @@ function toFloat32(dtype: string, raw: Buffer, name: string): Float32Array {
 /** Changes a float32 tensor in a file, in place. */
 export function patchTensor(path: string, name: string, change: (data: Float32Array, shape: number[]) => void): void {
   const bytes = readFileSync(path);
-  const headerSize = Number(bytes.readBigUInt64LE(0));
-  const header = JSON.parse(bytes.subarray(8, 8 + headerSize).toString()) as Record<
-    string,
-    { dtype: string; shape: number[]; data_offsets: [number, number] }
-  >;
-  const info = header[name];
+  const { header, begin: start } = parseHeader(bytes);
+  const info = header.get(name);
   if (info?.dtype !== 'F32') throw new Error(`${path} holds no float32 ${name}`);
-  const [begin, end] = info.data_offsets.map((offset) => 8 + headerSize + offset) as [number, number];
+  const [begin, end] = info.data_offsets.map((offset) => start + offset) as [number, number];
   const data = new Float32Array(Uint8Array.from(bytes.subarray(begin, end)).buffer);
   change(data, info.shape);
   bytes.set(new Uint8Array(data.buffer), begin);

@@ -5,8 +5,10 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "core/base/dtype.h"
 #include "core/base/error.h"
 #include "core/base/json.h"
+#include "core/io/checkpoint.h"
 #include "core/models/quantization.h"
 #include "core/models/registry.h"
 #include "core/nn/linear.h"
@@ -14,6 +16,30 @@
 namespace martlet {
 
 using nlohmann::json;
+
+namespace {
+
+// What `auto` would load: from the weights where they are there, else as config.json says; null where it does not.
+json natural_dtype(const std::string& dir, const json& config, const Family& family, const VisionLanguageModel& model) {
+  try {
+    const Checkpoint checkpoint = Checkpoint::open(dir);
+    std::vector<std::pair<std::string, TensorInfo>> tensors;
+    for (const std::string& name : checkpoint.names())
+      tensors.emplace_back(family.canonical_key(name), checkpoint.info(name));
+    return dtype_name(stored_dtype(model, tensors));
+  } catch (const Error&) {
+    // A description needs no weights; those that cannot be read are an error of whoever loads them.
+  }
+  for (const char* key : {"torch_dtype", "dtype"}) {
+    for (const json& fields : {config, config.value("text_config", json::object())}) {
+      const std::string name = fields.contains(key) && fields[key].is_string() ? fields[key].get<std::string>() : "";
+      if (name == "float32" || name == "bfloat16" || name == "float16") return name;
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace
 
 json describe_model_json(const json& args) {
   const std::string dir = args.at("modelDir").get<std::string>();
@@ -41,6 +67,7 @@ json describe_model_json(const json& args) {
   const TextConfig& d = model->language_model().config();
   return {{"family", model->info().family},
           {"modelType", model->info().model_type},
+          {"dtype", natural_dtype(dir, config, family, *model)},
           {"parameters", parameters},
           {"linears", linears},
           {"decoder",

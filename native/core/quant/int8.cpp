@@ -23,9 +23,10 @@ at::Tensor find_outliers(const at::Tensor& weight) {
   at::Tensor largest = at::zeros({columns}, weight.options().dtype(at::kFloat));
   at::Tensor squares = at::zeros({}, weight.options().dtype(at::kDouble));
   for (int64_t begin = 0; begin < rows; begin += step) {
-    const at::Tensor part = weight.narrow(0, begin, std::min(step, rows - begin)).to(at::kFloat);
-    largest = at::maximum(largest, part.abs().amax(0));
-    squares.add_(part.square().sum(at::kDouble));
+    at::Tensor part = weight.narrow(0, begin, std::min(step, rows - begin)).to(at::kFloat, false, /*copy=*/true).abs_();
+    largest = at::maximum(largest, part.amax(0));
+    // By rows first: on the CPU a sum in float64 converts all that it adds up.
+    squares.add_(part.square_().sum(1).sum(at::kDouble));
   }
   const double rms = std::sqrt(squares.item<double>() / static_cast<double>(weight.numel()));
   const int64_t limit = columns / 64;

@@ -1,0 +1,66 @@
+/** Plans against what runs take at their peak, counted exactly by the CPU's allocator (MARTLET_CPU_MEMORY_LIMIT). */
+import assert from 'node:assert/strict';
+import { mkdirSync, writeFileSync } from 'node:fs';
+import { mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { after, before, test } from 'node:test';
+import { planTraining, type TrainConfigInput, type TrainEvent } from '../../lib/index.js';
+import { runChild } from '../support/process.js';
+import { qwenDir } from '../support/qwen-vl.js';
+import { smallConfig } from '../support/train.js';
+
+let root: string;
+before(async () => {
+  root = await mkdtemp(join(tmpdir(), 'martlet-'));
+});
+after(() => rm(root, { recursive: true }));
+
+const MODELS = { llava: {}, qwen2_vl: { model: qwenDir('qwen2_vl', 'model-4x') } };
+const SETTINGS: Record<string, Record<string, unknown>> = {
+  'lora, nothing recomputed': { gradient_checkpointing: 'none' },
+  'lora, layers recomputed': { gradient_checkpointing: 'layer' },
+  'lora, MLPs recomputed': { gradient_checkpointing: 'mlp' },
+  qlora: { sft_type: 'qlora', gradient_checkpointing: 'none' },
+  full: { sft_type: 'full', gradient_checkpointing: 'none' },
+};
+
+for (const [name, model] of Object.entries(MODELS)) {
+  for (const [setting, changes] of Object.entries(SETTINGS)) {
+    test(`${name}, ${setting}: the plan's peak is within 10 % of the run's`, async () => {
+      const dir = join(root, `${name} ${setting}`);
+      mkdirSync(dir);
+      const dataset = join(dir, 'rows.json');
+      // prompts and answers of the same length: half of the tokens are labelled, as a plan takes it
+      const text = 'one two three four '.repeat(8);
+      const row = {
+        messages: [
+          { role: 'user', content: text },
+          { role: 'assistant', content: text },
+        ],
+      };
+      writeFileSync(dataset, JSON.stringify(new Array(32).fill(row)));
+      const config = smallConfig(dir, {
+        ...model,
+        ...changes,
+        dataset,
+        max_steps: 2,
+        save_strategy: 'no',
+        lora_dropout: 0,
+        per_device_train_batch_size: 32,
+        gradient_accumulation_steps: 1,
+      });
+      const { code, stdout } = await runChild('train', config, { env: { MARTLET_CPU_MEMORY_LIMIT: '1000000000000' } });
+      assert.equal(code, 0, stdout);
+      const events = stdout
+        .trim()
+        .split('\n')
+        .map((line) => JSON.parse(line)) as TrainEvent[];
+      const peak = Math.max(...events.map((event) => (event.type === 'step' ? event.memoryAllocated : 0)));
+      const { memory } = await planTraining(config as TrainConfigInput, { gpu: '1000GB' });
+      assert.ok(memory.activations > memory.weights + memory.adapters + memory.optimizer, 'the rows are most of it');
+      const ratio = memory.total / peak;
+      assert.ok(ratio > 0.9 && ratio < 1.1, `${ratio.toFixed(3)}: ${peak} measured, planned ${JSON.stringify(memory)}`);
+    });
+  }
+}
