@@ -4,7 +4,8 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/autograd.h>
 
-#include <functional>
+#include <algorithm>
+#include <cmath>
 #include <map>
 #include <memory>
 #include <optional>
@@ -34,6 +35,7 @@ struct LayerOptions {
   int64_t rank = 4;
   at::ScalarType dtype = at::kFloat, pair_dtype = at::kFloat;
   at::Device device = at::kCPU;
+  bool drawn_on_device = false;  // for large layers; other values
   bool input_grad = true;
 };
 
@@ -52,6 +54,8 @@ struct LayerCase {
       : options(o), layer(std::make_unique<DecoderLayer>(o.config)) {
     uint64_t seed = 1;
     const auto drawn = [&](at::IntArrayRef shape, double scale, double mean, at::ScalarType dtype) {
+      if (o.drawn_on_device)
+        return at::empty(shape, at::TensorOptions().dtype(dtype).device(o.device)).normal_(mean, scale);
       return (mean + scale * randn(shape, seed++)).to(dtype).to(computed.value_or(dtype)).to(o.device);
     };
     layer->visit([&](const std::string& path, Module& module) {
@@ -84,25 +88,29 @@ struct LayerCase {
     pass.rows = &rows;
   }
 
+  at::Tensor apply(const at::Tensor& in, bool written_out, Recompute recompute) {
+    pass.options.recompute = recompute;
+    pass.options.training = training;
+    std::optional<at::Tensor> y;
+    if (written_out) y = run_frozen_layer(*layer, options.config, in, pass);
+    took_written_out = y.has_value();
+    if (!y) y = run_layer([this](const at::Tensor& t) { return layer->forward(t, pass, 0); }, in, pass.options);
+    return *y;
+  }
+
   LayerResult run(bool written_out, Recompute recompute, bool keep_gradients = false) {
     for (auto& [name, pair] : pairs) {
       if (keep_gradients) continue;
       pair.a.mutable_grad().reset();
       pair.b.mutable_grad().reset();
     }
-    pass.options.recompute = recompute;
-    pass.options.training = training;
     DropoutSource source{make_generator(options.device), 1, {}};
     pass.options.dropout = with_dropout_source ? &source : nullptr;
-    const at::Tensor in = x.detach().requires_grad_(options.input_grad);
     std::optional<OutputObserver> observer;
     if (observed) observer.emplace([](const Module&, const at::Tensor&) {});
-    std::optional<at::Tensor> y;
-    if (written_out) y = run_frozen_layer(*layer, options.config, in, pass);
-    took_written_out = y.has_value();
-    if (!y) y = run_layer([&](const at::Tensor& t) { return layer->forward(t, pass, 0); }, in, pass.options);
-    if (y->requires_grad()) torch::autograd::backward({*y}, {dy});
-    LayerResult result = {{"y", y->detach()}, {"x", in.grad()}};
+    const at::Tensor in = x.detach().requires_grad_(options.input_grad), y = apply(in, written_out, recompute);
+    if (y.requires_grad()) torch::autograd::backward({y}, {dy});
+    LayerResult result = {{"y", y.detach()}, {"x", in.grad()}};
     for (const auto& [name, pair] : pairs) {
       result[name + ".lora_A"] = pair.a.grad().clone();
       result[name + ".lora_B"] = pair.b.grad().clone();
