@@ -26,8 +26,9 @@ struct RmsNorm {
 struct Rotary {
   const void* x;          // [tokens, heads, head_dim], the last axis contiguous
   const void *cos, *sin;  // [tokens, head_dim / 2], contiguous
-  void* out;              // contiguous
+  void* out;              // of x's shape, the last axis contiguous; may be x itself
   int64_t tokens, token_stride, head_stride;
+  int64_t out_token_stride, out_head_stride;
   int32_t heads, head_dim;
   Type type;
   bool float_table;  // the table is float32 (one rounding, at the end), else of x's type (each product rounded)
@@ -65,18 +66,27 @@ struct Kernels {
   // y = x · rstd rounded to 16 bits, times the weight; rstd (float32, [rows]) may be null.
   Status (*rms_norm)(const RmsNorm& op, double eps, void* y, float* rstd, void* stream);
   Status (*rms_norm_backward)(const RmsNorm& op, const void* dy, const float* rstd, void* dx, void* stream);
+  // sum += x, rounded; then y and rstd are those of the sum.
+  Status (*add_rms_norm)(const RmsNorm& op, void* sum, double eps, void* y, float* rstd, void* stream);
+  // dx = residual + the gradient of x, which is rounded before; dx may be residual itself. Puts y in place of dy.
+  Status (*rms_norm_backward_add)(const RmsNorm& op, void* dy, const float* rstd, const void* residual, void* dx,
+                                  void* stream);
   Status (*rotary)(const Rotary& op, void* stream);
   // out = silu(gate) rounded, times up. n elements, contiguous.
   Status (*swiglu)(const void* gate, const void* up, void* out, int64_t n, Type type, void* stream);
   Status (*swiglu_backward)(const void* gate, const void* up, const void* dy, void* dgate, void* dup, int64_t n,
                             Type type, void* stream);
+  // The same of halves of rows: gate_up is [rows, 2 · columns], out and dy are [rows, columns]. The backward puts both
+  // gradients in place of gate_up, and what the forward gave in place of dy.
+  Status (*swiglu_halves)(const void* gate_up, void* out, int64_t rows, int32_t columns, Type type, void* stream);
+  Status (*swiglu_halves_backward)(void* gate_up, void* dy, int64_t rows, int32_t columns, Type type, void* stream);
   Status (*nf4_dequantize)(const Nf4& op, void* out, void* stream);
   Status (*int8_dequantize)(const Int8& op, void* out, void* stream);
   DecodeKernels decode;
 };
 
 // The only symbol of the library; its name changes with the struct, so that an old library is never called wrongly.
-inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_2";
+inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_4";
 using EntryPoint = const Kernels* (*)();
 
 }  // namespace martlet::cuda

@@ -10,8 +10,9 @@ constexpr int kWarpRows = 4;  // rows of a block where a warp does one
 template <int kThreads>
 constexpr int rows_of_block = kThreads == 32 ? kWarpRows : 1;
 
-template <typename T, int kThreads, int N>
-__global__ void forward(const T* __restrict__ x, const T* __restrict__ weight, T* __restrict__ y,
+// With `sum`: of sum + x, which is put into sum.
+template <typename T, int kThreads, int N, bool kAdd>
+__global__ void forward(const T* __restrict__ x, const T* __restrict__ weight, T* sum, T* __restrict__ y,
                         float* __restrict__ rstd, int64_t rows, int columns, float eps) {
   const int64_t row = int64_t{blockIdx.x} * rows_of_block<kThreads> + threadIdx.y;
   if (row >= rows) return;
@@ -19,23 +20,30 @@ __global__ void forward(const T* __restrict__ x, const T* __restrict__ weight, T
   y += row * columns;
   float squares = 0;
   for (int i = threadIdx.x * N; i < columns; i += kThreads * N) {
-    const auto in = load<N>(x + i);
+    auto in = load<N>(x + i);
+    if constexpr (kAdd) {
+      const auto before = load<N>(sum + row * columns + i);
+      for (int j = 0; j < N; ++j) in.v[j] = from_float<T>(to_float(before.v[j]) + to_float(in.v[j]));
+      store<N>(sum + row * columns + i, in);
+    }
     for (int j = 0; j < N; ++j) squares += to_float(in.v[j]) * to_float(in.v[j]);
   }
   const float scale = rsqrtf(row_sum<kThreads>(squares) / static_cast<float>(columns) + eps);
   if (rstd != nullptr && threadIdx.x == 0) rstd[row] = scale;
   for (int i = threadIdx.x * N; i < columns; i += kThreads * N) {
-    const auto in = load<N>(x + i), w = load<N>(weight + i);
+    // Each thread reads what it has written itself.
+    const auto in = load<N>(kAdd ? sum + row * columns + i : x + i), w = load<N>(weight + i);
     Vector<T, N> out;
     for (int j = 0; j < N; ++j) out.v[j] = from_float<T>(rounded<T>(to_float(in.v[j]) * scale) * to_float(w.v[j]));
     store<N>(y + i, out);
   }
 }
 
-// With g = dy · weight and x̂ = x · rstd: dx = rstd · (g − x̂ · mean(g · x̂)).
-template <typename T, int kThreads, int N>
-__global__ void backward(const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ dy,
-                         const float* __restrict__ rstd, T* __restrict__ dx, int64_t rows, int columns) {
+// With g = dy · weight and x̂ = x · rstd: dx = rstd · (g − x̂ · mean(g · x̂)). kAdd: plus residual, which may be dx, and
+// y in place of dy. Without it dy is only read.
+template <typename T, int kThreads, int N, bool kAdd>
+__global__ void backward(const T* __restrict__ x, const T* __restrict__ weight, T* dy, const float* __restrict__ rstd,
+                         const T* residual, T* dx, int64_t rows, int columns) {
   const int64_t row = int64_t{blockIdx.x} * rows_of_block<kThreads> + threadIdx.y;
   if (row >= rows) return;
   x += row * columns;
@@ -54,6 +62,15 @@ __global__ void backward(const T* __restrict__ x, const T* __restrict__ weight, 
     for (int j = 0; j < N; ++j) {
       const float g = to_float(grad.v[j]) * to_float(w.v[j]);
       out.v[j] = from_float<T>(scale * (g - to_float(in.v[j]) * scale * mean));
+    }
+    if constexpr (kAdd) {
+      const auto before = load<N>(residual + row * columns + i);
+      Vector<T, N> y;
+      for (int j = 0; j < N; ++j) {
+        out.v[j] = from_float<T>(to_float(before.v[j]) + to_float(out.v[j]));
+        y.v[j] = from_float<T>(rounded<T>(to_float(in.v[j]) * scale) * to_float(w.v[j]));
+      }
+      store<N>(dy + i, y);
     }
     store<N>(dx + i, out);
   }
@@ -78,36 +95,56 @@ void with_shape(int32_t columns, bool vectors, const Fn& fn) {
   }
 }
 
-}  // namespace
-
-Status rms_norm(const RmsNorm& op, double eps, void* y, float* rstd, void* stream) {
+template <bool kAdd>
+Status enqueue_forward(const RmsNorm& op, void* sum, double eps, void* y, float* rstd, void* stream) {
   if (op.rows == 0) return nullptr;
-  const bool vectors = op.columns % kVector == 0 && aligned(op.x) && aligned(op.weight) && aligned(y);
+  const bool vectors = op.columns % kVector == 0 && aligned(op.x) && aligned(op.weight) && aligned(sum) && aligned(y);
   with_type(op.type, [&]<typename T>(T) {
     with_shape(op.columns, vectors, [&](auto threads, auto n) {
       constexpr int rows = rows_of_block<threads.value>;
-      forward<T, threads.value, n.value>
+      forward<T, threads.value, n.value, kAdd>
           <<<blocks_for(op.rows, rows), dim3(threads.value, rows), 0, static_cast<cudaStream_t>(stream)>>>(
-              static_cast<const T*>(op.x), static_cast<const T*>(op.weight), static_cast<T*>(y), rstd, op.rows,
-              op.columns, static_cast<float>(eps));
+              static_cast<const T*>(op.x), static_cast<const T*>(op.weight), static_cast<T*>(sum), static_cast<T*>(y),
+              rstd, op.rows, op.columns, static_cast<float>(eps));
     });
   });
   return status();
 }
 
-Status rms_norm_backward(const RmsNorm& op, const void* dy, const float* rstd, void* dx, void* stream) {
+template <bool kAdd>
+Status enqueue_backward(const RmsNorm& op, void* dy, const float* rstd, const void* residual, void* dx, void* stream) {
   if (op.rows == 0) return nullptr;
-  const bool vectors = op.columns % kVector == 0 && aligned(op.x) && aligned(op.weight) && aligned(dy) && aligned(dx);
+  const bool vectors = op.columns % kVector == 0 && aligned(op.x) && aligned(op.weight) && aligned(dy) &&
+                       aligned(residual) && aligned(dx);
   with_type(op.type, [&]<typename T>(T) {
     with_shape(op.columns, vectors, [&](auto threads, auto n) {
       constexpr int rows = rows_of_block<threads.value>;
-      backward<T, threads.value, n.value>
+      backward<T, threads.value, n.value, kAdd>
           <<<blocks_for(op.rows, rows), dim3(threads.value, rows), 0, static_cast<cudaStream_t>(stream)>>>(
-              static_cast<const T*>(op.x), static_cast<const T*>(op.weight), static_cast<const T*>(dy), rstd,
-              static_cast<T*>(dx), op.rows, op.columns);
+              static_cast<const T*>(op.x), static_cast<const T*>(op.weight), static_cast<T*>(dy), rstd,
+              static_cast<const T*>(residual), static_cast<T*>(dx), op.rows, op.columns);
     });
   });
   return status();
+}
+
+}  // namespace
+
+Status rms_norm(const RmsNorm& op, double eps, void* y, float* rstd, void* stream) {
+  return enqueue_forward<false>(op, nullptr, eps, y, rstd, stream);
+}
+
+Status add_rms_norm(const RmsNorm& op, void* sum, double eps, void* y, float* rstd, void* stream) {
+  return enqueue_forward<true>(op, sum, eps, y, rstd, stream);
+}
+
+Status rms_norm_backward(const RmsNorm& op, const void* dy, const float* rstd, void* dx, void* stream) {
+  return enqueue_backward<false>(op, const_cast<void*>(dy), rstd, nullptr, dx, stream);
+}
+
+Status rms_norm_backward_add(const RmsNorm& op, void* dy, const float* rstd, const void* residual, void* dx,
+                             void* stream) {
+  return enqueue_backward<true>(op, dy, rstd, residual, dx, stream);
 }
 
 }  // namespace martlet::cuda

@@ -16,9 +16,9 @@ __device__ float product(float a, float b) {
 
 // One thread does N elements of each half. `items`: tokens · heads · half / N.
 template <typename T, typename Table, int N>
-__global__ void rotate(const T* __restrict__ x, const Table* __restrict__ cos, const Table* __restrict__ sin,
-                       T* __restrict__ out, uint32_t items, uint32_t heads, uint32_t half, int64_t token_stride,
-                       int64_t head_stride, float sign) {
+__global__ void rotate(const T* x, const Table* __restrict__ cos, const Table* __restrict__ sin, T* out, uint32_t items,
+                       uint32_t heads, uint32_t half, int64_t token_stride, int64_t head_stride,
+                       int64_t out_token_stride, int64_t out_head_stride, float sign) {
   const uint32_t item = blockIdx.x * kThreads + threadIdx.x;
   if (item >= items) return;
   const uint32_t per_head = half / N, rest = item / per_head, column = item % per_head * N;
@@ -33,7 +33,7 @@ __global__ void rotate(const T* __restrict__ x, const Table* __restrict__ cos, c
     o1.v[j] = from_float<T>(__fsub_rn(product<T, Table>(a, u), product<T, Table>(b, v)));
     o2.v[j] = from_float<T>(__fadd_rn(product<T, Table>(b, u), product<T, Table>(a, v)));
   }
-  T* to = out + int64_t{rest} * 2 * half + column;
+  T* to = out + token * out_token_stride + head * out_head_stride + column;
   store<N>(to, o1);
   store<N>(to + half, o2);
 }
@@ -48,13 +48,15 @@ Status rotary(const Rotary& op, void* stream) {
   // 8 numbers of a float32 table are 32 bytes.
   const bool tables = reinterpret_cast<uintptr_t>(op.cos) % 32 == 0 && reinterpret_cast<uintptr_t>(op.sin) % 32 == 0;
   const bool vectors = half % kVector == 0 && op.token_stride % kVector == 0 && op.head_stride % kVector == 0 &&
-                       aligned(op.x) && aligned(op.out) && tables;
+                       op.out_token_stride % kVector == 0 && op.out_head_stride % kVector == 0 && aligned(op.x) &&
+                       aligned(op.out) && tables;
   with_type(op.type, [&]<typename T>(T) {
     const auto launch = [&]<typename Table, int N>(Table, std::integral_constant<int, N>) {
       const auto items = static_cast<uint32_t>(pairs / N);
       rotate<T, Table, N><<<blocks_for(items, kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
           static_cast<const T*>(op.x), static_cast<const Table*>(op.cos), static_cast<const Table*>(op.sin),
-          static_cast<T*>(op.out), items, op.heads, half, op.token_stride, op.head_stride, op.inverse ? -1.0f : 1.0f);
+          static_cast<T*>(op.out), items, op.heads, half, op.token_stride, op.head_stride, op.out_token_stride,
+          op.out_head_stride, op.inverse ? -1.0f : 1.0f);
     };
     const auto with_table = [&](auto n) {
       if (op.float_table) {

@@ -8,16 +8,27 @@ constexpr int kThreads = 256;
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
+// One element as ATen rounds it.
+template <typename T>
+__device__ T product(T gate, T up) {
+  const float x = to_float(gate);
+  return from_float<T>(rounded<T>(x / (1.0f + expf(-x))) * to_float(up));
+}
+
+template <typename T>
+__device__ void gradients(T gate, T up, T dy, T& dgate, T& dup) {
+  const float x = to_float(gate), d = to_float(dy), s = sigmoid(x);
+  dgate = from_float<T>(rounded<T>(d * to_float(up)) * s * (1.0f + x * (1.0f - s)));
+  dup = from_float<T>(rounded<T>(x / (1.0f + expf(-x))) * d);
+}
+
 template <typename T, int N>
 __global__ void forward(const T* __restrict__ gate, const T* __restrict__ up, T* __restrict__ out, int64_t n) {
   const int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * N;
   if (i >= n) return;
   const auto g = load<N>(gate + i), u = load<N>(up + i);
   Vector<T, N> y;
-  for (int j = 0; j < N; ++j) {
-    const float x = to_float(g.v[j]);
-    y.v[j] = from_float<T>(rounded<T>(x / (1.0f + expf(-x))) * to_float(u.v[j]));
-  }
+  for (int j = 0; j < N; ++j) y.v[j] = product(g.v[j], u.v[j]);
   store<N>(out + i, y);
 }
 
@@ -28,13 +39,55 @@ __global__ void backward(const T* __restrict__ gate, const T* __restrict__ up, c
   if (i >= n) return;
   const auto g = load<N>(gate + i), u = load<N>(up + i), grad = load<N>(dy + i);
   Vector<T, N> dg, du;
-  for (int j = 0; j < N; ++j) {
-    const float x = to_float(g.v[j]), d = to_float(grad.v[j]), s = sigmoid(x);
-    dg.v[j] = from_float<T>(rounded<T>(d * to_float(u.v[j])) * s * (1.0f + x * (1.0f - s)));
-    du.v[j] = from_float<T>(rounded<T>(x / (1.0f + expf(-x))) * d);
-  }
+  for (int j = 0; j < N; ++j) gradients(g.v[j], u.v[j], grad.v[j], dg.v[j], du.v[j]);
   store<N>(dgate + i, dg);
   store<N>(dup + i, du);
+}
+
+// Halves of rows: gate [columns], up [columns]. One thread does N elements of each half; `items`: rows · columns / N.
+template <typename T, int N>
+__global__ void forward_halves(const T* __restrict__ gate_up, T* __restrict__ out, uint32_t items, uint32_t columns) {
+  const uint32_t item = blockIdx.x * kThreads + threadIdx.x;
+  if (item >= items) return;
+  const uint32_t per_row = columns / N, row = item / per_row, column = item % per_row * N;
+  const T* gate = gate_up + int64_t{row} * 2 * columns + column;
+  const auto g = load<N>(gate), u = load<N>(gate + columns);
+  Vector<T, N> y;
+  for (int j = 0; j < N; ++j) y.v[j] = product(g.v[j], u.v[j]);
+  store<N>(out + int64_t{row} * columns + column, y);
+}
+
+template <typename T, int N>
+__global__ void backward_halves(T* gate_up, T* dy, uint32_t items, uint32_t columns) {
+  const uint32_t item = blockIdx.x * kThreads + threadIdx.x;
+  if (item >= items) return;
+  const uint32_t per_row = columns / N, row = item / per_row, column = item % per_row * N;
+  T* gate = gate_up + int64_t{row} * 2 * columns + column;
+  dy += int64_t{row} * columns + column;
+  const auto g = load<N>(gate), u = load<N>(gate + columns), grad = load<N>(dy);
+  Vector<T, N> y, dg, du;
+  for (int j = 0; j < N; ++j) {
+    y.v[j] = product(g.v[j], u.v[j]);
+    gradients(g.v[j], u.v[j], grad.v[j], dg.v[j], du.v[j]);
+  }
+  store<N>(gate, dg);
+  store<N>(gate + columns, du);
+  store<N>(dy, y);
+}
+
+// fn(integral constant of N, items)
+template <typename Fn>
+Status with_halves(int64_t rows, int32_t columns, bool vectors, const Fn& fn) {
+  if (rows * columns == 0) return nullptr;
+  const int64_t n = vectors ? kVector : 1;
+  if (rows * columns / n >= int64_t{1} << 32) return "more than 2^32 items in one SwiGLU";
+  const auto items = static_cast<uint32_t>(rows * columns / n);
+  if (vectors) {
+    fn(std::integral_constant<int, kVector>{}, items);
+  } else {
+    fn(std::integral_constant<int, 1>{}, items);
+  }
+  return status();
 }
 
 }  // namespace
@@ -71,6 +124,26 @@ Status swiglu_backward(const void* gate, const void* up, const void* dy, void* d
     }
   });
   return status();
+}
+
+Status swiglu_halves(const void* gate_up, void* out, int64_t rows, int32_t columns, Type type, void* stream) {
+  const bool vectors = columns % kVector == 0 && aligned(gate_up) && aligned(out);
+  return with_halves(rows, columns, vectors, [&](auto n, uint32_t items) {
+    with_type(type, [&]<typename T>(T) {
+      forward_halves<T, n.value><<<blocks_for(items, kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+          static_cast<const T*>(gate_up), static_cast<T*>(out), items, columns);
+    });
+  });
+}
+
+Status swiglu_halves_backward(void* gate_up, void* dy, int64_t rows, int32_t columns, Type type, void* stream) {
+  const bool vectors = columns % kVector == 0 && aligned(gate_up) && aligned(dy);
+  return with_halves(rows, columns, vectors, [&](auto n, uint32_t items) {
+    with_type(type, [&]<typename T>(T) {
+      backward_halves<T, n.value><<<blocks_for(items, kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+          static_cast<T*>(gate_up), static_cast<T*>(dy), items, columns);
+    });
+  });
 }
 
 }  // namespace martlet::cuda

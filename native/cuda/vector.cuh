@@ -84,10 +84,15 @@ inline unsigned int blocks_for(int64_t items, int per_block) {
 
 Status rms_norm(const RmsNorm& op, double eps, void* y, float* rstd, void* stream);
 Status rms_norm_backward(const RmsNorm& op, const void* dy, const float* rstd, void* dx, void* stream);
+Status add_rms_norm(const RmsNorm& op, void* sum, double eps, void* y, float* rstd, void* stream);
+Status rms_norm_backward_add(const RmsNorm& op, void* dy, const float* rstd, const void* residual, void* dx,
+                             void* stream);
 Status rotary(const Rotary& op, void* stream);
 Status swiglu(const void* gate, const void* up, void* out, int64_t n, Type type, void* stream);
 Status swiglu_backward(const void* gate, const void* up, const void* dy, void* dgate, void* dup, int64_t n, Type type,
                        void* stream);
+Status swiglu_halves(const void* gate_up, void* out, int64_t rows, int32_t columns, Type type, void* stream);
+Status swiglu_halves_backward(void* gate_up, void* dy, int64_t rows, int32_t columns, Type type, void* stream);
 Status nf4_dequantize(const Nf4& op, void* out, void* stream);
 Status int8_dequantize(const Int8& op, void* out, void* stream);
 extern const DecodeKernels decode_kernels;

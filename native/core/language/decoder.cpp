@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/base/memory.h"
+#include "core/language/frozen_layer.h"
+
 namespace martlet {
 
 DecoderAttention::DecoderAttention(const DecoderConfig& c)
@@ -165,12 +168,24 @@ void Decoder::place(DecoderPass& pass, const at::Tensor& positions, const std::v
                          .view({-1, 1, 1});
 }
 
+void Decoder::stack_weights() {
+  for (const auto& layer : layers) {
+    stack_layer_weights(*layer);
+    // What was stacked from is of another size: without this the allocator would hold it beside the stacks.
+    empty_cache(embed_tokens.weight.device());
+  }
+}
+
 at::Tensor Decoder::forward(at::Tensor hidden, const DecoderPass& pass) const {
   if (embed_positions) hidden = hidden + embed_positions->forward(pass.position_rows);
   for (int64_t i = 0; i < config_.num_layers; ++i) {
     const DecoderLayer& layer = *layers[i];
-    hidden =
-        run_layer([&layer, &pass, i](const at::Tensor& x) { return layer.forward(x, pass, i); }, hidden, pass.options);
+    if (const auto output = run_frozen_layer(layer, config_, hidden, pass)) {
+      hidden = *output;
+    } else {
+      hidden = run_layer([&layer, &pass, i](const at::Tensor& x) { return layer.forward(x, pass, i); }, hidden,
+                         pass.options);
+    }
     if (i < static_cast<int64_t>(pass.deepstack.size()))
       hidden = hidden.index_add(0, pass.image_rows, pass.deepstack[i]);
   }

@@ -82,6 +82,7 @@ class Decoder : public LanguageModel {
   void place(DecoderPass& pass, const at::Tensor& positions, const std::vector<Row>& rows,
              at::ScalarType dtype) const override;
   at::Tensor forward(at::Tensor hidden, const DecoderPass& pass) const override;
+  void stack_weights() override;
   at::Tensor head_input(const at::Tensor& states, const ForwardOptions&) const override {
     return norm->forward(states);
   }

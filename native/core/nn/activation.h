@@ -17,4 +17,9 @@ at::Tensor activate(const at::Tensor& x, Activation activation);
 // silu(gate) · up; keeps gate and up only.
 at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up);
 
+// For callers with a backward of their own, gate and up side by side: [rows, 2 · n] → [rows, n].
+at::Tensor swiglu_halves(const at::Tensor& gate_up);
+// Puts the gradients in place of gate_up, and swiglu_halves(gate_up) in place of dy.
+void swiglu_halves_backward(at::Tensor& gate_up, at::Tensor& dy);
+
 }  // namespace martlet

@@ -1,11 +1,14 @@
 #include "core/nn/attention.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <map>
+#include <tuple>
 
 namespace martlet {
 namespace {
@@ -103,6 +106,32 @@ at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::
         batched(group(q, q_place), group(k, k_place), group(v, k_place), causal, extras, part).flatten(0, 1));
   }
   return at::empty(q.sizes(), q.options()).index_copy(0, at::cat(places), at::cat(parts));
+}
+
+AttentionPass::AttentionPass(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceLengths& rows)
+    : inputs_{q, k, v}, cu_seqlens_(rows.cu_seqlens), max_length_(rows.max_length) {
+  if (uses_flash(q, {})) {
+    std::tie(out_, logsumexp_, rng_state_, unused_, std::ignore) = at::_flash_attention_forward(
+        q, k, v, cu_seqlens_, cu_seqlens_, max_length_, max_length_, 0.0, /*is_causal=*/true,
+        /*return_debug_mask=*/false);
+    return;
+  }
+  const at::AutoGradMode enable(true);
+  for (at::Tensor& input : inputs_) input = input.detach().requires_grad_(true);
+  recorded_ = packed_attention(inputs_[0], inputs_[1], inputs_[2], rows, /*causal=*/true);
+  out_ = recorded_.detach();
+}
+
+std::array<at::Tensor, 3> AttentionPass::backward(const at::Tensor& dout) {
+  if (!recorded_.defined()) {
+    const auto [dq, dk, dv] = at::_flash_attention_backward(dout, inputs_[0], inputs_[1], inputs_[2], out_, logsumexp_,
+                                                            cu_seqlens_, cu_seqlens_, max_length_, max_length_, 0.0,
+                                                            /*is_causal=*/true, rng_state_, unused_);
+    return {dq, dk, dv};
+  }
+  const auto grads = torch::autograd::grad({recorded_}, {inputs_.begin(), inputs_.end()}, {dout});
+  recorded_.reset();
+  return {grads[0], grads[1], grads[2]};
 }
 
 at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

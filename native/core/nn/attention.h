@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <functional>
 #include <optional>
 #include <vector>
@@ -43,6 +44,23 @@ at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::
 at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                             const SequenceLengths& q_rows, const SequenceLengths& k_rows, bool causal,
                             const AttentionExtras& extras = {});
+
+// Causal packed_attention() for callers with a backward of their own, which is called once.
+class AttentionPass {
+ public:
+  AttentionPass() = default;
+  // q, k and v must stay as they are until the backward.
+  AttentionPass(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceLengths& rows);
+  const at::Tensor& out() const { return out_; }  // [T, heads, d]
+  // Gradients of q, k and v.
+  std::array<at::Tensor, 3> backward(const at::Tensor& dout);
+
+ private:
+  std::array<at::Tensor, 3> inputs_;
+  at::Tensor out_, logsumexp_, rng_state_, unused_, cu_seqlens_;
+  int64_t max_length_ = 0;
+  at::Tensor recorded_;  // where autograd does it: the output with its graph
+};
 
 // One new position against a cache: q: [1, heads, d], k and v: [length, kv_heads, d] → [1, heads, d].
 at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

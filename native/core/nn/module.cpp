@@ -122,6 +122,8 @@ OutputObserver::OutputObserver(std::function<void(const Module&, const at::Tenso
 }
 OutputObserver::~OutputObserver() { observer = before_; }
 
+bool outputs_observed() { return observer != nullptr; }
+
 void observe_output(const Module& module, const at::Tensor& output) {
   if (observer != nullptr) (*observer)(module, output);
 }

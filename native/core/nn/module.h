@@ -94,6 +94,7 @@ class OutputObserver {
 };
 // For the modules: tells the observer, if there is one.
 void observe_output(const Module& module, const at::Tensor& output);
+bool outputs_observed();
 
 inline std::string join_path(const std::string& prefix, const std::string& name) {
   return prefix.empty() ? name : prefix + "." + name;

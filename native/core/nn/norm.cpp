@@ -48,6 +48,11 @@ struct RmsNormFunction : public torch::autograd::Function<RmsNormFunction> {
   }
 };
 
+// Without its weight argument the fused op rounds x̂ to x's dtype, as the original does before it multiplies.
+at::Tensor plain_rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  return at::rms_norm(x, {x.size(-1)}, std::nullopt, eps) * weight;
+}
+
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   const bool recorded = at::GradMode::is_enabled();
   if (cuda_kernels(x) != nullptr && x.is_contiguous() && weight.scalar_type() == x.scalar_type() &&
@@ -55,11 +60,63 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
     return recorded && x.requires_grad() ? RmsNormFunction::apply(x, weight, eps)
                                          : rms_norm_kernel(x, weight, eps, at::Tensor());
   }
-  // Without its weight argument the fused op rounds x̂ to x's dtype, as the original does before it multiplies.
-  return at::rms_norm(x, {x.size(-1)}, std::nullopt, eps) * weight;
+  return plain_rms_norm(x, weight, eps);
+}
+
+// Null unless the kernels take x and the weight as they lie.
+const cuda::Kernels* rms_norm_kernels(const at::Tensor& x, const at::Tensor& weight) {
+  return x.is_contiguous() && weight.scalar_type() == x.scalar_type() ? cuda_kernels(x) : nullptr;
+}
+
+at::Tensor empty_scales(const at::Tensor& x) {
+  return at::empty({x.numel() / x.size(-1)}, x.options().dtype(at::kFloat));
 }
 
 }  // namespace
+
+at::Tensor RmsNorm::forward(const at::Tensor& x, Scales& scales) const {
+  if (rms_norm_kernels(x, weight.value) == nullptr) return plain_rms_norm(x, weight.value, eps_);
+  scales = empty_scales(x);
+  return rms_norm_kernel(x, weight.value, eps_, scales);
+}
+
+at::Tensor RmsNorm::add_forward(at::Tensor& sum, const at::Tensor& x, Scales& scales) const {
+  const cuda::Kernels* kernels = x.is_contiguous() ? rms_norm_kernels(sum, weight.value) : nullptr;
+  if (kernels == nullptr) return plain_rms_norm(sum.add_(x), weight.value, eps_);
+  scales = empty_scales(x);
+  at::Tensor y = at::empty_like(x);
+  check_cuda(kernels->add_rms_norm(describe(x, weight.value), sum.mutable_data_ptr(), eps_, y.mutable_data_ptr(),
+                                   scales.mutable_data_ptr<float>(), cuda_stream(x)));
+  return y;
+}
+
+at::Tensor RmsNorm::backward(const at::Tensor& x, const Scales& scales, const at::Tensor& dy) const {
+  if (scales.defined() && dy.is_contiguous()) {
+    at::Tensor dx = at::empty_like(x);
+    check_cuda(cuda_kernels(x)->rms_norm_backward(describe(x, weight.value), dy.const_data_ptr(),
+                                                  scales.const_data_ptr<float>(), dx.mutable_data_ptr(),
+                                                  cuda_stream(x)));
+    return dx;
+  }
+  // With g = dy · weight and x̂ = x · rstd: rstd · (g − x̂ · mean(g · x̂)).
+  const at::Tensor wide = x.to(at::kFloat), rstd = wide.square().mean(-1, /*keepdim=*/true).add_(eps_).rsqrt_();
+  const at::Tensor unit = wide * rstd, g = dy.to(at::kFloat) * weight.value.to(at::kFloat);
+  return (g - unit * (g * unit).mean(-1, /*keepdim=*/true)).mul_(rstd).to(x.scalar_type());
+}
+
+at::Tensor RmsNorm::backward_add(const at::Tensor& x, const Scales& scales, at::Tensor& dy,
+                                 const at::Tensor& residual) const {
+  if (scales.defined() && dy.is_contiguous() && residual.is_contiguous()) {
+    at::Tensor dx = at::empty_like(x);
+    check_cuda(cuda_kernels(x)->rms_norm_backward_add(describe(x, weight.value), dy.mutable_data_ptr(),
+                                                      scales.const_data_ptr<float>(), residual.const_data_ptr(),
+                                                      dx.mutable_data_ptr(), cuda_stream(x)));
+    return dx;
+  }
+  const at::Tensor dx = backward(x, scales, dy).add_(residual);
+  dy.copy_(plain_rms_norm(x, weight.value, eps_));
+  return dx;
+}
 
 at::Tensor RmsNorm::forward(const at::Tensor& x) const {
   at::Tensor y = rms_norm(x, weight.value, eps_);

@@ -21,6 +21,18 @@ class RmsNorm : public Norm {
  public:
   RmsNorm(int64_t dim, double eps);
   at::Tensor forward(const at::Tensor& x) const override;
+
+  // For callers with a backward of their own; nothing is recorded, and the weight gets no gradient.
+  // What the backward needs besides x: float32, one a row. Undefined where it is computed anew.
+  using Scales = at::Tensor;
+  at::Tensor forward(const at::Tensor& x, Scales& scales) const;
+  // sum += x in place; of the sum.
+  at::Tensor add_forward(at::Tensor& sum, const at::Tensor& x, Scales& scales) const;
+  // The gradient of x.
+  at::Tensor backward(const at::Tensor& x, const Scales& scales, const at::Tensor& dy) const;
+  // residual + the gradient of x. Puts forward(x) in place of dy.
+  at::Tensor backward_add(const at::Tensor& x, const Scales& scales, at::Tensor& dy, const at::Tensor& residual) const;
+
   Parameter weight;
 
  private:

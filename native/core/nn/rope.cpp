@@ -41,13 +41,12 @@ RotaryTable axial_rotary_table(const at::Tensor& positions, int64_t head_dim, do
   return from_angles((positions.to(at::kFloat).unsqueeze(-1) * inv_freq).permute({1, 0, 2}).flatten(1), at::kFloat);
 }
 
-namespace {
-
-at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, bool inverse) {
+void rotate(const at::Tensor& out, const at::Tensor& x, const RotaryTable& table, bool inverse) {
+  const at::Tensor &cos = table.cos, &sin = table.sin;
   const int64_t half = x.size(-1) / 2;
-  if (const cuda::Kernels* kernels = cuda_kernels(x); kernels != nullptr && x.stride(-1) == 1 && cos.is_contiguous() &&
-                                                      sin.is_contiguous() && x.numel() / 2 < int64_t{1} << 31) {
-    at::Tensor out = at::empty(x.sizes(), x.options());
+  if (const cuda::Kernels* kernels = cuda_kernels(x); kernels != nullptr && x.stride(-1) == 1 && out.stride(-1) == 1 &&
+                                                      cos.is_contiguous() && sin.is_contiguous() &&
+                                                      x.numel() / 2 < int64_t{1} << 31) {
     cuda::Rotary op = {};
     op.x = x.const_data_ptr();
     op.cos = cos.const_data_ptr();
@@ -56,21 +55,31 @@ at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& 
     op.tokens = x.size(0);
     op.token_stride = x.stride(0);
     op.head_stride = x.stride(1);
+    op.out_token_stride = out.stride(0);
+    op.out_head_stride = out.stride(1);
     op.heads = static_cast<int32_t>(x.size(1));
     op.head_dim = static_cast<int32_t>(x.size(2));
     op.type = cuda_type(x.scalar_type());
     op.float_table = cos.scalar_type() == at::kFloat;
     op.inverse = inverse;
     check_cuda(kernels->rotary(op, cuda_stream(x)));
-    return out;
+    return;
   }
   const at::Tensor x1 = x.narrow(-1, 0, half), x2 = x.narrow(-1, half, half);
-  at::Tensor out = at::empty(x.sizes(), x.options());
   at::Tensor o1 = out.narrow(-1, 0, half), o2 = out.narrow(-1, half, half);
   const at::Tensor s = inverse ? sin.neg() : sin;
-  // Each product is rounded to the dtype (of x and the table together) before the sum, as in the original.
-  at::sub_out(o1, x1 * cos, x2 * s);
-  at::add_out(o2, x2 * cos, x1 * s);
+  // Each product is rounded to the dtype (of x and the table together) before the sum, as in the original. All four
+  // before the first sum: out may be x.
+  const at::Tensor c1 = x1 * cos, s2 = x2 * s, c2 = x2 * cos, s1 = x1 * s;
+  at::sub_out(o1, c1, s2);
+  at::add_out(o2, c2, s1);
+}
+
+namespace {
+
+at::Tensor rotated(const at::Tensor& x, const RotaryTable& table, bool inverse) {
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  rotate(out, x, table, inverse);
   return out;
 }
 
@@ -78,19 +87,19 @@ struct RotaryFunction : public torch::autograd::Function<RotaryFunction> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& cos,
                             const at::Tensor& sin) {
     ctx->save_for_backward({cos, sin});
-    return rotate(x, cos, sin, /*inverse=*/false);
+    return rotated(x, {cos, sin}, /*inverse=*/false);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    return {rotate(grads[0], saved[0], saved[1], /*inverse=*/true), at::Tensor(), at::Tensor()};
+    return {rotated(grads[0], {saved[0], saved[1]}, /*inverse=*/true), at::Tensor(), at::Tensor()};
   }
 };
 
 }  // namespace
 
 at::Tensor apply_rotary(const at::Tensor& x, const RotaryTable& table) {
-  if (!(x.requires_grad() && at::GradMode::is_enabled())) return rotate(x, table.cos, table.sin, /*inverse=*/false);
+  if (!(x.requires_grad() && at::GradMode::is_enabled())) return rotated(x, table, /*inverse=*/false);
   return RotaryFunction::apply(x, table.cos, table.sin);
 }
 

@@ -27,4 +27,7 @@ RotaryTable axial_rotary_table(const at::Tensor& positions, int64_t head_dim, do
 // x: [T, heads, d] → the same, rotated. Its backward is the rotation by the opposite angle.
 at::Tensor apply_rotary(const at::Tensor& x, const RotaryTable& table);
 
+// For callers with a backward of their own: out = x rotated, by the opposite angle if `inverse`. `out` may be x.
+void rotate(const at::Tensor& out, const at::Tensor& x, const RotaryTable& table, bool inverse);
+
 }  // namespace martlet

@@ -81,6 +81,11 @@ Trainer::Trainer(VisionLanguageModel& model, const Family& family, std::string m
     begin_lora(trained, groups);
   }
   parameters_ = std::make_unique<FlatParameters>(std::move(trained), groups.groups(), device_);
+  if (!options_.full) {
+    model_.visit([](const std::string&, Module& module) {
+      if (auto* language = dynamic_cast<LanguageModel*>(&module)) language->stack_weights();
+    });
+  }
   optimizer_ = make_optimizer(options_.optimizer, *parameters_);
   flops_.emplace(model_, options_.full, options_.full ? 0 : adapter_.numel());
   dropout_.generator = make_generator(device_);

@@ -129,6 +129,79 @@ TEST("rotary embedding of three axes, whose angles come transposed") {
       {randn({37, 5, 16}, 1).to(at::kBFloat16)}, 2);
 }
 
+TEST("RMSNorm for a backward of one's own: of a sum, and its gradient with another added and the norm made again") {
+  const at::NoGradGuard no_grad;
+  for (const at::ScalarType type : kTypes) {
+    for (const int64_t columns : {7, 128, 1536, 2049, 4096}) {
+      for (const int64_t rows : {1, 130}) {
+        const std::string what = std::to_string(rows) + "×" + std::to_string(columns);
+        const auto drawn = [&](uint64_t seed) { return randn({rows, columns}, seed).to(type); };
+        const at::Tensor noise = randn({rows, columns}, 1), sum = (noise + noise.sign()).to(type), x = drawn(2),
+                         dy = drawn(3), residual = drawn(4);
+        RmsNorm norm(columns, 1e-6);
+        const at::Tensor w = (1 + 0.1 * randn({columns}, 5)).to(type);
+        const auto run = [&](at::Device device) {
+          norm.weight.value = w.to(device);
+          at::Tensor total = sum.clone().to(device), scales, grad = dy.clone().to(device), scales_of_x;
+          const at::Tensor normed = norm.add_forward(total, x.to(device), scales);
+          EXPECT_EQ(scales.defined(), device.is_cuda());
+          const at::Tensor dx = norm.backward_add(total, scales, grad, residual.to(device));
+          return Tensors{
+              total, normed, dx, grad, norm.forward(total, scales_of_x), norm.backward(total, scales, normed)};
+        };
+        const Tensors expected = run(at::kCPU), actual = run(gpu());
+        EXPECT_SAME(actual[0].cpu(), expected[0]);
+        for (size_t i = 1; i < expected.size(); ++i)
+          check_near(actual[i], expected[i], 2, i == 2 || i == 5 ? 1 : 0.02, what + ", result " + std::to_string(i));
+        // What is made again has the bits of the forward.
+        EXPECT_SAME(actual[3], actual[1]);
+        EXPECT_SAME(actual[4], actual[1]);
+      }
+    }
+  }
+}
+
+TEST("rotary embedding in place and between tensors of other strides: the same bits") {
+  const at::NoGradGuard no_grad;
+  for (const at::ScalarType type : kTypes) {
+    for (const int64_t head_dim : {6, 80, 128}) {
+      const at::Tensor stacked = randn({37, 5 * head_dim}, 1).to(type), other = randn({37, 3, head_dim}, 2).to(type);
+      const RotaryTable table = rotary_table(at::arange(37, at::kLong), head_dim, 1e4, type);
+      const auto run = [&](at::Device device) {
+        const at::Tensor all = stacked.clone().to(device), from = other.to(device);
+        const RotaryTable own = {table.cos.to(device), table.sin.to(device)};
+        const auto heads = [&](int64_t begin, int64_t count) {
+          return all.narrow(1, begin * head_dim, count * head_dim).unflatten(1, {count, head_dim});
+        };
+        rotate(heads(0, 2), heads(0, 2), own, /*inverse=*/false);
+        rotate(heads(2, 3), from, own, /*inverse=*/true);
+        return all.cpu();
+      };
+      EXPECT_SAME(run(gpu()), run(at::kCPU));
+    }
+  }
+}
+
+TEST("SwiGLU of halves of rows and its gradients in place") {
+  const at::NoGradGuard no_grad;
+  for (const at::ScalarType type : kTypes) {
+    for (const int64_t columns : {1, 9, 344, 3424}) {
+      const at::Tensor gate_up = (3 * randn({33, 2 * columns}, 1)).to(type), dy = randn({33, columns}, 2).to(type);
+      const auto run = [&](at::Device device) {
+        at::Tensor both = gate_up.clone().to(device), grad = dy.clone().to(device);
+        const at::Tensor product = swiglu_halves(both);
+        swiglu_halves_backward(both, grad);
+        EXPECT_SAME(grad, product);
+        return Tensors{product, both};
+      };
+      const Tensors expected = run(at::kCPU), actual = run(gpu());
+      const std::string what = "SwiGLU of " + std::to_string(columns);
+      check_near(actual[0], expected[0], 2, 0.02, what);
+      check_near(actual[1], expected[1], 2, 1, what + ", gradients");
+    }
+  }
+}
+
 TEST("SwiGLU and its gradients") {
   for (const at::ScalarType type : kTypes) {
     for (const int64_t columns : {1, 9, 344, 3424}) {

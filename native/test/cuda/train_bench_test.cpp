@@ -1,0 +1,126 @@
+// What a layer's forward and backward cost: under autograd and written out, at the sizes of published models.
+#include <ATen/ATen.h>
+#include <ATen/record_function.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <memory>
+
+#include "check.h"
+#include "core/base/memory.h"
+#include "cuda/gpu.h"
+#include "layer_case.h"
+
+using namespace martlet;
+using namespace martlet::test;
+
+namespace {
+
+std::atomic<int64_t> operators{0};
+
+// ATen operators that are called while it lives, on every thread, those inside others too.
+class OperatorCount {
+ public:
+  OperatorCount() {
+    operators = 0;
+    handle_ = at::addGlobalCallback(at::RecordFunctionCallback([](const at::RecordFunction&) {
+                                      ++operators;
+                                      return std::unique_ptr<at::ObserverContext>();
+                                    }).scopes({at::RecordScope::FUNCTION}));
+  }
+  ~OperatorCount() { at::removeCallback(handle_); }
+  OperatorCount(const OperatorCount&) = delete;
+  OperatorCount& operator=(const OperatorCount&) = delete;
+
+ private:
+  at::CallbackHandle handle_;
+};
+
+struct Shape {
+  const char* name;
+  int64_t hidden, intermediate, heads, kv_heads;
+  bool qkv_bias;
+  int64_t layers;  // of the test, one after the other
+};
+
+void measure(const Shape& shape, int64_t rows) {
+  LayerOptions options;
+  options.config.hidden_size = shape.hidden;
+  options.config.intermediate_size = shape.intermediate;
+  options.config.num_heads = shape.heads;
+  options.config.num_kv_heads = shape.kv_heads;
+  options.config.head_dim = 128;
+  options.config.qkv_bias = shape.qkv_bias;
+  options.lengths = std::vector<int64_t>(rows, 1024);
+  options.rank = 8;
+  options.dtype = options.pair_dtype = at::kBFloat16;
+  options.device = gpu();
+  options.drawn_on_device = true;
+  std::vector<std::unique_ptr<LayerCase>> layers;
+  for (int64_t i = 0; i < shape.layers; ++i) layers.push_back(std::make_unique<LayerCase>(options));
+  // As in a run: gradients are there and are added to.
+  for (const auto& layer : layers) {
+    for (auto& [name, pair] : layer->pairs) {
+      pair.a.mutable_grad() = at::zeros_like(pair.a);
+      pair.b.mutable_grad() = at::zeros_like(pair.b);
+    }
+  }
+  const at::Tensor x = layers[0]->x.detach().requires_grad_(true);
+  for (const bool written_out : {false, true}) {
+    for (const Recompute recompute : {Recompute::kNone, Recompute::kMlp, Recompute::kLayer}) {
+      const auto step = [&] {
+        at::Tensor hidden = x;
+        for (const auto& layer : layers) {
+          hidden = layer->apply(hidden, written_out, recompute);
+          EXPECT_EQ(layer->took_written_out, written_out);
+        }
+        torch::autograd::backward({hidden}, {layers[0]->dy});
+        x.mutable_grad().reset();
+      };
+      for (int i = 0; i < 3; ++i) step();
+      synchronize(gpu());
+      reset_peak_memory(gpu());
+      const int64_t before = memory_stats(gpu()).allocated;
+      step();
+      synchronize(gpu());
+      const int64_t kept = memory_stats(gpu()).peak_allocated - before;
+      int64_t calls = 0;
+      {
+        const OperatorCount count;
+        step();
+        calls = operators;
+      }
+      synchronize(gpu());
+      constexpr int kRepeats = 10;
+      const auto start = std::chrono::steady_clock::now();
+      for (int i = 0; i < kRepeats; ++i) step();
+      const std::chrono::duration<double, std::milli> host = std::chrono::steady_clock::now() - start;
+      synchronize(gpu());
+      const std::chrono::duration<double, std::milli> all = std::chrono::steady_clock::now() - start;
+      const double per_layer = static_cast<double>(kRepeats * shape.layers);
+      std::printf(
+          "  %s, %2d x 1024, %s, recompute %s: %.3f ms a layer, host %.3f ms, %3.0f operators, peak %.0f MiB a layer\n",
+          shape.name, static_cast<int>(rows), written_out ? "written out" : "autograd   ",
+          recompute == Recompute::kNone  ? "none "
+          : recompute == Recompute::kMlp ? "mlp  "
+                                         : "layer",
+          all.count() / per_layer, host.count() / per_layer,
+          static_cast<double>(calls) / static_cast<double>(shape.layers),
+          static_cast<double>(kept) / static_cast<double>(shape.layers) / (1 << 20));
+      std::fflush(stdout);
+    }
+  }
+}
+
+}  // namespace
+
+TEST("train-bench: milliseconds of a layer, forward and backward") {
+  const Shape seven = {"7B", 4096, 11008, 32, 32, false, 4},
+              grouped = {"7B, grouped heads", 3584, 18944, 28, 4, true, 4}, two = {"2B", 1536, 8960, 12, 2, true, 8};
+  measure(seven, 8);
+  measure(seven, 2);
+  measure(grouped, 8);
+  measure(two, 8);
+  measure(two, 2);
+}

@@ -1,0 +1,178 @@
+// The decoder's layer written out, beside the layer under autograd: outputs, and gradients of x and of every pair.
+#include "core/language/frozen_layer.h"
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <map>
+
+#include "check.h"
+#include "layer_case.h"
+
+using namespace martlet;
+using namespace martlet::test;
+
+namespace {
+
+// Of the largest gradient of each tensor.
+void check_relative(const at::Tensor& actual, const at::Tensor& expected, double tolerance, const std::string& what) {
+  if (actual.defined() != expected.defined()) return record_failure(__FILE__, __LINE__, what + ": one is undefined");
+  if (!actual.defined()) return;
+  const at::Tensor a = actual.to(at::kDouble), e = expected.to(at::kDouble);
+  const double largest = e.abs().max().item<double>();
+  const double distance = (a - e).abs().max().item<double>() / largest;
+  if (!(largest > 0 && distance <= tolerance))
+    record_failure(__FILE__, __LINE__, what + ": " + std::to_string(distance) + " of the largest away");
+}
+
+void compare(const std::string& what, const LayerOptions& options, double tolerance) {
+  for (const Recompute recompute : {Recompute::kNone, Recompute::kCheap, Recompute::kMlp, Recompute::kLayer}) {
+    LayerCase c(options);
+    const LayerResult expected = c.run(/*written_out=*/false, recompute);
+    EXPECT(!c.took_written_out);
+    const LayerResult actual = c.run(/*written_out=*/true, recompute);
+    EXPECT(c.took_written_out);
+    EXPECT_EQ(actual.size(), expected.size());
+    for (const auto& [name, tensor] : expected) check_relative(actual.at(name), tensor, tolerance, what + ", " + name);
+    // Whatever is made again: the same bits.
+    const LayerResult kept = c.run(/*written_out=*/true, Recompute::kNone);
+    for (const auto& [name, tensor] : kept) EXPECT_SAME(actual.at(name), tensor);
+  }
+}
+
+}  // namespace
+
+TEST("all seven linears: value, gradients of x and of every pair, at each level of recompute") {
+  compare("plain", {}, 2e-6);
+}
+
+TEST("grouped heads, biases of q, k and v, norms of q and k, packed rows of several lengths, positions of three axes") {
+  LayerOptions options;
+  options.config.num_kv_heads = 2;
+  compare("grouped heads", options, 2e-6);
+  options.config.qkv_bias = true;
+  compare("biases", options, 2e-6);
+  options.lengths = {5, 9, 1, 9, 7};
+  compare("packed rows", options, 2e-6);
+  options.config.qk_norm = true;
+  compare("norms of q and k", options, 2e-6);
+  options.axes = true;
+  options.config.rope_float32 = true;
+  compare("three axes", options, 2e-6);
+}
+
+TEST("one fused linear for q, k and v") {
+  LayerOptions options;
+  options.config.fused_qkv = true;
+  options.config.qkv_bias = true;
+  compare("fused", options, 2e-6);
+}
+
+TEST("pairs on some of the linears only") {
+  for (const std::vector<std::string>& targets : std::vector<std::vector<std::string>>{
+           {"q_proj", "v_proj"}, {"k_proj"}, {"o_proj"}, {"up_proj"}, {"gate_proj", "down_proj"}, {"down_proj"}, {}}) {
+    LayerOptions options;
+    options.targets = targets;
+    std::string what = "targets";
+    for (const std::string& target : targets) what += " " + target;
+    compare(what, options, 2e-6);
+  }
+}
+
+TEST("an input without gradient: the first layer") {
+  LayerOptions options;
+  options.input_grad = false;
+  // Recomputed layers of autograd need an input that requires grad.
+  LayerCase c(options);
+  const LayerResult expected = c.run(/*written_out=*/false, Recompute::kNone);
+  for (const Recompute recompute : {Recompute::kNone, Recompute::kMlp, Recompute::kLayer}) {
+    const LayerResult actual = c.run(/*written_out=*/true, recompute);
+    EXPECT(c.took_written_out);
+    EXPECT(!actual.at("x").defined());
+    for (const auto& [name, tensor] : expected) check_relative(actual.at(name), tensor, 2e-6, name);
+  }
+}
+
+TEST("gradients are added to those that are there") {
+  LayerCase c({});
+  const LayerResult once = c.run(/*written_out=*/true, Recompute::kNone);
+  const LayerResult twice = c.run(/*written_out=*/true, Recompute::kNone, /*keep_gradients=*/true);
+  for (const auto& [name, tensor] : once) {
+    if (name.find("lora") != std::string::npos) check_relative(twice.at(name), 2 * tensor, 1e-6, name);
+  }
+}
+
+TEST("in bfloat16, with pairs in bfloat16 and in float32: as near to float32 as the layer under autograd is") {
+  for (const at::ScalarType pairs : {at::kBFloat16, at::kFloat}) {
+    LayerOptions options;
+    options.config.num_kv_heads = 2;
+    options.config.qkv_bias = true;
+    options.dtype = at::kBFloat16;
+    options.pair_dtype = pairs;
+    LayerCase c(options);
+    const LayerResult reference = c.run(/*written_out=*/false, Recompute::kNone),
+                      actual = c.run(/*written_out=*/true, Recompute::kNone);
+    EXPECT(c.took_written_out);
+    const LayerResult exact = LayerCase(options, at::kFloat).run(/*written_out=*/false, Recompute::kNone);
+    for (const auto& [name, tensor] : exact) {
+      const double own = relative_error(actual.at(name), tensor),
+                   of_reference = relative_error(reference.at(name), tensor);
+      if (!(own <= 1.2 * of_reference + 1e-3)) {
+        record_failure(__FILE__, __LINE__,
+                       name + ": " + std::to_string(own) + " from float32, autograd " + std::to_string(of_reference));
+      }
+    }
+  }
+}
+
+TEST("what another path must do is left to it") {
+  const auto refused = [](const std::string& what, const std::function<void(LayerCase&)>& change) {
+    LayerCase c({});
+    change(c);
+    c.run(/*written_out=*/true, Recompute::kNone);
+    if (c.took_written_out) record_failure(__FILE__, __LINE__, what + " was taken");
+  };
+  refused("DoRA", [](LayerCase& c) {
+    LoraLayer& lora = c.pairs.at("q_proj");
+    lora.magnitude = at::ones({lora.b.size(0)}).requires_grad_(true);
+    refresh_weight_norm(c.linears.at("q_proj")->weight, lora);
+  });
+  refused("a trained weight", [](LayerCase& c) { c.linears.at("o_proj")->weight.value.requires_grad_(true); });
+  refused("a trained norm",
+          [](LayerCase& c) { static_cast<RmsNorm&>(*c.layer->input_layernorm).weight.value.requires_grad_(true); });
+  refused("weights that are not stacked", [](LayerCase& c) {
+    Parameter& weight = c.linears.at("up_proj")->weight;
+    weight.value = weight.value.clone();
+  });
+  refused("a quantised weight", [](LayerCase& c) {
+    Parameter& weight = c.linears.at("down_proj")->weight;
+    weight.quantized = quantize(weight.value, {QuantizationOptions::Method::kNf4, true});
+    weight.value.reset();
+  });
+  refused("evaluation", [](LayerCase& c) { c.training = false; });
+  refused("LoRA's dropout", [](LayerCase& c) {
+    c.with_dropout_source = true;
+    c.pairs.at("k_proj").dropout = 0.1;
+  });
+  refused("an observer's pass", [](LayerCase& c) { c.observed = true; });
+}
+
+TEST("stacked weights: each linear keeps its values, and memory of its own rows only is shared") {
+  Linear a(3, 4, true), b(3, 2, true);
+  const at::Tensor wa = randn({4, 3}, 1), wb = randn({2, 3}, 2), ba = randn({4}, 3), bb = randn({2}, 4);
+  a.weight.value = wa.clone();
+  b.weight.value = wb.clone();
+  a.bias.value = ba.clone();
+  b.bias.value = bb.clone();
+  stack_weights({&a, &b});
+  EXPECT_SAME(a.weight.value, wa);
+  EXPECT_SAME(b.weight.value, wb);
+  EXPECT_SAME(a.bias.value, ba);
+  EXPECT_SAME(b.bias.value, bb);
+  EXPECT(a.weight.value.storage().is_alias_of(b.weight.value.storage()));
+  b.weight.value.zero_();
+  EXPECT_SAME(a.weight.value, wa);
+  const void* before = a.weight.value.const_data_ptr();
+  stack_weights({&a, &b});  // nothing to do
+  EXPECT(a.weight.value.const_data_ptr() == before);
+}
