@@ -334,7 +334,7 @@ json Session::Impl::generate_answer(const Args& args, Reply& reply, JobContext& 
 json Session::Impl::begin_training(const json& args) {
   if (trainer) fail(code::kConfig, "A training run is under way on this model already.");
   const bool deterministic = args.value("deterministic", false);
-  at::globalContext().setDeterministicAlgorithms(deterministic, /*warn_only=*/false);
+  set_deterministic(deterministic);
   at::globalContext().setAllowTF32CuBLAS(args.value("tf32", false));
   trainer = std::make_unique<Trainer>(loaded(), *family, model_dir, parse_train_options(args), dtype, device);
   int64_t base = 0;
