@@ -153,19 +153,47 @@ __device__ float linear_row(const Matrix& m, int row, const T* x, const float* t
   return rounded<T>(sum);
 }
 
-// Llama's order, as rms_norm.cu. The block's threads do N numbers at a time.
-template <typename T, int N>
-__device__ void norm_row(const T* x, const T* norm, float eps, T* out, int columns) {
-  float squares = 0;
-  for (int i = threadIdx.x * N; i < columns; i += kThreads * N) {
-    const auto in = load<N>(x + i);
-    for (int j = 0; j < N; ++j) squares += to_float(in.v[j]) * to_float(in.v[j]);
+__device__ inline float activate(float x, Activation activation) {
+  switch (activation) {
+    case Activation::kGelu:
+      return 0.5f * x * (1.0f + erff(x * 0.70710678f));
+    case Activation::kGeluTanh:
+      return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    case Activation::kQuickGelu:
+      return x / (1.0f + expf(-1.702f * x));
+    case Activation::kSilu:
+      return x / (1.0f + expf(-x));
+    case Activation::kRelu:
+      return isnan(x) ? x : fmaxf(x, 0.0f);
+    case Activation::kNone:
+      break;
   }
-  const float rstd = rsqrtf(row_sum<kThreads>(squares) / static_cast<float>(columns) + eps);
+  return x;
+}
+
+// RMSNorm in Llama's order, as rms_norm.cu; LayerNorm rounds at its end. The block's threads do N numbers at a time.
+template <typename T, int N>
+__device__ void norm_row(const T* x, const Norm& norm, float eps, T* out, int columns) {
+  const auto sum_over_row = [&](auto&& of) {
+    float sum = 0;
+    for (int i = threadIdx.x * N; i < columns; i += kThreads * N) {
+      const auto in = load<N>(x + i);
+      for (int j = 0; j < N; ++j) sum += of(to_float(in.v[j]));
+    }
+    return row_sum<kThreads>(sum);
+  };
+  const T *weights = static_cast<const T*>(norm.weight), *biases = static_cast<const T*>(norm.bias);
+  const auto n = static_cast<float>(columns);
+  const float mean = biases == nullptr ? 0.0f : sum_over_row([](float v) { return v; }) / n;
+  const float rstd = rsqrtf(sum_over_row([mean](float v) { return (v - mean) * (v - mean); }) / n + eps);
   for (int i = threadIdx.x * N; i < columns; i += kThreads * N) {
-    const auto in = load<N>(x + i), weight = load<N>(norm + i);
-    Vector<T, N> y;
-    for (int j = 0; j < N; ++j) y.v[j] = from_float<T>(rounded<T>(to_float(in.v[j]) * rstd) * to_float(weight.v[j]));
+    const auto in = load<N>(x + i), weight = load<N>(weights + i);
+    Vector<T, N> y, bias = {};
+    if (biases != nullptr) bias = load<N>(biases + i);
+    for (int j = 0; j < N; ++j) {
+      const float unit = (to_float(in.v[j]) - mean) * rstd, w = to_float(weight.v[j]);
+      y.v[j] = from_float<T>(biases == nullptr ? rounded<T>(unit) * w : fmaf(unit, w, to_float(bias.v[j])));
+    }
     store<N>(out + i, y);
   }
 }
@@ -173,13 +201,13 @@ __device__ void norm_row(const T* x, const T* norm, float eps, T* out, int colum
 // With a norm each block norms x anew, into its shared memory: x is small beside the rows.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
-    matvec(const Parts parts, int count, bool gated, const T* x, const T* norm, float eps, const T* residual, T* out,
-           int rows, bool vectors) {
+    matvec(const Parts parts, int count, bool gated, Activation activation, const T* x, const Norm norm, float eps,
+           const T* residual, T* out, int rows, bool vectors) {
   extern __shared__ uint4 shared[];
   __shared__ float table[16];
   const int columns = parts.matrix[0].columns, lane = threadIdx.x % 32;
   if (threadIdx.x < 16) table[threadIdx.x] = codes_on_device.values[threadIdx.x];
-  if (norm != nullptr) {
+  if (norm.weight != nullptr) {
     T* normed = reinterpret_cast<T*>(shared);
     if (vectors) {
       norm_row<T, kVector>(x, norm, eps, normed, columns);
@@ -195,11 +223,11 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (gated) {
     const float gate = linear_row<T>(parts.matrix[0], row, x, table, lane, vectors);
     const float up = linear_row<T>(parts.matrix[1], row, x, table, lane, vectors);
-    y = rounded<T>(gate / (1.0f + expf(-gate))) * up;
+    y = rounded<T>(activate(gate, activation)) * up;
   } else {
     int part = 0, local = row;
     while (part + 1 < count && local >= parts.matrix[part].rows) local -= parts.matrix[part++].rows;
-    y = linear_row<T>(parts.matrix[part], local, x, table, lane, vectors);
+    y = activate(linear_row<T>(parts.matrix[part], local, x, table, lane, vectors), activation);
     if (residual != nullptr) y += to_float(residual[row]);
   }
   if (lane == 0) out[row] = from_float<T>(y);
@@ -212,7 +240,7 @@ bool takes_vectors(const Matrix& m) {
 
 Status enqueue_matvec(const Matvec& op, Type type, void* stream) {
   Parts parts = {};
-  bool vectors = aligned(op.x) && aligned(op.norm);
+  bool vectors = aligned(op.x) && aligned(op.norm.weight) && aligned(op.norm.bias);
   int rows = 0;
   for (int i = 0; i < op.count; ++i) {
     parts.matrix[i] = op.parts[i];
@@ -220,11 +248,11 @@ Status enqueue_matvec(const Matvec& op, Type type, void* stream) {
     rows += op.parts[i].rows;
   }
   if (op.gated) rows = op.parts[0].rows;
-  const size_t bytes = op.norm == nullptr ? 0 : static_cast<size_t>(op.parts[0].columns) * 2;
+  const size_t bytes = op.norm.weight == nullptr ? 0 : static_cast<size_t>(op.parts[0].columns) * 2;
   if (bytes > 47 * 1024) return "a normed row of more than 24,064 numbers";
   with_type(type, [&]<typename T>(T) {
     matvec<T><<<blocks_for(rows, kWarps), kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(
-        parts, op.count, op.gated, static_cast<const T*>(op.x), static_cast<const T*>(op.norm), op.eps,
+        parts, op.count, op.gated, op.activation, static_cast<const T*>(op.x), op.norm, op.eps,
         static_cast<const T*>(op.residual), static_cast<T*>(op.out), rows, vectors);
   });
   return status();
@@ -238,7 +266,7 @@ __device__ float turned(float a, float b) {
   return p;
 }
 
-// A warp does a head of q, k or v. q stays in `qkv`; k and v go to their place in the cache.
+// A warp does a head of q, k or v. q stays in `qkv`; k and v go to their place in the cache. cos null: no rotation.
 template <typename T, typename Table>
 __global__ void place(T* qkv, const T* q_norm, const T* k_norm, float eps, const Table* cos, const Table* sin,
                       const T* query_scale, T* keys, T* values, const int32_t* step_at, int prompt, int heads,
@@ -267,7 +295,8 @@ __global__ void place(T* qkv, const T* q_norm, const T* k_norm, float eps, const
       a = rounded<T>(rounded<T>(a * rstd) * to_float(norm[i]));
       b = rounded<T>(rounded<T>(b * rstd) * to_float(norm[i + half]));
     }
-    const float c = to_float(cos[int64_t{step} * half + i]), s = to_float(sin[int64_t{step} * half + i]);
+    const int64_t at = int64_t{step} * half + i;
+    const float c = cos != nullptr ? to_float(cos[at]) : 1.0f, s = cos != nullptr ? to_float(sin[at]) : 0.0f;
     const float first = rounded<T>(__fsub_rn(turned<T, Table>(a, c), turned<T, Table>(b, s)));
     const float second = rounded<T>(__fadd_rn(turned<T, Table>(b, c), turned<T, Table>(a, s)));
     to[i] = from_float<T>(first * scale);
@@ -275,14 +304,26 @@ __global__ void place(T* qkv, const T* q_norm, const T* k_norm, float eps, const
   }
 }
 
+// What one query attends to.
+template <typename T>
+struct Context {
+  const T *keys, *values;  // [.., kv_heads, head_dim]
+  int length;              // before step 0's, which is there too where there are steps
+  const int32_t* step;     // null: it does not grow
+  int kv_heads;
+  const T* bias;  // as Decode::distance_bias
+  int distances;
+};
+
 // One head of the query over one part of the context: the softmax's maximum and sum, and the values' sum before it is
 // divided. partial: [heads, splits, head_dim + 2].
 template <typename T>
-__global__ void attend(const T* q, const T* keys, const T* values, float* partial, const int32_t* step, int prompt,
-                       int heads, int kv_heads, int head_dim, float scale) {
+__global__ void attend(const T* q, const Context<T> context, float* partial, int heads, int head_dim, float scale) {
   __shared__ float maxima[kAttentionWarps], sums[kAttentionWarps], mixed[kAttentionWarps][kMaxHeadDim];
   const int head = blockIdx.x, splits = gridDim.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int length = prompt + *step + 1, share = (length + splits - 1) / splits;
+  const T *keys = context.keys, *values = context.values;
+  const int length = context.length + (context.step != nullptr ? *context.step + 1 : 0);
+  const int share = (length + splits - 1) / splits, kv_heads = context.kv_heads;
   const int begin = min(static_cast<int>(blockIdx.y) * share, length), end = min(begin + share, length);
   const int64_t stride = int64_t{kv_heads} * head_dim, shift = int64_t{head / (heads / kv_heads)} * head_dim;
   float query[kPerLane], acc[kPerLane];
@@ -308,6 +349,14 @@ __global__ void attend(const T* q, const T* keys, const T* values, float* partia
     }
 #pragma unroll
     for (int n = 0; n < kKeysAtOnce; ++n) score[n] = k + n < end ? warp_sum(score[n]) : -INFINITY;
+    if (context.bias != nullptr) {
+#pragma unroll
+      for (int n = 0; n < kKeysAtOnce; ++n) {
+        // Beyond the end it is −∞ already.
+        const int distance = max(length - 1 - k - n, 0);
+        score[n] += to_float(context.bias[head * context.distances + min(distance, context.distances - 1)]);
+      }
+    }
     float next = highest;
 #pragma unroll
     for (int n = 0; n < kKeysAtOnce; ++n) next = fmaxf(next, score[n]);
@@ -376,6 +425,13 @@ __global__ void combine(const float* partial, T* out, int splits, int head_dim) 
   }
 }
 
+template <typename T>
+void enqueue_attend(const Decode& op, const Context<T>& context, cudaStream_t stream) {
+  attend<T><<<dim3(op.heads, op.splits), kAttentionThreads, 0, stream>>>(static_cast<const T*>(op.qkv), context,
+                                                                         op.partial, op.heads, op.head_dim, op.scale);
+  combine<T><<<op.heads, kAttentionThreads, 0, stream>>>(op.partial, static_cast<T*>(op.mixed), op.splits, op.head_dim);
+}
+
 Status enqueue_attention(const Decode& op, int32_t index, void* stream) {
   if (op.head_dim > kMaxHeadDim || op.head_dim % 2 != 0 || op.heads % op.kv_heads != 0)
     return "attention heads of a shape that the kernel does not take";
@@ -394,20 +450,35 @@ Status enqueue_attention(const Decode& op, int32_t index, void* stream) {
     } else {
       placed(T{});
     }
-    attend<T><<<dim3(op.heads, op.splits), kAttentionThreads, 0, to>>>(
-        static_cast<const T*>(op.qkv), static_cast<const T*>(layer.keys), static_cast<const T*>(layer.values),
-        op.partial, op.step, op.prompt, op.heads, op.kv_heads, op.head_dim,
-        1.0f / sqrtf(static_cast<float>(op.head_dim)));
-    combine<T><<<op.heads, kAttentionThreads, 0, to>>>(op.partial, static_cast<T*>(op.mixed), op.splits, op.head_dim);
+    enqueue_attend<T>(op,
+                      {static_cast<const T*>(layer.keys), static_cast<const T*>(layer.values), op.prompt, op.step,
+                       op.kv_heads, static_cast<const T*>(op.distance_bias), op.distances},
+                      to);
+  });
+  return status();
+}
+
+Status enqueue_cross_attention(const Decode& op, int32_t index, void* stream) {
+  if (op.head_dim > kMaxHeadDim) return "attention heads of a shape that the kernel does not take";
+  const DecodeLayer& layer = op.layers[index];
+  with_type(op.type, [&]<typename T>(T) {
+    enqueue_attend<T>(op,
+                      {static_cast<const T*>(layer.cross_keys), static_cast<const T*>(layer.cross_values), op.memory,
+                       nullptr, op.heads, nullptr, 0},
+                      static_cast<cudaStream_t>(stream));
   });
   return status();
 }
 
 // A token that is none (the logits were not finite) reads row 0: its results are thrown away.
 template <typename T>
-__global__ void embed(const T* table, const int64_t* token, T* out, int hidden) {
+__global__ void embed(const T* table, const int64_t* token, const T* positions, const int32_t* step, T* out,
+                      int hidden) {
   const int64_t row = *token < 0 ? 0 : *token;
-  for (int i = threadIdx.x; i < hidden; i += kThreads) out[i] = table[row * hidden + i];
+  for (int i = threadIdx.x; i < hidden; i += kThreads) {
+    const T x = table[row * hidden + i];
+    out[i] = positions != nullptr ? from_float<T>(to_float(x) + to_float(positions[int64_t{*step} * hidden + i])) : x;
+  }
 }
 
 // One block. Of equal logits the lowest id, as at::max; −1 if the highest is not finite or there is a NaN.
@@ -451,26 +522,44 @@ __global__ void argmax(const T* logits, int vocab, int64_t* token, int32_t* step
 Status enqueue_step(const Decode& op, void* stream) {
   const auto to = static_cast<cudaStream_t>(stream);
   with_type(op.type, [&]<typename T>(T) {
-    embed<T>
-        <<<1, kThreads, 0, to>>>(static_cast<const T*>(op.embedding), op.token, static_cast<T*>(op.states), op.hidden);
+    embed<T><<<1, kThreads, 0, to>>>(static_cast<const T*>(op.embedding), op.token, static_cast<const T*>(op.positions),
+                                     op.step, static_cast<T*>(op.states), op.hidden);
   });
-  if (const Status error = status()) return error;
-  const auto product = [&](const Matrix* parts, int count, bool gated, const void* x, const void* norm, bool adds,
-                           void* out) {
-    const Matvec call = {parts, count, gated, x, norm, op.eps, adds ? op.states : nullptr, out};
-    return enqueue_matvec(call, op.type, stream);
+  Status error = status();
+  const auto run = [&](const Matvec& product) {
+    if (error == nullptr) error = enqueue_matvec(product, op.type, stream);
   };
-  for (int i = 0; i < op.num_layers; ++i) {
+  // Of the normed states.
+  const auto read = [&](const Matrix* parts, int count, const Norm& norm, void* out) {
+    run({.parts = parts, .count = count, .x = op.states, .norm = norm, .eps = op.eps, .out = out});
+  };
+  const auto add = [&](const Matrix& matrix, const void* x) {
+    run({.parts = &matrix, .count = 1, .x = x, .residual = op.states, .out = op.states});
+  };
+  for (int i = 0; i < op.num_layers && error == nullptr; ++i) {
     const DecodeLayer& layer = op.layers[i];
-    const Matrix gate_up[] = {layer.gate, layer.up};
-    Status error = product(layer.qkv, layer.qkv_parts, false, op.states, layer.input_norm, false, op.qkv);
+    read(layer.qkv, layer.qkv_parts, layer.input_norm, op.qkv);
     if (error == nullptr) error = enqueue_attention(op, i, stream);
-    if (error == nullptr) error = product(&layer.out, 1, false, op.mixed, nullptr, true, op.states);
-    if (error == nullptr) error = product(gate_up, 2, true, op.states, layer.post_attention_norm, false, op.product);
-    if (error == nullptr) error = product(&layer.down, 1, false, op.product, nullptr, true, op.states);
-    if (error != nullptr) return error;
+    add(layer.out, op.mixed);
+    if (layer.cross_keys != nullptr) {
+      read(&layer.cross_q, 1, layer.cross_norm, op.qkv);
+      if (error == nullptr) error = enqueue_cross_attention(op, i, stream);
+      add(layer.cross_out, op.mixed);
+    }
+    const bool gated = layer.gate.rows > 0;
+    const Matrix gate_up[] = {layer.gate, layer.up};
+    run({.parts = gated ? gate_up : &layer.up,
+         .count = gated ? 2 : 1,
+         .gated = gated,
+         .activation = op.activation,
+         .x = op.states,
+         .norm = layer.mlp_norm,
+         .eps = op.eps,
+         .out = op.product});
+    add(layer.down, op.product);
   }
-  if (const Status error = product(&op.head, 1, false, op.states, op.final_norm, false, op.logits)) return error;
+  read(&op.head, 1, op.final_norm, op.logits);
+  if (error != nullptr) return error;
   with_type(op.type, [&]<typename T>(T) {
     argmax<T><<<1, kArgmaxThreads, 0, to>>>(static_cast<const T*>(op.logits), op.head.rows, op.token, op.step);
   });
@@ -547,6 +636,7 @@ Status wait(void* graph, int32_t slot) {
 
 }  // namespace
 
-const DecodeKernels decode_kernels = {enqueue_matvec, enqueue_attention, enqueue_step, capture, replay, wait, release};
+const DecodeKernels decode_kernels = {
+    enqueue_matvec, enqueue_attention, enqueue_cross_attention, enqueue_step, capture, replay, wait, release};
 
 }  // namespace martlet::cuda
