@@ -43,7 +43,7 @@ struct Matvec {
   bool gated = false;                         // two parts, gate and up: out = activation(gate · x) · (up · x)
   Activation activation = Activation::kNone;  // of the product, before the residual
   const void* x = nullptr;                    // 16-bit [columns], 16-byte aligned
-  Norm norm;                                  // of x first
+  Norm norm = {};                             // of x first
   float eps = 0;
   const void* residual = nullptr;  // added to the result, or null; may be `out`
   void* out = nullptr;             // 16-bit
