@@ -1,5 +1,6 @@
-// Decoding at batch 1 reads each weight once for one product: what counts is how many bytes are under way. A warp does
-// a row; a lane reads 8 weights at a time, kUnroll times before it computes.
+// Decoding at batch 1 reads each weight once for one product: what counts is how many bytes are under way, and how few
+// instructions each weight takes. A warp does two rows, so that it reads and converts x once for both; a lane reads 8
+// weights of each at a time, kUnroll times before it computes.
 #include "cuda/vector.cuh"
 
 namespace martlet::cuda {
@@ -22,166 +23,262 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
+__device__ inline float nf4_scale(const Matrix& m, uint8_t code, float nested_scale) {
+  return __fadd_rn(__fmul_rn(__ldg(m.nested_map + code), nested_scale), m.nested_offset);
+}
+
 __device__ inline float nf4_scale(const Matrix& m, int64_t block) {
   if (m.nested_map == nullptr) return static_cast<const float*>(m.scales)[block];
-  const uint8_t code = static_cast<const uint8_t*>(m.scales)[block];
-  return __fadd_rn(__fmul_rn(__ldg(m.nested_map + code), __ldg(m.nested_scales + block / 256)), m.nested_offset);
+  return nf4_scale(m, static_cast<const uint8_t*>(m.scales)[block], __ldg(m.nested_scales + block / 256));
 }
 
-// This lane's part of row · x. Vectors: rows and x are aligned for 8 elements at a time.
+// 8 numbers of 16 bits, the first in the lower half of the first word.
 template <typename T>
-__device__ float dense_row(const Matrix& m, int64_t row, const T* x, int lane, bool vectors) {
-  constexpr int kUnroll = 4;
-  const T* w = static_cast<const T*>(m.weight) + row * m.columns;
-  float sum = 0;
-  if (!vectors) {
-    for (int i = lane; i < m.columns; i += 32) sum += to_float(w[i]) * to_float(x[i]);
+__device__ void unpack(const uint4& in, float* out) {
+  const uint32_t words[] = {in.x, in.y, in.z, in.w};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      out[2 * j] = __uint_as_float(words[j] << 16);
+      out[2 * j + 1] = __uint_as_float(words[j] & 0xffff0000u);
+    } else {
+      const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&words[j]));
+      out[2 * j] = both.x;
+      out[2 * j + 1] = both.y;
+    }
+  }
+}
+
+// A storage's row, read a Word = 8 weights at a time, in steps of kUnroll words for each of 32 lanes. fetch() asks for
+// what a step needs besides, ready() takes it; dot() is of the lane's u-th word. Words beyond the end are 0. All lanes
+// call all of them.
+template <typename T>
+struct DenseRow {
+  using Word = uint4;
+  static constexpr int kUnroll = 2;
+  const Word* words;
+
+  __device__ DenseRow(const Matrix& m, int row)
+      : words(static_cast<const Word*>(m.weight) + int64_t{row} * (m.columns / kVector)) {}
+  __device__ void fetch(int, int) {}
+  __device__ void ready() {}
+  __device__ float dot(const Word& word, const float* x, int, int) const {
+    float w[kVector], sum = 0;
+    unpack<T>(word, w);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) sum = fmaf(w[j], x[j], sum);
     return sum;
   }
-  const int n = m.columns / kVector;
-  for (int i = lane; i < n; i += 32 * kUnroll) {
-    uint4 in[kUnroll];
+};
+
+// Of codes: the row's scale comes last.
+struct Int8Row {
+  using Word = uint2;
+  static constexpr int kUnroll = 4;
+  const Word* words;
+
+  __device__ Int8Row(const Matrix& m, int row)
+      : words(static_cast<const Word*>(m.weight) + int64_t{row} * (m.columns / kVector)) {}
+  __device__ void fetch(int, int) {}
+  __device__ void ready() {}
+  __device__ float dot(const Word& word, const float* x, int, int) const {
+    const auto w = *reinterpret_cast<const Vector<int8_t, kVector>*>(&word);
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) sum = fmaf(static_cast<float>(w.v[j]), x[j], sum);
+    return sum;
+  }
+};
+
+// Rows begin with a block of 64, which is 8 words; a step has 32 blocks, a scale for each lane to find.
+// The table lies in shared memory, where 16 numbers are in banks of their own: lanes do not wait for each other.
+struct Nf4Row {
+  using Word = uint32_t;
+  static constexpr int kUnroll = 8;
+  const Word* words;
+  const Matrix& matrix;
+  const float* table;
+  uint32_t row_block;
+  float scale, nested_scale;
+  uint8_t code;
+
+  __device__ Nf4Row(const Matrix& m, int row, const float* table)
+      : words(static_cast<const Word*>(m.weight) + int64_t{row} * (m.columns / kVector)),
+        matrix(m),
+        table(table),
+        row_block(static_cast<uint32_t>(row) * (m.columns / 64)) {}
+  __device__ void fetch(int word, int lane) {
+    const uint32_t block = row_block + min(word / 8 + lane, matrix.columns / 64 - 1);
+    if (matrix.nested_map == nullptr) {
+      scale = static_cast<const float*>(matrix.scales)[block];
+    } else {
+      code = static_cast<const uint8_t*>(matrix.scales)[block];
+      nested_scale = __ldg(matrix.nested_scales + block / 256);
+    }
+  }
+  __device__ void ready() {
+    if (matrix.nested_map != nullptr) scale = nf4_scale(matrix, code, nested_scale);
+  }
+  __device__ float dot(Word word, const float* x, int u, int lane) const {
+    // The four upper and the four lower halves, times 4: places in the table in bytes.
+    const uint32_t upper = word >> 2 & 0x3c3c3c3cu, lower = word << 2 & 0x3c3c3c3cu;
+    const auto value = [this](uint32_t places, int j) {
+      return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(table) + __byte_perm(places, 0, 0x4440 + j));
+    };
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < kVector / 2; ++j) {
+      sum = fmaf(value(upper, j), x[2 * j], sum);
+      sum = fmaf(value(lower, j), x[2 * j + 1], sum);
+    }
+    return sum * __shfl_sync(0xffffffffu, scale, u * 4 + lane / 8);
+  }
+};
+
+// This lane's parts of two rows · x.
+template <typename T, typename Row>
+__device__ float2 row_pair(Row a, Row b, int columns, const T* x, int lane) {
+  using Word = typename Row::Word;
+  constexpr int kUnroll = Row::kUnroll;
+  const int n = columns / kVector;
+  float2 sum = {0, 0};
+  for (int i = 0; i < n; i += 32 * kUnroll) {
+    Word of_a[kUnroll], of_b[kUnroll];
+    a.fetch(i, lane);
+    b.fetch(i, lane);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int at = i + 32 * u;
+      const int at = i + 32 * u + lane;
+      of_a[u] = at < n ? __ldcs(a.words + at) : Word{};
+      of_b[u] = at < n ? __ldcs(b.words + at) : Word{};
+    }
+    a.ready();
+    b.ready();
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (i + 32 * u >= n) break;
+      const int at = i + 32 * u + lane;
       // Bits of 0 are the number 0 in both types.
-      in[u] = at < n ? __ldcs(reinterpret_cast<const uint4*>(w) + at) : make_uint4(0, 0, 0, 0);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int at = i + 32 * u;
-      if (at >= n) break;
-      const auto a = *reinterpret_cast<const Vector<T, kVector>*>(&in[u]);
-      const auto b = load<kVector>(x + at * kVector);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) sum = fmaf(to_float(a.v[j]), to_float(b.v[j]), sum);
+      const uint4 in = at < n ? reinterpret_cast<const uint4*>(x)[at] : make_uint4(0, 0, 0, 0);
+      float v[kVector];
+      unpack<T>(in, v);
+      sum.x += a.dot(of_a[u], v, u, lane);
+      sum.y += b.dot(of_b[u], v, u, lane);
     }
   }
   return sum;
 }
 
+// The same of one row of any shape, a weight at a time.
 template <typename T>
-__device__ float int8_row(const Matrix& m, int64_t row, const T* x, int lane, bool vectors) {
-  constexpr int kUnroll = 6;
-  const int8_t* w = static_cast<const int8_t*>(m.weight) + row * m.columns;
+__device__ float any_row(const Matrix& m, int row, const T* x, const float* table, int lane) {
   float sum = 0;
-  if (vectors) {
-    const int n = m.columns / kVector;
-    for (int i = lane; i < n; i += 32 * kUnroll) {
-      uint2 in[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int at = i + 32 * u;
-        in[u] = at < n ? __ldcs(reinterpret_cast<const uint2*>(w) + at) : make_uint2(0, 0);
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int at = i + 32 * u;
-        if (at >= n) break;
-        const auto a = *reinterpret_cast<const Vector<int8_t, kVector>*>(&in[u]);
-        const auto b = load<kVector>(x + at * kVector);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) sum = fmaf(static_cast<float>(a.v[j]), to_float(b.v[j]), sum);
-      }
+  for (int i = lane; i < m.columns; i += 32) {
+    const int64_t place = int64_t{row} * m.columns + i;
+    float w;
+    if (m.storage == Storage::kDense) {
+      w = to_float(static_cast<const T*>(m.weight)[place]);
+    } else if (m.storage == Storage::kInt8) {
+      w = static_cast<const int8_t*>(m.weight)[place];
+    } else {
+      const uint32_t byte = static_cast<const uint8_t*>(m.weight)[place / 2];
+      w = table[place % 2 == 0 ? byte >> 4 : byte & 15] * nf4_scale(m, place / 64);
     }
-  } else {
-    for (int i = lane; i < m.columns; i += 32) sum += static_cast<float>(w[i]) * to_float(x[i]);
-  }
-  sum *= static_cast<const float*>(m.scales)[row] * static_cast<float>(1.0 / 127.0);
-  const T* kept = static_cast<const T*>(m.outlier_values) + row * m.outliers;
-  for (int i = lane; i < m.outliers; i += 32) sum += to_float(kept[i]) * to_float(x[m.outlier_columns[i]]);
-  return sum;
-}
-
-// 8 elements that begin at a multiple of 8 are of one block, whose scale is applied to their sum.
-template <typename T>
-__device__ float nf4_row(const Matrix& m, int64_t row, const T* x, const float* table, int lane, bool vectors) {
-  constexpr int kUnroll = 8;
-  const uint8_t* codes = static_cast<const uint8_t*>(m.weight);
-  const int64_t start = row * m.columns;
-  float sum = 0;
-  if (!vectors) {
-    for (int i = lane; i < m.columns; i += 32) {
-      const int64_t place = start + i;
-      const uint32_t byte = codes[place / 2];
-      sum += table[place % 2 == 0 ? byte >> 4 : byte & 15] * nf4_scale(m, place / 64) * to_float(x[i]);
-    }
-    return sum;
-  }
-  const int n = m.columns / kVector;
-  const uint32_t* words = reinterpret_cast<const uint32_t*>(codes) + start / kVector;
-  for (int i = lane; i < n; i += 32 * kUnroll) {
-    uint32_t in[kUnroll];
-    float scale[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int at = i + 32 * u;
-      in[u] = at < n ? __ldcs(words + at) : 0;
-      scale[u] = at < n ? nf4_scale(m, (start + int64_t{at} * kVector) / 64) : 0;
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int at = i + 32 * u;
-      if (at >= n) break;
-      const auto b = load<kVector>(x + at * kVector);
-      float part = 0;
-#pragma unroll
-      for (int j = 0; j < kVector / 2; ++j) {
-        const uint32_t byte = in[u] >> (8 * j);
-        part = fmaf(table[byte >> 4 & 15], to_float(b.v[2 * j]), part);
-        part = fmaf(table[byte & 15], to_float(b.v[2 * j + 1]), part);
-      }
-      sum = fmaf(part, scale[u], sum);
-    }
+    sum = fmaf(w, to_float(x[i]), sum);
   }
   return sum;
 }
 
-// row · x + bias as the linear rounds it; every lane has it.
+// The lanes' parts → row · x + bias as the linear rounds it; every lane has it.
 template <typename T>
-__device__ float linear_row(const Matrix& m, int row, const T* x, const float* table, int lane, bool vectors) {
-  float sum;
-  if (m.storage == Storage::kDense) {
-    sum = dense_row<T>(m, row, x, lane, vectors);
-  } else if (m.storage == Storage::kInt8) {
-    sum = int8_row<T>(m, row, x, lane, vectors);
-  } else {
-    sum = nf4_row<T>(m, row, x, table, lane, vectors);
+__device__ float finished(const Matrix& m, int row, float sum, const T* x, int lane) {
+  if (m.storage == Storage::kInt8) {
+    sum *= static_cast<const float*>(m.scales)[row] * static_cast<float>(1.0 / 127.0);
+    const T* kept = static_cast<const T*>(m.outlier_values) + int64_t{row} * m.outliers;
+    for (int i = lane; i < m.outliers; i += 32) sum += to_float(kept[i]) * to_float(x[m.outlier_columns[i]]);
   }
   sum = warp_sum(sum);
   if (m.bias != nullptr) sum += to_float(static_cast<const T*>(m.bias)[row]);
   return rounded<T>(sum);
 }
 
-// Llama's order, as rms_norm.cu. The block's threads do N numbers at a time.
-template <typename T, int N>
-__device__ void norm_row(const T* x, const T* norm, float eps, T* out, int columns) {
-  float squares = 0;
-  for (int i = threadIdx.x * N; i < columns; i += kThreads * N) {
-    const auto in = load<N>(x + i);
-    for (int j = 0; j < N; ++j) squares += to_float(in.v[j]) * to_float(in.v[j]);
+// Of two rows. Vectors: both are of one storage, and rows and x are such that words can be read.
+template <typename T>
+__device__ float2 linear_pair(const Matrix& a, int row_a, const Matrix& b, int row_b, const T* x, const float* table,
+                              int lane, bool vectors) {
+  float2 sum;
+  if (!vectors) {
+    sum = {any_row<T>(a, row_a, x, table, lane), any_row<T>(b, row_b, x, table, lane)};
+  } else if (a.storage == Storage::kDense) {
+    sum = row_pair<T>(DenseRow<T>(a, row_a), DenseRow<T>(b, row_b), a.columns, x, lane);
+  } else if (a.storage == Storage::kInt8) {
+    sum = row_pair<T>(Int8Row(a, row_a), Int8Row(b, row_b), a.columns, x, lane);
+  } else {
+    sum = row_pair<T>(Nf4Row(a, row_a, table), Nf4Row(b, row_b, table), a.columns, x, lane);
   }
-  const float rstd = rsqrtf(row_sum<kThreads>(squares) / static_cast<float>(columns) + eps);
+  return {finished<T>(a, row_a, sum.x, x, lane), finished<T>(b, row_b, sum.y, x, lane)};
+}
+
+__device__ inline float activate(float x, Activation activation) {
+  switch (activation) {
+    case Activation::kGelu:
+      return 0.5f * x * (1.0f + erff(x * 0.70710678f));
+    case Activation::kGeluTanh:
+      return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    case Activation::kQuickGelu:
+      return x / (1.0f + expf(-1.702f * x));
+    case Activation::kSilu:
+      return x / (1.0f + expf(-x));
+    case Activation::kRelu:
+      return isnan(x) ? x : fmaxf(x, 0.0f);
+    case Activation::kNone:
+      break;
+  }
+  return x;
+}
+
+// RMSNorm in Llama's order, as rms_norm.cu; LayerNorm rounds at its end. The block's threads do N numbers at a time.
+template <typename T, int N>
+__device__ void norm_row(const T* x, const Norm& norm, float eps, T* out, int columns) {
+  const auto sum_over_row = [&](auto&& of) {
+    float sum = 0;
+    for (int i = threadIdx.x * N; i < columns; i += kThreads * N) {
+      const auto in = load<N>(x + i);
+      for (int j = 0; j < N; ++j) sum += of(to_float(in.v[j]));
+    }
+    return row_sum<kThreads>(sum);
+  };
+  const T *weights = static_cast<const T*>(norm.weight), *biases = static_cast<const T*>(norm.bias);
+  const auto n = static_cast<float>(columns);
+  const float mean = biases == nullptr ? 0.0f : sum_over_row([](float v) { return v; }) / n;
+  const float rstd = rsqrtf(sum_over_row([mean](float v) { return (v - mean) * (v - mean); }) / n + eps);
   for (int i = threadIdx.x * N; i < columns; i += kThreads * N) {
-    const auto in = load<N>(x + i), weight = load<N>(norm + i);
-    Vector<T, N> y;
-    for (int j = 0; j < N; ++j) y.v[j] = from_float<T>(rounded<T>(to_float(in.v[j]) * rstd) * to_float(weight.v[j]));
+    const auto in = load<N>(x + i), weight = load<N>(weights + i);
+    Vector<T, N> y, bias = {};
+    if (biases != nullptr) bias = load<N>(biases + i);
+    for (int j = 0; j < N; ++j) {
+      const float unit = (to_float(in.v[j]) - mean) * rstd, w = to_float(weight.v[j]);
+      y.v[j] = from_float<T>(biases == nullptr ? rounded<T>(unit) * w : fmaf(unit, w, to_float(bias.v[j])));
+    }
     store<N>(out + i, y);
   }
 }
 
+// Two neighbours.
+__host__ __device__ inline int pairs_of(const Matrix& m) { return (m.rows + 1) / 2; }
+
 // With a norm each block norms x anew, into its shared memory: x is small beside the rows.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
-    matvec(const Parts parts, int count, bool gated, const T* x, const T* norm, float eps, const T* residual, T* out,
-           int rows, bool vectors) {
+    matvec(const Parts parts, bool gated, Activation activation, const T* x, const Norm norm, float eps,
+           const T* residual, T* out, int pairs, bool vectors) {
   extern __shared__ uint4 shared[];
   __shared__ float table[16];
   const int columns = parts.matrix[0].columns, lane = threadIdx.x % 32;
   if (threadIdx.x < 16) table[threadIdx.x] = codes_on_device.values[threadIdx.x];
-  if (norm != nullptr) {
+  if (norm.weight != nullptr) {
     T* normed = reinterpret_cast<T*>(shared);
-    if (vectors) {
+    if (aligned(x) && aligned(norm.weight) && aligned(norm.bias) && columns % kVector == 0) {
       norm_row<T, kVector>(x, norm, eps, normed, columns);
     } else {
       norm_row<T, 1>(x, norm, eps, normed, columns);
@@ -189,43 +286,50 @@ __global__ void __launch_bounds__(kThreads, 4)
     x = normed;
   }
   __syncthreads();
-  const int row = blockIdx.x * kWarps + threadIdx.x / 32;
-  if (row >= rows) return;
-  float y;
+  int pair = blockIdx.x * kWarps + threadIdx.x / 32;
+  if (pair >= pairs) return;
   if (gated) {
-    const float gate = linear_row<T>(parts.matrix[0], row, x, table, lane, vectors);
-    const float up = linear_row<T>(parts.matrix[1], row, x, table, lane, vectors);
-    y = rounded<T>(gate / (1.0f + expf(-gate))) * up;
-  } else {
-    int part = 0, local = row;
-    while (part + 1 < count && local >= parts.matrix[part].rows) local -= parts.matrix[part++].rows;
-    y = linear_row<T>(parts.matrix[part], local, x, table, lane, vectors);
-    if (residual != nullptr) y += to_float(residual[row]);
+    const float2 y = linear_pair<T>(parts.matrix[0], pair, parts.matrix[1], pair, x, table, lane, vectors);
+    if (lane == 0) out[pair] = from_float<T>(rounded<T>(activate(y.x, activation)) * y.y);
+    return;
   }
-  if (lane == 0) out[row] = from_float<T>(y);
+  int part = 0, rows_before = 0;
+  while (pair >= pairs_of(parts.matrix[part])) {
+    pair -= pairs_of(parts.matrix[part]);
+    rows_before += parts.matrix[part++].rows;
+  }
+  const Matrix& m = parts.matrix[part];
+  const float2 y = linear_pair<T>(m, 2 * pair, m, min(2 * pair + 1, m.rows - 1), x, table, lane, vectors);
+  // Two lanes write.
+  const int row = 2 * pair + lane;
+  if (lane >= 2 || row >= m.rows) return;
+  float own = activate(lane == 0 ? y.x : y.y, activation);
+  if (residual != nullptr) own += to_float(residual[rows_before + row]);
+  out[rows_before + row] = from_float<T>(own);
 }
 
 bool takes_vectors(const Matrix& m) {
   const int bytes = m.storage == Storage::kDense ? 16 : m.storage == Storage::kInt8 ? 8 : 4;
-  return m.columns % kVector == 0 && reinterpret_cast<uintptr_t>(m.weight) % bytes == 0;
+  return m.columns % (m.storage == Storage::kNf4 ? 64 : kVector) == 0 &&
+         reinterpret_cast<uintptr_t>(m.weight) % bytes == 0;
 }
 
 Status enqueue_matvec(const Matvec& op, Type type, void* stream) {
   Parts parts = {};
-  bool vectors = aligned(op.x) && aligned(op.norm);
-  int rows = 0;
+  bool vectors = aligned(op.x) && (!op.gated || op.parts[0].storage == op.parts[1].storage);
+  int pairs = 0;
   for (int i = 0; i < op.count; ++i) {
     parts.matrix[i] = op.parts[i];
     vectors = vectors && takes_vectors(op.parts[i]);
-    rows += op.parts[i].rows;
+    pairs += pairs_of(op.parts[i]);
   }
-  if (op.gated) rows = op.parts[0].rows;
-  const size_t bytes = op.norm == nullptr ? 0 : static_cast<size_t>(op.parts[0].columns) * 2;
+  if (op.gated) pairs = op.parts[0].rows;  // row i of gate and of up
+  const size_t bytes = op.norm.weight == nullptr ? 0 : static_cast<size_t>(op.parts[0].columns) * 2;
   if (bytes > 47 * 1024) return "a normed row of more than 24,064 numbers";
   with_type(type, [&]<typename T>(T) {
-    matvec<T><<<blocks_for(rows, kWarps), kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(
-        parts, op.count, op.gated, static_cast<const T*>(op.x), static_cast<const T*>(op.norm), op.eps,
-        static_cast<const T*>(op.residual), static_cast<T*>(op.out), rows, vectors);
+    matvec<T><<<blocks_for(pairs, kWarps), kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(
+        parts, op.gated, op.activation, static_cast<const T*>(op.x), op.norm, op.eps,
+        static_cast<const T*>(op.residual), static_cast<T*>(op.out), pairs, vectors);
   });
   return status();
 }
@@ -238,7 +342,7 @@ __device__ float turned(float a, float b) {
   return p;
 }
 
-// A warp does a head of q, k or v. q stays in `qkv`; k and v go to their place in the cache.
+// A warp does a head of q, k or v. q stays in `qkv`; k and v go to their place in the cache. cos null: no rotation.
 template <typename T, typename Table>
 __global__ void place(T* qkv, const T* q_norm, const T* k_norm, float eps, const Table* cos, const Table* sin,
                       const T* query_scale, T* keys, T* values, const int32_t* step_at, int prompt, int heads,
@@ -267,7 +371,8 @@ __global__ void place(T* qkv, const T* q_norm, const T* k_norm, float eps, const
       a = rounded<T>(rounded<T>(a * rstd) * to_float(norm[i]));
       b = rounded<T>(rounded<T>(b * rstd) * to_float(norm[i + half]));
     }
-    const float c = to_float(cos[int64_t{step} * half + i]), s = to_float(sin[int64_t{step} * half + i]);
+    const int64_t at = int64_t{step} * half + i;
+    const float c = cos != nullptr ? to_float(cos[at]) : 1.0f, s = cos != nullptr ? to_float(sin[at]) : 0.0f;
     const float first = rounded<T>(__fsub_rn(turned<T, Table>(a, c), turned<T, Table>(b, s)));
     const float second = rounded<T>(__fadd_rn(turned<T, Table>(b, c), turned<T, Table>(a, s)));
     to[i] = from_float<T>(first * scale);
@@ -275,14 +380,26 @@ __global__ void place(T* qkv, const T* q_norm, const T* k_norm, float eps, const
   }
 }
 
+// What one query attends to.
+template <typename T>
+struct Context {
+  const T *keys, *values;  // [.., kv_heads, head_dim]
+  int length;              // before step 0's, which is there too where there are steps
+  const int32_t* step;     // null: it does not grow
+  int kv_heads;
+  const T* bias;  // as Decode::distance_bias
+  int distances;
+};
+
 // One head of the query over one part of the context: the softmax's maximum and sum, and the values' sum before it is
 // divided. partial: [heads, splits, head_dim + 2].
 template <typename T>
-__global__ void attend(const T* q, const T* keys, const T* values, float* partial, const int32_t* step, int prompt,
-                       int heads, int kv_heads, int head_dim, float scale) {
+__global__ void attend(const T* q, const Context<T> context, float* partial, int heads, int head_dim, float scale) {
   __shared__ float maxima[kAttentionWarps], sums[kAttentionWarps], mixed[kAttentionWarps][kMaxHeadDim];
   const int head = blockIdx.x, splits = gridDim.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int length = prompt + *step + 1, share = (length + splits - 1) / splits;
+  const T *keys = context.keys, *values = context.values;
+  const int length = context.length + (context.step != nullptr ? *context.step + 1 : 0);
+  const int share = (length + splits - 1) / splits, kv_heads = context.kv_heads;
   const int begin = min(static_cast<int>(blockIdx.y) * share, length), end = min(begin + share, length);
   const int64_t stride = int64_t{kv_heads} * head_dim, shift = int64_t{head / (heads / kv_heads)} * head_dim;
   float query[kPerLane], acc[kPerLane];
@@ -308,6 +425,14 @@ __global__ void attend(const T* q, const T* keys, const T* values, float* partia
     }
 #pragma unroll
     for (int n = 0; n < kKeysAtOnce; ++n) score[n] = k + n < end ? warp_sum(score[n]) : -INFINITY;
+    if (context.bias != nullptr) {
+#pragma unroll
+      for (int n = 0; n < kKeysAtOnce; ++n) {
+        // Beyond the end it is −∞ already.
+        const int distance = max(length - 1 - k - n, 0);
+        score[n] += to_float(context.bias[head * context.distances + min(distance, context.distances - 1)]);
+      }
+    }
     float next = highest;
 #pragma unroll
     for (int n = 0; n < kKeysAtOnce; ++n) next = fmaxf(next, score[n]);
@@ -376,6 +501,13 @@ __global__ void combine(const float* partial, T* out, int splits, int head_dim) 
   }
 }
 
+template <typename T>
+void enqueue_attend(const Decode& op, const Context<T>& context, cudaStream_t stream) {
+  attend<T><<<dim3(op.heads, op.splits), kAttentionThreads, 0, stream>>>(static_cast<const T*>(op.qkv), context,
+                                                                         op.partial, op.heads, op.head_dim, op.scale);
+  combine<T><<<op.heads, kAttentionThreads, 0, stream>>>(op.partial, static_cast<T*>(op.mixed), op.splits, op.head_dim);
+}
+
 Status enqueue_attention(const Decode& op, int32_t index, void* stream) {
   if (op.head_dim > kMaxHeadDim || op.head_dim % 2 != 0 || op.heads % op.kv_heads != 0)
     return "attention heads of a shape that the kernel does not take";
@@ -394,20 +526,35 @@ Status enqueue_attention(const Decode& op, int32_t index, void* stream) {
     } else {
       placed(T{});
     }
-    attend<T><<<dim3(op.heads, op.splits), kAttentionThreads, 0, to>>>(
-        static_cast<const T*>(op.qkv), static_cast<const T*>(layer.keys), static_cast<const T*>(layer.values),
-        op.partial, op.step, op.prompt, op.heads, op.kv_heads, op.head_dim,
-        1.0f / sqrtf(static_cast<float>(op.head_dim)));
-    combine<T><<<op.heads, kAttentionThreads, 0, to>>>(op.partial, static_cast<T*>(op.mixed), op.splits, op.head_dim);
+    enqueue_attend<T>(op,
+                      {static_cast<const T*>(layer.keys), static_cast<const T*>(layer.values), op.prompt, op.step,
+                       op.kv_heads, static_cast<const T*>(op.distance_bias), op.distances},
+                      to);
+  });
+  return status();
+}
+
+Status enqueue_cross_attention(const Decode& op, int32_t index, void* stream) {
+  if (op.head_dim > kMaxHeadDim) return "attention heads of a shape that the kernel does not take";
+  const DecodeLayer& layer = op.layers[index];
+  with_type(op.type, [&]<typename T>(T) {
+    enqueue_attend<T>(op,
+                      {static_cast<const T*>(layer.cross_keys), static_cast<const T*>(layer.cross_values), op.memory,
+                       nullptr, op.heads, nullptr, 0},
+                      static_cast<cudaStream_t>(stream));
   });
   return status();
 }
 
 // A token that is none (the logits were not finite) reads row 0: its results are thrown away.
 template <typename T>
-__global__ void embed(const T* table, const int64_t* token, T* out, int hidden) {
+__global__ void embed(const T* table, const int64_t* token, const T* positions, const int32_t* step, T* out,
+                      int hidden) {
   const int64_t row = *token < 0 ? 0 : *token;
-  for (int i = threadIdx.x; i < hidden; i += kThreads) out[i] = table[row * hidden + i];
+  for (int i = threadIdx.x; i < hidden; i += kThreads) {
+    const T x = table[row * hidden + i];
+    out[i] = positions != nullptr ? from_float<T>(to_float(x) + to_float(positions[int64_t{*step} * hidden + i])) : x;
+  }
 }
 
 // One block. Of equal logits the lowest id, as at::max; −1 if the highest is not finite or there is a NaN.
@@ -451,26 +598,44 @@ __global__ void argmax(const T* logits, int vocab, int64_t* token, int32_t* step
 Status enqueue_step(const Decode& op, void* stream) {
   const auto to = static_cast<cudaStream_t>(stream);
   with_type(op.type, [&]<typename T>(T) {
-    embed<T>
-        <<<1, kThreads, 0, to>>>(static_cast<const T*>(op.embedding), op.token, static_cast<T*>(op.states), op.hidden);
+    embed<T><<<1, kThreads, 0, to>>>(static_cast<const T*>(op.embedding), op.token, static_cast<const T*>(op.positions),
+                                     op.step, static_cast<T*>(op.states), op.hidden);
   });
-  if (const Status error = status()) return error;
-  const auto product = [&](const Matrix* parts, int count, bool gated, const void* x, const void* norm, bool adds,
-                           void* out) {
-    const Matvec call = {parts, count, gated, x, norm, op.eps, adds ? op.states : nullptr, out};
-    return enqueue_matvec(call, op.type, stream);
+  Status error = status();
+  const auto run = [&](const Matvec& product) {
+    if (error == nullptr) error = enqueue_matvec(product, op.type, stream);
   };
-  for (int i = 0; i < op.num_layers; ++i) {
+  // Of the normed states.
+  const auto read = [&](const Matrix* parts, int count, const Norm& norm, void* out) {
+    run({.parts = parts, .count = count, .x = op.states, .norm = norm, .eps = op.eps, .out = out});
+  };
+  const auto add = [&](const Matrix& matrix, const void* x) {
+    run({.parts = &matrix, .count = 1, .x = x, .residual = op.states, .out = op.states});
+  };
+  for (int i = 0; i < op.num_layers && error == nullptr; ++i) {
     const DecodeLayer& layer = op.layers[i];
-    const Matrix gate_up[] = {layer.gate, layer.up};
-    Status error = product(layer.qkv, layer.qkv_parts, false, op.states, layer.input_norm, false, op.qkv);
+    read(layer.qkv, layer.qkv_parts, layer.input_norm, op.qkv);
     if (error == nullptr) error = enqueue_attention(op, i, stream);
-    if (error == nullptr) error = product(&layer.out, 1, false, op.mixed, nullptr, true, op.states);
-    if (error == nullptr) error = product(gate_up, 2, true, op.states, layer.post_attention_norm, false, op.product);
-    if (error == nullptr) error = product(&layer.down, 1, false, op.product, nullptr, true, op.states);
-    if (error != nullptr) return error;
+    add(layer.out, op.mixed);
+    if (layer.cross_keys != nullptr) {
+      read(&layer.cross_q, 1, layer.cross_norm, op.qkv);
+      if (error == nullptr) error = enqueue_cross_attention(op, i, stream);
+      add(layer.cross_out, op.mixed);
+    }
+    const bool gated = layer.gate.rows > 0;
+    const Matrix gate_up[] = {layer.gate, layer.up};
+    run({.parts = gated ? gate_up : &layer.up,
+         .count = gated ? 2 : 1,
+         .gated = gated,
+         .activation = op.activation,
+         .x = op.states,
+         .norm = layer.mlp_norm,
+         .eps = op.eps,
+         .out = op.product});
+    add(layer.down, op.product);
   }
-  if (const Status error = product(&op.head, 1, false, op.states, op.final_norm, false, op.logits)) return error;
+  read(&op.head, 1, op.final_norm, op.logits);
+  if (error != nullptr) return error;
   with_type(op.type, [&]<typename T>(T) {
     argmax<T><<<1, kArgmaxThreads, 0, to>>>(static_cast<const T*>(op.logits), op.head.rows, op.token, op.step);
   });
@@ -547,6 +712,7 @@ Status wait(void* graph, int32_t slot) {
 
 }  // namespace
 
-const DecodeKernels decode_kernels = {enqueue_matvec, enqueue_attention, enqueue_step, capture, replay, wait, release};
+const DecodeKernels decode_kernels = {
+    enqueue_matvec, enqueue_attention, enqueue_cross_attention, enqueue_step, capture, replay, wait, release};
 
 }  // namespace martlet::cuda

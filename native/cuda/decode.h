@@ -1,5 +1,6 @@
-// One decoding step of a decoder of the Llama line at batch 1, as kernels that a CUDA graph can hold: all sizes are
-// fixed, the token and the step are read from device memory. Reference: the same decoder through ATen's operations.
+// One decoding step of a decoder (the Llama line, OPT, T5's) at batch 1, as kernels that a CUDA graph can hold: all
+// sizes are fixed, the token and the step are read from device memory. Reference: the same decoder through ATen's
+// operations.
 #pragma once
 
 #include <cstdint>
@@ -28,25 +29,38 @@ struct Matrix {
   Storage storage;
 };
 
+// 16-bit, of a row's length. Without a bias: RMSNorm. No weight: no norm.
+struct Norm {
+  const void *weight = nullptr, *bias = nullptr;
+};
+
+enum class Activation : int32_t { kNone, kGelu, kGeluTanh, kQuickGelu, kSilu, kRelu };
+
 // What a product reads and where its results go.
 struct Matvec {
-  const Matrix* parts;  // up to 3, of as many columns each; their rows one after the other
-  int32_t count;
-  bool gated;            // two parts, gate and up: out = silu(gate · x) · (up · x)
-  const void* x;         // 16-bit [columns], 16-byte aligned
-  const void* norm;      // RMSNorm's weight on x first, or null
-  float eps;             // RMSNorm's
-  const void* residual;  // added to the result, or null; may be `out`
-  void* out;             // 16-bit
+  const Matrix* parts = nullptr;  // up to 3, of as many columns each; their rows one after the other
+  int32_t count = 0;
+  bool gated = false;                         // two parts, gate and up: out = activation(gate · x) · (up · x)
+  Activation activation = Activation::kNone;  // of the product, before the residual
+  const void* x = nullptr;                    // 16-bit [columns], 16-byte aligned
+  Norm norm = {};                             // of x first
+  float eps = 0;
+  const void* residual = nullptr;  // added to the result, or null; may be `out`
+  void* out = nullptr;             // 16-bit
 };
 
 struct DecodeLayer {
   Matrix qkv[3];  // q, k, v; or one part with all rows
   int32_t qkv_parts;
-  Matrix out, gate, up, down;
-  const void *input_norm, *post_attention_norm;  // [hidden]
-  const void *q_norm, *k_norm;                   // [head_dim], or null
-  void *keys, *values;                           // [capacity, kv_heads, head_dim]
+  Matrix out, up, down;
+  Matrix gate;  // no rows: the MLP is not gated
+  Norm input_norm, mlp_norm;
+  const void *q_norm, *k_norm;  // RMSNorm's weights, [head_dim], or null
+  void *keys, *values;          // [capacity, kv_heads, head_dim]
+  // Attention to what an encoder read, between the two; keys null: there is none.
+  Norm cross_norm;
+  Matrix cross_q, cross_out;
+  const void *cross_keys, *cross_values;  // [memory, heads, head_dim]
 };
 
 struct Decode {
@@ -54,13 +68,21 @@ struct Decode {
   int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim;
   int32_t prompt;  // positions in the cache before step 0
   int32_t splits;  // parts of the context that attention works on at once
+  int32_t memory;  // positions that the encoder read
   float eps;
+  float scale;  // of the scores
+  Activation activation;
   Type type;
   bool float_table;         // cos and sin are float32, else of `type`
-  const void *cos, *sin;    // [steps, head_dim / 2]
+  const void *cos, *sin;    // [steps, head_dim / 2], or null: nothing is rotated
   const void* query_scale;  // `type`, [steps]: queries times this, or null
-  const void* embedding;    // [vocab, hidden]
-  const void* final_norm;   // [hidden]
+  // Added to the scores of self-attention by the distance of query and key, the last for all that are farther:
+  // `type`, [heads, distances], or null.
+  const void* distance_bias;
+  int32_t distances;
+  const void* embedding;  // [vocab, hidden]
+  const void* positions;  // [steps, hidden], added to the embedding, or null
+  Norm final_norm;
   Matrix head;
   // Device memory that the caller owns. All but the last three are scratch.
   void *states, *qkv, *mixed,
@@ -76,6 +98,8 @@ struct DecodeKernels {
   // q, k, v of layer `layer` in `qkv`: norm, rotation, and k and v into the cache.
   // Then the attention of the one query, into `mixed`.
   Status (*attention)(const Decode& op, int32_t layer, void* stream);
+  // The attention of the query in `qkv` to what the encoder read, into `mixed`.
+  Status (*cross_attention)(const Decode& op, int32_t layer, void* stream);
   Status (*step)(const Decode& op, void* stream);
   // `step` as a graph with two events; release() waits for the stream of the last replay.
   Status (*capture)(const Decode& op, void** graph);

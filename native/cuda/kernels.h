@@ -86,7 +86,7 @@ struct Kernels {
 };
 
 // The only symbol of the library; its name changes with the struct, so that an old library is never called wrongly.
-inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_4";
+inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_5";
 using EntryPoint = const Kernels* (*)();
 
 }  // namespace martlet::cuda

@@ -61,7 +61,7 @@ __device__ float row_sum(float x) {
   return x;
 }
 
-inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % (kVector * 2) == 0; }
+__host__ __device__ inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % (kVector * 2) == 0; }
 
 inline Status status() {
   const cudaError_t error = cudaGetLastError();

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "core/base/cuda_kernels.h"
+#include "core/base/error.h"
 
 namespace martlet {
 namespace {
@@ -18,6 +19,8 @@ constexpr int64_t kAttentionBlocks = 1024, kMaxSplits = 64;
 bool fits(const at::Tensor& x, at::ScalarType dtype) {
   return x.defined() && x.is_cuda() && x.scalar_type() == dtype && x.is_contiguous();
 }
+
+const void* data_or_null(const at::Tensor& x) { return x.defined() ? x.const_data_ptr() : nullptr; }
 
 bool describe(const Linear& linear, at::ScalarType dtype, cuda::Matrix& out) {
   out = {};
@@ -39,53 +42,77 @@ bool describe(const Linear& linear, at::ScalarType dtype, cuda::Matrix& out) {
   return true;
 }
 
-// Null: of another kind, or not there.
-const void* weight_of(const Norm* norm, at::ScalarType dtype) {
-  const auto* rms = dynamic_cast<const RmsNorm*>(norm);
-  return rms != nullptr && fits(rms->weight.value, dtype) ? rms->weight.value.const_data_ptr() : nullptr;
+bool describe(const Norm& norm, at::ScalarType dtype, cuda::Norm& out) {
+  const auto take = [dtype](const Parameter& parameter, const void*& data) {
+    if (!fits(parameter.value, dtype)) return false;
+    data = parameter.value.const_data_ptr();
+    return true;
+  };
+  out = {};
+  if (const auto* layer = dynamic_cast<const LayerNorm*>(&norm))
+    return take(layer->weight, out.weight) && take(layer->bias, out.bias);
+  const auto* rms = dynamic_cast<const RmsNorm*>(&norm);
+  return rms != nullptr && take(rms->weight, out.weight);
 }
 
-bool describe(const DecoderLayer& layer, at::ScalarType dtype, cuda::DecodeLayer& out) {
+bool describe(const DecodeForm::Layer& layer, at::ScalarType dtype, cuda::DecodeLayer& out) {
   out = {};
-  const auto* mlp = dynamic_cast<const GatedMlp*>(layer.mlp.get());
-  if (mlp == nullptr) return false;
-  const DecoderAttention& attention = layer.self_attn;
-  out.qkv_parts = static_cast<int32_t>(attention.qkv.size());
-  for (size_t i = 0; i < attention.qkv.size(); ++i) {
-    if (!describe(*attention.qkv[i], dtype, out.qkv[i])) return false;
+  out.qkv_parts = static_cast<int32_t>(layer.qkv.size());
+  for (size_t i = 0; i < layer.qkv.size(); ++i) {
+    if (!describe(*layer.qkv[i], dtype, out.qkv[i])) return false;
   }
-  out.input_norm = weight_of(layer.input_layernorm.get(), dtype);
-  out.post_attention_norm = weight_of(layer.post_attention_layernorm.get(), dtype);
-  if (out.input_norm == nullptr || out.post_attention_norm == nullptr) return false;
-  if (attention.q_norm) {
-    out.q_norm = weight_of(&*attention.q_norm, dtype);
-    out.k_norm = weight_of(&*attention.k_norm, dtype);
-    if (out.q_norm == nullptr || out.k_norm == nullptr) return false;
+  if (layer.q_norm != nullptr) {
+    cuda::Norm q, k;
+    if (!describe(*layer.q_norm, dtype, q) || !describe(*layer.k_norm, dtype, k)) return false;
+    out.q_norm = q.weight;
+    out.k_norm = k.weight;
   }
-  return describe(attention.o_proj, dtype, out.out) && describe(mlp->gate_proj, dtype, out.gate) &&
-         describe(mlp->up_proj, dtype, out.up) && describe(mlp->down_proj, dtype, out.down);
+  if (layer.cross_norm != nullptr &&
+      (!describe(*layer.cross_norm, dtype, out.cross_norm) || !describe(*layer.cross_q, dtype, out.cross_q) ||
+       !describe(*layer.cross_out, dtype, out.cross_out)))
+    return false;
+  if (layer.gate != nullptr && !describe(*layer.gate, dtype, out.gate)) return false;
+  return describe(*layer.input_norm, dtype, out.input_norm) && describe(*layer.out, dtype, out.out) &&
+         describe(*layer.mlp_norm, dtype, out.mlp_norm) && describe(*layer.up, dtype, out.up) &&
+         describe(*layer.down, dtype, out.down);
+}
+
+cuda::Activation cuda_activation(Activation activation) {
+  switch (activation) {
+    case Activation::kGelu:
+      return cuda::Activation::kGelu;
+    case Activation::kGeluTanh:
+      return cuda::Activation::kGeluTanh;
+    case Activation::kQuickGelu:
+      return cuda::Activation::kQuickGelu;
+    case Activation::kSilu:
+      return cuda::Activation::kSilu;
+    case Activation::kRelu:
+      return cuda::Activation::kRelu;
+  }
+  fail(code::kInternal, "unreachable activation");
 }
 
 }  // namespace
 
 std::unique_ptr<FastDecoder> FastDecoder::make(const LanguageModel& model, const at::Tensor& head_weight,
                                                const KvCache& cache, const Options& options) {
-  const auto* decoder = dynamic_cast<const Decoder*>(&model);
   const cuda::Kernels* kernels = cuda_kernels(head_weight);
-  if (decoder == nullptr || kernels == nullptr || options.steps <= 0 || cache.length() == 0) return nullptr;
-  const DecoderConfig& config = decoder->config();
+  if (kernels == nullptr || options.steps <= 0 || cache.length() == 0) return nullptr;
+  const TextConfig& config = model.config();
   const at::ScalarType dtype = head_weight.scalar_type();
   const at::Tensor& embedding = model.embed_tokens.weight.value;
-  const void* final_norm = weight_of(decoder->norm.get(), dtype);
-  if (config.plain_mlp || config.position_offset || final_norm == nullptr || !fits(head_weight, dtype) ||
+  const std::optional<DecodeForm> form = model.decode_form(dtype);
+  cuda::Norm final_norm;
+  if (!form || !describe(*form->final_norm, dtype, final_norm) || !fits(head_weight, dtype) ||
       !fits(embedding, dtype) || config.hidden_size > kMaxHidden || config.head_dim > kMaxHeadDim ||
       config.head_dim % 2 != 0 || config.num_heads % config.num_kv_heads != 0 ||
       cache.stored(0).first.scalar_type() != dtype)
     return nullptr;
 
   std::unique_ptr<FastDecoder> out(new FastDecoder(options, kernels));
-  for (const auto& layer : decoder->layers) {
-    if (!describe(*layer, dtype, out->layers_.emplace_back())) return nullptr;
+  for (const DecodeForm::Layer& layer : form->layers) {
+    if (!describe(layer, dtype, out->layers_.emplace_back())) return nullptr;
   }
   const at::TensorOptions like = head_weight.options();
   const c10::DeviceGuard guard(head_weight.device());
@@ -93,8 +120,13 @@ std::unique_ptr<FastDecoder> FastDecoder::make(const LanguageModel& model, const
       at::arange(options.next_position, options.next_position + options.steps, like.dtype(at::kLong));
   DecoderPass pass;
   model.place(pass, positions, {{options.steps, options.next_position + options.steps, options.prompt}}, dtype);
-  out->cos_ = pass.rotary.cos.contiguous();
-  out->sin_ = pass.rotary.sin.contiguous();
+  if (pass.rotary.cos.defined()) {
+    out->cos_ = pass.rotary.cos.contiguous();
+    out->sin_ = pass.rotary.sin.contiguous();
+  }
+  if (form->learned_positions != nullptr) {
+    out->positions_ = form->learned_positions->weight.value.index_select(0, pass.position_rows).to(dtype);
+  }
   if (pass.query_scale.defined()) out->query_scale_ = pass.query_scale.contiguous();
   const int64_t heads = config.num_heads, head_dim = config.head_dim;
   const int64_t splits = std::clamp<int64_t>(kAttentionBlocks / heads, 1, kMaxSplits);
@@ -120,12 +152,25 @@ std::unique_ptr<FastDecoder> FastDecoder::make(const LanguageModel& model, const
   plan.splits = static_cast<int32_t>(splits);
   plan.eps = static_cast<float>(config.norm_eps);
   plan.type = cuda_type(dtype);
-  plan.float_table = out->cos_.scalar_type() == at::kFloat;
-  plan.cos = out->cos_.const_data_ptr();
-  plan.sin = out->sin_.const_data_ptr();
-  plan.query_scale = out->query_scale_.defined() ? out->query_scale_.const_data_ptr() : nullptr;
+  plan.scale = static_cast<float>(form->attention_scale);
+  plan.activation = cuda_activation(form->activation);
+  plan.float_table = out->cos_.defined() && out->cos_.scalar_type() == at::kFloat;
+  plan.cos = data_or_null(out->cos_);
+  plan.sin = data_or_null(out->sin_);
+  plan.query_scale = data_or_null(out->query_scale_);
+  plan.positions = data_or_null(out->positions_);
+  if (form->distance_bias.defined()) {
+    out->distance_bias_ = form->distance_bias.to(dtype);
+    plan.distance_bias = out->distance_bias_.const_data_ptr();
+    plan.distances = static_cast<int32_t>(out->distance_bias_.size(1));
+  }
   plan.embedding = embedding.const_data_ptr();
   plan.final_norm = final_norm;
+  if (form->head_scale != 1.0) {
+    // Of an RMSNorm: its weight bears it.
+    out->final_norm_ = static_cast<const RmsNorm&>(*form->final_norm).weight.value * form->head_scale;
+    plan.final_norm.weight = out->final_norm_.const_data_ptr();
+  }
   plan.head.weight = head_weight.const_data_ptr();
   plan.head.storage = cuda::Storage::kDense;
   plan.head.rows = static_cast<int32_t>(head_weight.size(0));
@@ -145,6 +190,12 @@ std::unique_ptr<FastDecoder> FastDecoder::make(const LanguageModel& model, const
     const auto [keys, values] = cache.stored(i);
     out->cache_[i][0].copy_(keys);
     out->cache_[i][1].copy_(values);
+    if (form->layers[i].cross_norm == nullptr) continue;
+    const KvCache::Memory& read = cache.memory(i);
+    const KvCache::Memory& kept = out->memory_.emplace_back(KvCache::Memory{read.k.contiguous(), read.v.contiguous()});
+    out->layers_[i].cross_keys = kept.k.const_data_ptr();
+    out->layers_[i].cross_values = kept.v.const_data_ptr();
+    plan.memory = static_cast<int32_t>(kept.k.size(0));
   }
   return out;
 }

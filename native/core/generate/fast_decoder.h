@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "core/generate/sampler.h"
-#include "core/language/decoder.h"
+#include "core/language/language_model.h"
 #include "cuda/kernels.h"
 
 namespace martlet {
@@ -24,7 +24,7 @@ class FastDecoder {
     int64_t spare = 256;
   };
   // Goes on after what `cache` holds, of which it takes a copy. Null where the model or its place is of another form
-  // (no kernels, float32, adapters not merged, plain MLP, learned positions, layer norm).
+  // (no kernels, float32, adapters not merged, weights of several dtypes).
   static std::unique_ptr<FastDecoder> make(const LanguageModel& model, const at::Tensor& head_weight,
                                            const KvCache& cache, const Options& options);
   ~FastDecoder();
@@ -48,8 +48,10 @@ class FastDecoder {
   cuda::Decode plan_ = {};
   std::vector<cuda::DecodeLayer> layers_;
   void* graph_ = nullptr;
-  at::Tensor cache_;                    // [layers, 2, capacity, kv_heads, head_dim]
-  at::Tensor cos_, sin_, query_scale_;  // of all steps
+  at::Tensor cache_;                                // [layers, 2, capacity, kv_heads, head_dim]
+  at::Tensor cos_, sin_, query_scale_, positions_;  // of all steps
+  at::Tensor distance_bias_, final_norm_;
+  std::vector<KvCache::Memory> memory_;  // of each layer with cross-attention
   at::Tensor states_, qkv_, mixed_, product_, partial_, logits_, token_, step_;
   at::Tensor answers_;  // two tokens in pinned memory
   int64_t length_ = 0, room_ = 0, begun_ = 0, read_ = 0;

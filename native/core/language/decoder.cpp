@@ -176,6 +176,37 @@ void Decoder::stack_weights() {
   }
 }
 
+std::optional<DecodeForm> Decoder::decode_form(at::ScalarType) const {
+  DecodeForm form;
+  for (const auto& layer : layers) {
+    DecodeForm::Layer& own = form.layers.emplace_back();
+    const DecoderAttention& attention = layer->self_attn;
+    own.input_norm = layer->input_layernorm.get();
+    for (const auto& linear : attention.qkv) own.qkv.push_back(linear.get());
+    if (attention.q_norm) {
+      own.q_norm = &*attention.q_norm;
+      own.k_norm = &*attention.k_norm;
+    }
+    own.out = &attention.o_proj;
+    own.mlp_norm = layer->post_attention_layernorm.get();
+    if (config_.plain_mlp) {
+      const auto& mlp = static_cast<const Mlp&>(*layer->mlp);
+      own.up = &mlp.first;
+      own.down = &mlp.second;
+    } else {
+      const auto& mlp = static_cast<const GatedMlp&>(*layer->mlp);
+      own.gate = &mlp.gate_proj;
+      own.up = &mlp.up_proj;
+      own.down = &mlp.down_proj;
+    }
+  }
+  form.activation = config_.plain_mlp.value_or(Activation::kSilu);
+  form.attention_scale = 1.0 / std::sqrt(static_cast<double>(config_.head_dim));
+  if (embed_positions) form.learned_positions = &*embed_positions;
+  form.final_norm = norm.get();
+  return form;
+}
+
 at::Tensor Decoder::forward(at::Tensor hidden, const DecoderPass& pass) const {
   if (embed_positions) hidden = hidden + embed_positions->forward(pass.position_rows);
   for (int64_t i = 0; i < config_.num_layers; ++i) {

@@ -86,6 +86,7 @@ class Decoder : public LanguageModel {
   at::Tensor head_input(const at::Tensor& states, const ForwardOptions&) const override {
     return norm->forward(states);
   }
+  std::optional<DecodeForm> decode_form(at::ScalarType dtype) const override;
 
   std::optional<Embedding> embed_positions;
   std::vector<std::unique_ptr<DecoderLayer>> layers;

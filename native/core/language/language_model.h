@@ -2,9 +2,11 @@
 // encoder-decoder reads its input once and answers with its decoder; its callers need not know.
 #pragma once
 
+#include <optional>
 #include <utility>
 #include <vector>
 
+#include "core/language/decode_form.h"
 #include "core/nn/attention.h"
 #include "core/nn/checkpoint.h"
 #include "core/nn/linear.h"
@@ -45,6 +47,7 @@ class KvCache {
     at::Tensor k, v;
   };
   Memory& memory(int64_t layer) { return layers_[layer].memory; }
+  const Memory& memory(int64_t layer) const { return layers_[layer].memory; }
 
  private:
   struct Layer {
@@ -94,6 +97,8 @@ class LanguageModel : public Module {
   virtual at::Tensor forward(at::Tensor hidden, const DecoderPass& pass) const = 0;
   // Some of these states → what the head reads.
   virtual at::Tensor head_input(const at::Tensor& states, const ForwardOptions& options) const = 0;
+  // Nothing where a step in `dtype` does more than a DecodeForm says.
+  virtual std::optional<DecodeForm> decode_form(at::ScalarType dtype) const = 0;
   // Null: a decoder alone.
   virtual const Module* encoder() const { return nullptr; }
 

@@ -125,6 +125,21 @@ class T5::Layer : public Module {
         h, pass.options);
   }
 
+  DecodeForm::Layer decode_form() const {
+    DecodeForm::Layer form;
+    form.input_norm = &self_norm_;
+    form.qkv = {&self_.q, &self_.k, &self_.v};
+    form.out = &self_.o;
+    form.cross_norm = &*cross_norm_;
+    form.cross_q = &cross_->q;
+    form.cross_out = &cross_->o;
+    form.mlp_norm = &norm_;
+    form.gate = gated_ ? &wi_ : nullptr;
+    form.up = gated_ ? &*gated_ : &wi_;
+    form.down = &wo_;
+    return form;
+  }
+
  private:
   ModelDropout dropout(int64_t place) const { return {rate_, stack_, index_, place}; }
   at::Tensor dropped(const at::Tensor& x, Place place, const DropoutSource* source) const {
@@ -229,6 +244,20 @@ class T5::Stack : public Module {
     return dropped(normed(final_layer_norm_, states), kEnd, options);
   }
 
+  DecodeForm decode_form() const {
+    DecodeForm form;
+    for (const auto& layer : layers_) form.layers.push_back(layer->decode_form());
+    form.activation = config_.activation;
+    const at::Tensor& table = relative_attention_bias_.weight.value;
+    const at::Tensor behind = at::arange(config_.max_distance + 1, table.options().dtype(at::kLong)).neg_();
+    form.distance_bias =
+        at::embedding(table, relative_buckets(behind, /*bidirectional=*/false, config_.buckets, config_.max_distance))
+            .t()
+            .contiguous();
+    form.final_norm = &final_layer_norm_;
+    return form;
+  }
+
  private:
   at::Tensor dropped(const at::Tensor& x, Place place, const ForwardOptions& options) const {
     return ModelDropout{config_.dropout, stack_, 0, place}.forward(x, options.dropout);
@@ -287,9 +316,24 @@ at::Tensor T5::forward(at::Tensor hidden, const DecoderPass& pass) const {
   return decoder_->forward(embed(pass.decoder_ids), memory, decoding);
 }
 
+namespace {
+
+double head_scale(const T5Config& config) {
+  return config.scaled_output ? std::pow(static_cast<double>(config.hidden_size), -0.5) : 1.0;
+}
+
+}  // namespace
+
 at::Tensor T5::head_input(const at::Tensor& states, const ForwardOptions& options) const {
   const at::Tensor out = decoder_->finish(states, options);
-  return config_.scaled_output ? out * std::pow(static_cast<double>(config_.hidden_size), -0.5) : out;
+  return config_.scaled_output ? out * head_scale(config_) : out;
+}
+
+std::optional<DecodeForm> T5::decode_form(at::ScalarType dtype) const {
+  if (dtype == at::kHalf) return std::nullopt;
+  DecodeForm form = decoder_->decode_form();
+  form.head_scale = head_scale(config_);
+  return form;
 }
 
 }  // namespace martlet

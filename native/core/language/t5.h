@@ -33,6 +33,8 @@ class T5 : public LanguageModel {
   void place(DecoderPass&, const at::Tensor&, const std::vector<Row>&, at::ScalarType) const override {}
   at::Tensor forward(at::Tensor hidden, const DecoderPass& pass) const override;
   at::Tensor head_input(const at::Tensor& states, const ForwardOptions& options) const override;
+  // Not in float16, whose residual is float32 behind a float32 `wo`, and clamped.
+  std::optional<DecodeForm> decode_form(at::ScalarType dtype) const override;
   const Module* encoder() const override;
 
  private:

@@ -73,14 +73,13 @@ TEST("GB/s of matrix times vector") {
         if (normed && columns > 8192) continue;
         int64_t turn = 0;
         const double time = seconds(200, [&] {
-          const cuda::Matvec op = {&parts[turn++ % copies],
-                                   1,
-                                   false,
-                                   x.const_data_ptr(),
-                                   normed ? x.const_data_ptr() : nullptr,
-                                   1e-6f,
-                                   nullptr,
-                                   y.mutable_data_ptr()};
+          cuda::Matvec op = {};
+          op.parts = &parts[turn++ % copies];
+          op.count = 1;
+          op.x = x.const_data_ptr();
+          if (normed) op.norm.weight = x.const_data_ptr();
+          op.eps = 1e-6f;
+          op.out = y.mutable_data_ptr();
           check_cuda(kernels.matvec(op, cuda::Type::kBFloat16, cuda_stream(x)));
         });
         std::printf("  %s %lld×%lld%s: %.1f us, %.0f GB/s\n", name, static_cast<long long>(rows),
@@ -92,8 +91,9 @@ TEST("GB/s of matrix times vector") {
   }
 }
 
-TEST("tokens/s of a random decoder of 7B") {
-  const at::NoGradGuard no_grad;
+namespace {
+
+DecoderConfig qwen2_7b() {
   DecoderConfig config;
   config.vocab_size = 152064;
   config.hidden_size = 3584;
@@ -103,32 +103,95 @@ TEST("tokens/s of a random decoder of 7B") {
   config.num_kv_heads = 4;
   config.head_dim = 128;
   config.qkv_bias = true;
-  constexpr int64_t kPrompt = 320, kSteps = 256;
+  return config;
+}
+
+DecoderConfig opt_2_7b() {
+  DecoderConfig config;
+  config.norm = NormType::kLayer;
+  config.vocab_size = 50304;
+  config.hidden_size = 2560;
+  config.intermediate_size = 10240;
+  config.num_layers = 32;
+  config.num_heads = config.num_kv_heads = 32;
+  config.head_dim = 80;
+  config.max_positions = 2048;
+  config.position_offset = 2;
+  config.qkv_bias = config.output_bias = config.mlp_bias = true;
+  config.plain_mlp = Activation::kRelu;
+  return config;
+}
+
+T5Config flan_t5_xl() {
+  T5Config config;
+  config.vocab_size = 32128;
+  config.hidden_size = 2048;
+  config.intermediate_size = 5120;
+  config.num_layers = config.encoder_layers = 24;
+  config.num_heads = config.num_kv_heads = 32;
+  config.head_dim = 64;
+  config.gated_mlp = true;
+  config.activation = Activation::kGelu;
+  return config;
+}
+
+// What a step reads of the weights.
+double step_bytes(const RandomDecoder& decoder) {
+  double bytes = static_cast<double>(decoder.head.nbytes());
+  decoder.model->visit_parameters([&](const std::string& name, Parameter& p) {
+    if (name.rfind("encoder.", 0) == 0) return;
+    for (const char* unread : {"embed", "shared", "EncDecAttention.k", "EncDecAttention.v"}) {
+      if (name.find(unread) != std::string::npos) return;
+    }
+    bytes += static_cast<double>(p.value.defined() ? p.value.nbytes() : p.quantized->nbytes());
+  });
+  return bytes;
+}
+
+double seconds_per_token(const std::function<int64_t(int64_t)>& next, int64_t steps) {
+  int64_t token = next(1);
+  synchronize(gpu());
+  const auto start = std::chrono::steady_clock::now();
+  for (int64_t i = 1; i < steps; ++i) token = next(token);
+  synchronize(gpu());
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() /
+         static_cast<double>(steps - 1);
+}
+
+template <typename Config>
+void bench_decoder(const std::string& what, const Config& config, const QuantizationOptions& quantization,
+                   double copy) {
+  constexpr int64_t kPrompt = 320, kSteps = 256, kReferenceSteps = 33;
+  const RandomDecoder decoder = random_decoder(config, at::kBFloat16, gpu(), quantization);
+  const double bytes = step_bytes(decoder);
+  Reference reference(decoder, at::arange(1, kPrompt + 1, at::kLong));
+  for (const bool graph : {true, false}) {
+    const auto fast = FastDecoder::make(*decoder.model, decoder.head, reference.cache,
+                                        {.next_position = kPrompt, .prompt = kPrompt, .steps = kSteps, .graph = graph});
+    if (fast == nullptr) return record_failure(__FILE__, __LINE__, what + ": no fast decoder was made");
+    Sampler sampler({}, {});
+    const double time = seconds_per_token([&](int64_t token) { return fast->next(token, sampler); }, kSteps);
+    std::printf("  %s%s: %.1f tok/s, %.0f GB/s (copy %.0f)\n", what.c_str(), graph ? ", graph" : "", 1 / time,
+                bytes / time / 1e9, copy / 1e9);
+    if (graph && !quantization.enabled()) EXPECT(bytes / time > 0.4 * copy);
+  }
+  if (quantization.enabled()) return;
+  const auto by_operators = [&](int64_t token) {
+    reference.next(token);
+    return reference.logits.argmax().item<int64_t>();
+  };
+  std::printf("  %s, ATen's operations: %.1f tok/s\n", what.c_str(),
+              1 / seconds_per_token(by_operators, kReferenceSteps));
+}
+
+}  // namespace
+
+TEST("tokens/s of random decoders of 7B, OPT of 2.7B and T5 of 3B") {
+  const at::NoGradGuard no_grad;
   const double copy = copy_bandwidth();
   for (const auto& [name, quantization] : kStorages) {
-    const RandomDecoder decoder = random_decoder(config, at::kBFloat16, gpu(), quantization);
-    double bytes = static_cast<double>(decoder.head.nbytes());
-    decoder.model->visit_parameters([&](const std::string& parameter, Parameter& p) {
-      if (parameter.find("embed") != std::string::npos) return;
-      bytes += static_cast<double>(p.value.defined() ? p.value.nbytes() : p.quantized->nbytes());
-    });
-    const Reference reference(decoder, at::arange(1, kPrompt + 1, at::kLong));
-    for (const bool graph : {true, false}) {
-      const auto fast =
-          FastDecoder::make(*decoder.model, decoder.head, reference.cache,
-                            {.next_position = kPrompt, .prompt = kPrompt, .steps = kSteps, .graph = graph});
-      if (fast == nullptr) return record_failure(__FILE__, __LINE__, "no fast decoder was made");
-      Sampler sampler({}, {});
-      int64_t token = fast->next(1, sampler);
-      synchronize(gpu());
-      const auto start = std::chrono::steady_clock::now();
-      for (int64_t i = 1; i < kSteps; ++i) token = fast->next(token, sampler);
-      synchronize(gpu());
-      const double time =
-          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / (kSteps - 1);
-      std::printf("  %s%s: %.1f tok/s, %.0f GB/s (copy %.0f)\n", name, graph ? ", graph" : "", 1 / time,
-                  bytes / time / 1e9, copy / 1e9);
-      if (graph && !quantization.enabled()) EXPECT(bytes / time > 0.4 * copy);
-    }
+    bench_decoder(std::string("7B ") + name, qwen2_7b(), quantization, copy);
+    bench_decoder(std::string("OPT-2.7B ") + name, opt_2_7b(), quantization, copy);
+    bench_decoder(std::string("T5-XL ") + name, flan_t5_xl(), quantization, copy);
   }
 }

@@ -19,7 +19,7 @@ const std::vector<at::ScalarType> kTypes = {at::kBFloat16, at::kHalf};
 
 double distance(const at::Tensor& actual, const at::Tensor& expected) {
   const at::Tensor a = actual.cpu().to(at::kDouble), e = expected.cpu().to(at::kDouble);
-  return ((a - e).norm() / e.norm()).item<double>();
+  return ((a - e).norm() / e.norm().clamp_min(1e-6)).item<double>();
 }
 
 // Of the whole, and of the worst element beside the root mean square.
@@ -69,6 +69,13 @@ const std::vector<std::pair<std::string, QuantizationOptions>> kStorages = {
     {"NF4", {QuantizationOptions::Method::kNf4, false}},
     {"NF4 with nested scales", {QuantizationOptions::Method::kNf4, true}}};
 
+const std::vector<std::pair<Activation, cuda::Activation>> kActivations = {
+    {Activation::kSilu, cuda::Activation::kSilu},
+    {Activation::kGelu, cuda::Activation::kGelu},
+    {Activation::kGeluTanh, cuda::Activation::kGeluTanh},
+    {Activation::kQuickGelu, cuda::Activation::kQuickGelu},
+    {Activation::kRelu, cuda::Activation::kRelu}};
+
 at::Tensor linear32(const TestMatrix& m, const at::Tensor& x) {
   const at::Tensor y = at::mv(m.dense.cpu().to(at::kFloat), x.cpu().to(at::kFloat));
   return (m.bias.defined() ? y + m.bias.cpu().to(at::kFloat) : y);
@@ -76,13 +83,13 @@ at::Tensor linear32(const TestMatrix& m, const at::Tensor& x) {
 
 }  // namespace
 
-TEST("matrix times vector: 16 bits, int8, NF4; norm, bias, residual, three parts, gated") {
+TEST("matrix times vector: 16 bits, int8, NF4; norms, bias, residual, three parts, activations, gated") {
   const at::NoGradGuard no_grad;
   const cuda::DecodeKernels& kernels = cuda_kernels(at::empty({1}, at::dtype(at::kHalf).device(gpu())))->decode;
   for (const at::ScalarType type : kTypes) {
     for (const auto& [name, quantization] : kStorages) {
       for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{
-               {5, 1}, {13, 7}, {70, 80}, {9, 514}, {33, 3584}, {129, 520}, {40, 18944}}) {
+               {5, 1}, {13, 7}, {70, 80}, {7, 64}, {9, 514}, {33, 3584}, {129, 520}, {11, 2112}, {40, 18944}}) {
         const std::string what = name + " " + std::to_string(rows) + "×" + std::to_string(columns);
         const at::Tensor x = randn({columns}, 1).to(type).to(gpu()),
                          norm = (1 + 0.1 * randn({columns}, 2)).to(type).to(gpu());
@@ -90,31 +97,41 @@ TEST("matrix times vector: 16 bits, int8, NF4; norm, bias, residual, three parts
         const TestMatrix a = matrix(rows, columns, type, quantization, 10, true),
                          b = matrix(rows, columns, type, quantization, 20, false),
                          c = matrix(rows + 3, columns, type, quantization, 30, true);
-        const auto run = [&](const std::vector<cuda::Matrix>& parts, bool gated, bool normed, const at::Tensor& added,
-                             int64_t n) {
+        // The rest of `op` is the caller's. Where `added` is given, the result is added to it.
+        const auto run = [&](cuda::Matvec op, const std::vector<cuda::Matrix>& parts, int64_t n,
+                             const at::Tensor& added = {}) {
           at::Tensor y = added.defined() ? added.clone() : at::full({n}, 99.0, x.options());
-          const cuda::Matvec op = {parts.data(),
-                                   static_cast<int32_t>(parts.size()),
-                                   gated,
-                                   x.const_data_ptr(),
-                                   normed ? norm.const_data_ptr() : nullptr,
-                                   1e-6f,
-                                   added.defined() ? y.const_data_ptr() : nullptr,
-                                   y.mutable_data_ptr()};
+          op.parts = parts.data();
+          op.count = static_cast<int32_t>(parts.size());
+          op.x = x.const_data_ptr();
+          op.eps = 1e-6f;
+          op.residual = added.defined() ? y.const_data_ptr() : nullptr;
+          op.out = y.mutable_data_ptr();
           check_cuda(kernels.matvec(op, cuda_type(type), cuda_stream(x)));
           return y;
         };
-        const at::Tensor x32 = x.cpu().to(at::kFloat);
-        const at::Tensor normed = (at::rms_norm(x.cpu(), {columns}, std::nullopt, 1e-6) * norm.cpu());
-        check_near(run({a.described}, false, false, residual, rows), linear32(a, x) + residual.cpu().to(at::kFloat),
-                   1e-2, what + " with residual");
+        check_near(run({}, {a.described}, rows, residual), linear32(a, x) + residual.cpu().to(at::kFloat), 1e-2,
+                   what + " with residual");
         const bool fits = columns <= 8192;
         if (!fits) continue;
-        check_near(run({a.described, b.described, c.described}, false, true, {}, 3 * rows + 3),
+        const cuda::Norm rms = {norm.const_data_ptr(), nullptr};
+        const at::Tensor normed = at::rms_norm(x.cpu(), {columns}, std::nullopt, 1e-6) * norm.cpu();
+        check_near(run({.norm = rms}, {a.described, b.described, c.described}, 3 * rows + 3),
                    at::cat({linear32(a, normed), linear32(b, normed), linear32(c, normed)}), 1e-2,
                    what + ", three parts of a normed row");
-        check_near(run({a.described, b.described}, true, true, {}, rows),
-                   at::silu(linear32(a, normed)) * linear32(b, normed), 2e-2, what + ", gated");
+        if (columns > 1) {  // one number has no deviation
+          const at::Tensor bias = randn({columns}, 4).to(type).to(gpu());
+          const at::Tensor layer_normed = at::layer_norm(x.cpu(), {columns}, norm.cpu(), bias.cpu(), 1e-6);
+          check_near(run({.norm = {norm.const_data_ptr(), bias.const_data_ptr()}}, {a.described}, rows),
+                     linear32(a, layer_normed), 1e-2, what + ", layer norm");
+        }
+        for (const auto& [activation, its] : kActivations) {
+          const at::Tensor first = activate(linear32(a, normed), activation);
+          const std::string named = what + ", activation " + std::to_string(static_cast<int>(activation));
+          check_near(run({.activation = its, .norm = rms}, {a.described}, rows), first, 3e-2, named);
+          check_near(run({.gated = true, .activation = its, .norm = rms}, {a.described, b.described}, rows),
+                     first * linear32(b, normed), 3e-2, named + ", gated");
+        }
       }
     }
   }
@@ -176,6 +193,7 @@ TEST("attention of one query, rotary, norms of q and k, and the cache") {
           op.prompt = static_cast<int32_t>(context) - 1 - step;
           op.splits = splits;
           op.eps = 1e-6f;
+          op.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d)));
           op.type = cuda_type(type);
           op.float_table = extras;
           op.cos = cos.const_data_ptr();
@@ -202,6 +220,61 @@ TEST("attention of one query, rotary, norms of q and k, and the cache") {
   }
 }
 
+TEST("attention without rotation: a bias by distance; to what an encoder read") {
+  const at::NoGradGuard no_grad;
+  const cuda::DecodeKernels& kernels = cuda_kernels(at::empty({1}, at::dtype(at::kHalf).device(gpu())))->decode;
+  constexpr int32_t kHeads = 5, kDim = 40, kDistances = 33, kSplits = 7;
+  for (const at::ScalarType type : kTypes) {
+    for (const int64_t context : {1, 3, 32, 34, 250}) {
+      const auto on_gpu = [&](const at::Tensor& t) { return t.to(type).to(gpu()); };
+      const auto f32 = [](const at::Tensor& t) { return t.cpu().to(at::kFloat); };
+      const at::Tensor qkv = on_gpu(randn({3 * kHeads, kDim}, 1)),
+                       cache = on_gpu(randn({2, context + 1, kHeads, kDim}, 2));
+      const at::Tensor bias = on_gpu(2 * randn({kHeads, kDistances}, 3)),
+                       read = on_gpu(randn({2, 19, kHeads, kDim}, 4));
+      const at::Tensor mixed = on_gpu(at::zeros({kHeads, kDim})), step = at::zeros({1}, at::kInt).to(gpu());
+      const at::Tensor partial = at::empty({kHeads, kSplits, kDim + 2}, at::kFloat).to(gpu());
+      cuda::DecodeLayer layer = {};
+      layer.keys = cache[0].mutable_data_ptr();
+      layer.values = cache[1].mutable_data_ptr();
+      layer.cross_keys = read[0].const_data_ptr();
+      layer.cross_values = read[1].const_data_ptr();
+      cuda::Decode op = {};
+      op.layers = &layer;
+      op.num_layers = 1;
+      op.heads = op.kv_heads = kHeads;
+      op.head_dim = kDim;
+      op.prompt = static_cast<int32_t>(context) - 1;
+      op.splits = kSplits;
+      op.memory = static_cast<int32_t>(read.size(1));
+      op.scale = 0.25f;
+      op.type = cuda_type(type);
+      op.distance_bias = bias.const_data_ptr();
+      op.distances = kDistances;
+      op.qkv = qkv.mutable_data_ptr();
+      op.mixed = mixed.mutable_data_ptr();
+      op.partial = partial.mutable_data_ptr<float>();
+      op.step = step.mutable_data_ptr<int32_t>();
+      const auto attended = [&](const at::Tensor& keys, const at::Tensor& values, const at::Tensor& added) {
+        const at::Tensor q = f32(qkv).narrow(0, 0, kHeads).unsqueeze(1);  // [heads, 1, d]
+        const at::Tensor scores = at::matmul(q, f32(keys).permute({1, 2, 0})).squeeze(1) * 0.25 + added;
+        return at::matmul(at::softmax(scores, 1).unsqueeze(1), f32(values).transpose(0, 1)).squeeze(1);
+      };
+      const std::string what = "context " + std::to_string(context);
+      check_cuda(kernels.attention(op, 0, cuda_stream(qkv)));
+      EXPECT_SAME(cache[0][context - 1].cpu(), qkv.narrow(0, kHeads, kHeads).cpu());
+      EXPECT_SAME(cache[1][context - 1].cpu(), qkv.narrow(0, 2 * kHeads, kHeads).cpu());
+      const at::Tensor distance = (context - 1 - at::arange(context)).clamp_max(kDistances - 1);
+      check_near(
+          mixed,
+          attended(cache[0].narrow(0, 0, context), cache[1].narrow(0, 0, context), f32(bias).index_select(1, distance)),
+          2e-2, what + ", bias by distance");
+      check_cuda(kernels.cross_attention(op, 0, cuda_stream(qkv)));
+      check_near(mixed, attended(read[0], read[1], at::zeros({1})), 2e-2, what + ", to what an encoder read");
+    }
+  }
+}
+
 namespace {
 
 DecoderConfig tiny() {
@@ -216,9 +289,38 @@ DecoderConfig tiny() {
   return config;
 }
 
+DecoderConfig tiny_opt() {
+  DecoderConfig config = tiny();
+  config.norm = NormType::kLayer;
+  config.norm_eps = 1e-5;
+  config.num_kv_heads = config.num_heads;
+  config.max_positions = 64;
+  config.position_offset = 2;
+  config.qkv_bias = config.output_bias = config.mlp_bias = true;
+  config.plain_mlp = Activation::kRelu;
+  return config;
+}
+
+T5Config tiny_t5() {
+  T5Config config;
+  config.vocab_size = 509;
+  config.hidden_size = 200;
+  config.intermediate_size = 328;
+  config.num_layers = 3;
+  config.encoder_layers = 2;
+  config.num_heads = config.num_kv_heads = 6;
+  config.head_dim = 32;
+  config.buckets = 8;
+  config.max_distance = 24;  // answers are longer
+  config.gated_mlp = true;
+  config.activation = Activation::kGelu;
+  return config;
+}
+
 constexpr int64_t kSteps = 40;
 
-void check_decoder(const std::string& what, const DecoderConfig& config, at::ScalarType type,
+template <typename Config>
+void check_decoder(const std::string& what, const Config& config, at::ScalarType type,
                    const QuantizationOptions& quantization) {
   const at::NoGradGuard no_grad;
   const RandomDecoder decoder = random_decoder(config, type, gpu(), quantization);
@@ -237,7 +339,7 @@ void check_decoder(const std::string& what, const DecoderConfig& config, at::Sca
   Sampler given({.repetition_penalty = 1 + 1e-9}, {}), highest({}, {});
   const int64_t first = reference.logits.argmax().item<int64_t>();
   int64_t token = first, of_greedy = first, of_plain = first;
-  double fast_error = 0, reference_error = 0, apart = 0;
+  double fast_error = 0, reference_error = 0, apart = 0;  // root mean squares of the steps, and the largest
   for (int64_t i = 0; i < kSteps; ++i) {
     forced->next(token, given);
     const int64_t before = of_greedy;
@@ -246,14 +348,16 @@ void check_decoder(const std::string& what, const DecoderConfig& config, at::Sca
     EXPECT_EQ(of_greedy, of_plain);
     reference.next(token);
     truth.next(token);
-    fast_error = std::max(fast_error, distance(forced->logits(), truth.logits));
-    reference_error = std::max(reference_error, distance(reference.logits, truth.logits));
+    fast_error += std::pow(distance(forced->logits(), truth.logits), 2) / kSteps;
+    reference_error += std::pow(distance(reference.logits, truth.logits), 2) / kSteps;
     apart = std::max(apart, distance(forced->logits(), reference.logits));
     token = reference.logits.argmax().item<int64_t>();
   }
   EXPECT_SAME(greedy->logits().cpu(), plain->logits().cpu());
-  std::printf("  %s: from float32 %.4f (reference %.4f), apart %.4f\n", what.c_str(), fast_error, reference_error,
-              apart);
+  fast_error = std::sqrt(fast_error);
+  reference_error = std::sqrt(reference_error);
+  std::printf("  %s: from float32 %.4f (reference %.4f), at most %.4f apart\n", what.c_str(), fast_error,
+              reference_error, apart);
   EXPECT(fast_error <= 1.3 * reference_error + 2e-3);
 }
 
@@ -273,14 +377,20 @@ TEST("a whole decoder: 40 steps beside the generator's own path, with a graph an
     config.hidden_size = 203;
     config.long_context = LongContext{.trained_length = 30, .dynamic_ntk = true, .log_scale = true};
     check_decoder("fused q, k, v, log-n scale, rows of 203", config, type, {});
+    for (const auto& [name, quantization] : kStorages) check_decoder("OPT, " + name, tiny_opt(), type, quantization);
   }
+  for (const auto& [name, quantization] : kStorages)
+    check_decoder("T5, " + name, tiny_t5(), at::kBFloat16, quantization);
+  T5Config config = tiny_t5();
+  config.gated_mlp = false;
+  config.activation = Activation::kRelu;
+  config.scaled_output = true;
+  check_decoder("T5 with a plain MLP and a scaled output", config, at::kBFloat16, {});
 }
 
 TEST("a decoder of another form is left to the generator's own path") {
   const at::NoGradGuard no_grad;
-  DecoderConfig config = tiny();
-  config.plain_mlp = Activation::kRelu;
-  const RandomDecoder decoder = random_decoder(config, at::kHalf, gpu());
+  const RandomDecoder decoder = random_decoder(tiny_t5(), at::kHalf, gpu());
   Reference reference(decoder, at::arange(1, 5, at::kLong));
   EXPECT(FastDecoder::make(*decoder.model, decoder.head, reference.cache,
                            {.next_position = 4, .prompt = 4, .steps = 3}) == nullptr);

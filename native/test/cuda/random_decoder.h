@@ -1,4 +1,4 @@
-// A decoder with random weights on the GPU, prefilled, and the two ways to go on.
+// A language model with random weights on the GPU, prefilled, and the two ways to go on.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -10,18 +10,25 @@
 #include "check.h"
 #include "core/generate/fast_decoder.h"
 #include "core/language/decoder.h"
+#include "core/language/t5.h"
 
 namespace martlet::test {
 
 struct RandomDecoder {
-  std::unique_ptr<Decoder> model;
+  std::unique_ptr<LanguageModel> model;
   at::Tensor head;  // [vocab, hidden]
 };
 
+inline std::unique_ptr<LanguageModel> make_model(const DecoderConfig& config) {
+  return std::make_unique<Decoder>(config);
+}
+inline std::unique_ptr<LanguageModel> make_model(const T5Config& config) { return std::make_unique<T5>(config); }
+
 // Weights are drawn on `device`. With `like` its weights, in `dtype`.
-inline RandomDecoder random_decoder(const DecoderConfig& config, at::ScalarType dtype, at::Device device,
-                                    QuantizationOptions quantization = {}, const RandomDecoder* like = nullptr) {
-  RandomDecoder out{std::make_unique<Decoder>(config), at::Tensor()};
+template <typename Config>
+RandomDecoder random_decoder(const Config& config, at::ScalarType dtype, at::Device device,
+                             QuantizationOptions quantization = {}, const RandomDecoder* like = nullptr) {
+  RandomDecoder out{make_model(config), at::Tensor()};
   std::map<std::string, std::vector<int64_t>> shapes;
   std::map<std::string, at::Tensor> values;
   out.model->visit_parameters([&](const std::string& name, Parameter& parameter) { shapes[name] = parameter.shape; });
@@ -31,9 +38,11 @@ inline RandomDecoder random_decoder(const DecoderConfig& config, at::ScalarType 
   options.dtype = dtype;
   options.device = device;
   options.quantization = quantization;
-  options.is_quantized = [&](const std::string& name) {
-    return quantization.enabled() && name.find("proj.weight") != std::string::npos;
-  };
+  std::map<std::string, bool> is_linear;
+  out.model->visit([&](const std::string& path, const Module& module) {
+    is_linear[path + ".weight"] = dynamic_cast<const Linear*>(&module) != nullptr;
+  });
+  options.is_quantized = [&](const std::string& name) { return quantization.enabled() && is_linear[name]; };
   const auto drawn = [&](at::IntArrayRef shape) {
     at::Tensor x = at::empty(shape, at::TensorOptions().dtype(dtype).device(device)).normal_();
     if (shape.size() == 1) return x.mul_(0.1).add_(1.0);  // norms and biases
@@ -48,38 +57,38 @@ inline RandomDecoder random_decoder(const DecoderConfig& config, at::ScalarType 
   return out;
 }
 
-// The reference: the generator's own path.
+// The reference: the generator's own path. An encoder-decoder's prompt is what its encoder reads.
 class Reference {
  public:
   Reference(const RandomDecoder& decoder, const at::Tensor& prompt)
-      : decoder_(decoder), cache(decoder.model->config().num_layers), prompt_(prompt.numel()) {
+      : cache(decoder.model->config().num_layers), decoder_(decoder), prompt_(prompt.numel()) {
     rows_ = SequenceLengths::from_lengths({prompt_}, decoder.head.device());
+    start_row_ = SequenceLengths::from_lengths({1}, decoder.head.device());
     logits = run(prompt);
   }
   void next(int64_t token) { logits = run(at::full({1}, token, at::kLong)); }
+  KvCache cache;
   at::Tensor logits;
 
  private:
   at::Tensor run(const at::Tensor& ids) {
-    const Decoder& model = *decoder_.model;
+    const LanguageModel& model = *decoder_.model;
+    const at::Device device = decoder_.head.device();
     DecoderPass pass;
     pass.rows = &rows_;
     pass.cache = &cache;
-    const at::Device device = decoder_.head.device();
+    pass.decoder_rows = &start_row_;
+    pass.decoder_ids = at::zeros({1}, at::TensorOptions().dtype(at::kLong).device(device));
     const int64_t n = ids.numel(), end = cache.length() + n;
     model.place(pass, at::arange(end - n, end, at::TensorOptions().dtype(at::kLong).device(device)),
                 {{n, end, prompt_}}, decoder_.head.scalar_type());
     const at::Tensor states = model.forward(model.embed(ids.to(device)), pass);
-    return at::linear(model.head_input(states.narrow(0, n - 1, 1), {}), decoder_.head).squeeze(0);
+    return at::linear(model.head_input(states.narrow(0, states.size(0) - 1, 1), {}), decoder_.head).squeeze(0);
   }
+
   const RandomDecoder& decoder_;
-
- public:
-  KvCache cache;
-
- private:
   int64_t prompt_;
-  SequenceLengths rows_;
+  SequenceLengths rows_, start_row_;
 };
 
 }  // namespace martlet::test
