@@ -2,7 +2,7 @@
 
     python3 bench/make_checkpoint.py --shape llava-7b … --out DIR [--device cuda]     (each shape into DIR/martlet-bench-<shape>)
 
-…/model     config.json and safetensors shards in the hub's spelling; every weight N(0, 0.02), norm weights 1
+…/model     config.json and safetensors shards in the hub's spelling; every weight N(0, 0.02), T5's as transformers begins them; norm weights 1
 …/adapter   a PEFT adapter on the language model, r 8, alpha 16, on the shape's targets or the seven linears of every layer; neither matrix is
             zero. Not for a shape without a peer: its runs start from a fresh one
 …/data.safetensors   ids and labels [rows, tokens] int32 (labels of an encoder-decoder are its decoder's: [rows, decoder tokens]), pictures
@@ -54,13 +54,41 @@ def is_norm(name: str) -> bool:
     return any(part in name.lower() for part in ("norm", "layrnorm", "ln_"))
 
 
+def t5_stds(text: dict) -> dict[str, float]:
+    """By the ending of a name: transformers' T5PreTrainedModel._init_weights. T5 does not divide scores by sqrt(d), its q does; with 0.02 for all
+    of them softmax picks single keys, and gradients in bfloat16 have nothing to do with those in float32. The head, of its own here, is drawn so
+    that logits are of the order of 1."""
+    inner = text["num_heads"] * text["d_kv"]
+    into = text["d_model"] ** -0.5
+    return {
+        ".q.weight": (text["d_model"] * text["d_kv"]) ** -0.5,
+        ".k.weight": into,
+        ".v.weight": into,
+        ".o.weight": inner**-0.5,
+        ".relative_attention_bias.weight": into,
+        ".wi_0.weight": into,
+        ".wi_1.weight": into,
+        ".wo.weight": text["d_ff"] ** -0.5,
+        ".shared.weight": 1.0,
+        ".lm_head.weight": into,
+    }
+
+
+def std_of(name: str, config: dict) -> float:
+    """Of the random weights of a name."""
+    text = config.get("text_config", {})
+    if text.get("model_type") == "t5" and name.startswith("language_model."):
+        return next(std for ending, std in t5_stds(text).items() if name.endswith(ending))
+    return 0.02
+
+
 def meta_model(folder: Path) -> torch.nn.Module:
     """transformers' model of the folder's config.json, without memory."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
 
 
-def write_weights(out: Path, shapes: dict[str, tuple[int, ...]], generator: torch.Generator) -> None:
+def write_weights(out: Path, shapes: dict[str, tuple[int, ...]], config: dict, generator: torch.Generator) -> None:
     """Random weights under the hub's names, in shards with an index."""
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
@@ -70,7 +98,7 @@ def write_weights(out: Path, shapes: dict[str, tuple[int, ...]], generator: torc
             value = fill(shape, dtype=torch.bfloat16)
         else:
             value = torch.empty(shape, dtype=torch.bfloat16, device=generator.device)
-            value = value.normal_(0, 0.02, generator=generator).cpu()
+            value = value.normal_(0, std_of(name, config), generator=generator).cpu()
         if size + value.nbytes > SHARD_BYTES and shards[-1]:
             shards.append({})
             size = 0
@@ -209,7 +237,7 @@ def make(name: str, out: Path, device: str) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     if shape.get("peer") == "none":
         shapes = ORIGINAL_SHAPES[config["model_type"]](config)
-        write_weights(folder, shapes, generator)
+        write_weights(folder, shapes, config, generator)
     else:
         model = meta_model(folder)
         shapes = {hub_name(name, config["model_type"]): tuple(p.shape) for name, p in model.named_parameters()}
@@ -217,7 +245,7 @@ def make(name: str, out: Path, device: str) -> None:
         if text.get("model_type") == "t5":
             # transformers 5 makes flan-T5's head the embedding unless the file has one of its own, as the published ones have.
             shapes["language_model.lm_head.weight"] = (text["vocab_size"], text["d_model"])
-        write_weights(folder, shapes, generator)
+        write_weights(folder, shapes, config, generator)
         write_adapter(out / "adapter", model, shape, generator)
     write_rows(out / "data.safetensors", shape)
     parameters = sum(math.prod(size) for size in shapes.values())
