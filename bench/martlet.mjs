@@ -101,14 +101,14 @@ const BITS = { nf4: 4, int8: 8 };
 /** What `martlet plan` says that such a run takes at most, in bytes. */
 async function plannedPeak({ method, batch, recompute, optim = 'adamw_torch', ...task }) {
   const bits = BITS[method];
-  const { r = 8, alpha = 16, targets = 'all-linear' } = { ...shape.lora, ...(task.r && { r: task.r }) };
+  const { r = 8, alpha = 16, dropout = 0, targets = 'all-linear' } = { ...shape.lora, ...(task.r && { r: task.r }) };
   const { memory, settings } = await planTraining(
     {
       model: join(dir, 'model'),
       device,
       sft_type: bits ? 'qlora' : method,
       ...(bits && { quant_bits: bits }),
-      ...(method !== 'full' && { lora_rank: r, lora_alpha: alpha, target_modules: targets }),
+      ...(method !== 'full' && { lora_rank: r, lora_alpha: alpha, lora_dropout: dropout, target_modules: targets }),
       optim,
       per_device_train_batch_size: batch,
       max_length: shape.row.tokens,

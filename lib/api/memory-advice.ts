@@ -36,10 +36,15 @@ export function memoryOptions(
   tokens: number,
   changes: Partial<MemoryOptions> = {},
 ): MemoryOptions {
+  const quantization = changes.quantization ?? quantizationOf(config);
+  const computeBytes = bytesOf(config.torch_dtype === 'auto' ? model.dtype : config.torch_dtype);
   return {
-    quantization: quantizationOf(config),
+    quantization,
     doubleQuantization: config.bnb_4bit_use_double_quant,
-    computeBytes: (config.torch_dtype === 'auto' ? model.dtype : config.torch_dtype) === 'float32' ? 4 : 2,
+    computeBytes,
+    adapterBytes: config.lora_dtype === null ? computeBytes : bytesOf(config.lora_dtype),
+    trainedNorms: config.sft_type === 'full' && !config.freeze_llm,
+    writtenOut: quantization === 'none' && writesOut(config, model),
     recompute: fixedRecompute(config.gradient_checkpointing) ?? 'layer',
     tokens,
     labelled: Math.ceil(tokens / 2),
@@ -47,6 +52,24 @@ export function memoryOptions(
     ...changes,
   };
 }
+
+const bytesOf = (dtype: string | null): number => (dtype === 'float32' ? 4 : 2);
+
+/** Whether native code takes the decoder's layers as native/core/language/frozen_layer.h does, weights not quantised. */
+function writesOut(config: TrainConfig, model: ModelDescription): boolean {
+  return (
+    model.decoder.writtenOut &&
+    config.sft_type !== 'full' &&
+    config.lora_dropout === 0 &&
+    !config.use_dora &&
+    config.lora_bias === 'none' &&
+    config.trainable_parameters.length === 0 &&
+    !config.trainable_parameters_regex &&
+    // trained as a whole: nothing in the layers
+    config.modules_to_save.every((name) => name === 'all-embedding' || EMBEDDINGS.test(name))
+  );
+}
+const EMBEDDINGS = /(^|\.)(embed_tokens|lm_head|wte)$/;
 
 export function predict(config: TrainConfig, model: ModelDescription, options: MemoryOptions): MemoryEstimate {
   return estimateMemory(model, trainedElements(config, model), config.optim, options);
@@ -88,7 +111,7 @@ export async function savingsText(config: TrainConfig, modelDir: string, tokens:
   const now = predict(config, model, memoryOptions(config, model, tokens));
   const remedies: { what: string; saved: number }[] = [];
   const offer = (what: string, options: Partial<MemoryOptions>, changed: TrainConfig = config) => {
-    const saved = now.total - predict(changed, model, memoryOptions(config, model, tokens, options)).total;
+    const saved = now.total - predict(changed, model, memoryOptions(changed, model, tokens, options)).total;
     if (saved > 0) remedies.push({ what, saved });
   };
   offer('gradient_checkpointing: layer', { recompute: 'layer' });

@@ -23,6 +23,12 @@ export interface MemoryOptions {
   /** Bytes of a number in the arithmetic: 2 or 4. */
   computeBytes: number;
   recompute: Recompute;
+  /** The decoder's layers run without an autograd graph of their own (native/core/language/frozen_layer.h). */
+  writtenOut: boolean;
+  /** The norms of the decoder's layers are trained. */
+  trainedNorms: boolean;
+  /** Bytes of a number in the adapters' products: 2 or 4. */
+  adapterBytes: number;
   /** Of the largest micro-batch, image tokens counted. */
   tokens: number;
   /** Of these, those with a label. */
@@ -37,6 +43,7 @@ export interface TrainedElements {
   adapters: number;
   /** The model's own parameters that are trained. */
   parameters: number;
+  /** Of the language model's pairs, added up. */
   ranks: number;
 }
 
@@ -68,7 +75,7 @@ export function trainedElements(config: Config, model: ModelDescription): Traine
   return {
     adapters: sum(chosen.map((linear) => config.lora_rank * (linear.in + linear.out))),
     parameters: whole ? sum(model.parameters.filter(({ part }) => part !== 'language').map(({ numel }) => numel)) : 0,
-    ranks: chosen.length,
+    ranks: config.lora_rank * chosen.filter(({ part }) => part === 'language').length,
   };
 }
 
@@ -79,14 +86,63 @@ function optimizerBytes(optim: TrainConfig['optim']): number {
   return optim === 'sgd' || optim === 'adafactor' ? 0.02 : 8;
 }
 
+/** Bytes of a token: what one layer keeps for its backward, and what that takes besides while it runs. */
+function layerMemory(decoder: ModelDescription['decoder'], options: MemoryOptions): { kept: number; atWork: number } {
+  const { hiddenSize: h, intermediateSize: i, heads, keyValueHeads, headDim, qkNorm, rmsNorm } = decoder;
+  const { computeBytes, recompute, cpu } = options;
+  const q = heads * headDim;
+  const kv = 2 * keyValueHeads * headDim;
+  // attention: q, k, v, its output; the projections' outputs too where norms stand between
+  const attention = 2 * q + kv + (qkNorm ? q + kv / 2 : 0);
+  // An RMS norm whose weight is trained keeps its input divided by its length as well, also where the norm is made
+  // again (native/core/nn/norm.cpp).
+  const unit = options.trainedNorms && rmsNorm ? h : 0;
+  const forms = {
+    // native/core/language/frozen_layer.cpp: x, the sum after attention, gate|up
+    writtenOut: {
+      kept: { none: 2 * h + attention + 2 * i, cheap: 2 * h + attention + 2 * i, mlp: 2 * h + attention, layer: h },
+      again: { none: 0, cheap: 0, mlp: 2 * i, layer: h + attention + 2 * i },
+      // The gradient of the MLP's product, which the gate takes in place; on the CPU with three temporaries. After
+      // that gate|up are gone, and the gradients of the sum, of the normed sum, of attention's output and of q, k, v
+      // (there, or a norm's temporaries) are made, besides them FlashAttention's float32 sums for q, and k and v by
+      // query heads.
+      gradients: cpu
+        ? Math.max(4 * i, Math.max(5 * h, 2 * h + 2 * q + kv) - 2 * i)
+        : Math.max(i, 2 * h + 2 * q + kv + (q * 4) / computeBytes + (keyValueHeads < heads ? 2 * q : 0) - 2 * i),
+    },
+    // native/core/language/decoder.cpp: x, its norm, the sum after attention, its norm, gate, up and their product
+    autograd: {
+      kept: {
+        none: 4 * h + attention + 3 * i + 2 * unit,
+        cheap: 2 * h + attention + 2 * i + 2 * unit,
+        mlp: 2 * h + attention + unit,
+        layer: h,
+      },
+      // with what the part that is run again gives
+      again: { none: 0, cheap: 0, mlp: 2 * h + 3 * i + unit, layer: 3 * h + attention + 3 * i + 2 * unit },
+      // of gate, up and their product, which is gone by then where it was kept
+      gradients: recompute === 'cheap' ? 3 * i : 2 * i,
+    },
+  };
+  const form = forms[options.writtenOut ? 'writtenOut' : 'autograd'];
+  // float32: attention's sums, one a head, and the norms'
+  const sums = 4 * heads + 8;
+  // pairs wider than the arithmetic: the product that is added to the widest gradient
+  const widened = options.adapterBytes > computeBytes ? options.adapterBytes * i : 0;
+  return {
+    kept: form.kept[recompute] * computeBytes + (recompute === 'layer' ? 0 : sums),
+    atWork: (form.again[recompute] + form.gradients) * computeBytes + (recompute === 'layer' ? sums : 0) + widened,
+  };
+}
+
 export function estimateMemory(
   model: ModelDescription,
   trained: TrainedElements,
   optim: TrainConfig['optim'],
   options: MemoryOptions,
 ): MemoryEstimate {
-  const { computeBytes, tokens, labelled, recompute } = options;
-  const { hiddenSize: h, intermediateSize: i, layers, heads, keyValueHeads, headDim, vocabSize } = model.decoder;
+  const { computeBytes, tokens, labelled } = options;
+  const { hiddenSize: h, layers, vocabSize } = model.decoder;
   // 4.127 bits an element with double quantisation, 4.5 without: codes, and a scale for each 64
   const nf4 = 0.5 + (options.doubleQuantization ? (1 + 4 / 256) / 64 : 4 / 64);
   const perWeight = options.quantization === 'nf4' ? nf4 : 1.001;
@@ -104,24 +160,12 @@ export function estimateMemory(
     trained.parameters * (copies - (computeBytes === 4 ? 4 : 0) - (computeBytes === 4 ? 0 : computeBytes));
   const optimizer = (trained.adapters + trained.parameters) * optimizerBytes(optim);
 
-  const attention = heads * headDim;
-  const keyValue = 2 * keyValueHeads * headDim;
-  // numbers that one layer keeps of a token
-  const kept: Record<Recompute, number> = {
-    none: 4 * h + 2 * attention + keyValue + 3 * i,
-    cheap: 2 * h + 2 * attention + keyValue + 2 * i,
-    mlp: 2 * h + 2 * attention + keyValue,
-    layer: h,
-  };
-  const softmax = 4 * heads; // float32, one a head
-  const perLayer =
-    kept[recompute] * computeBytes + (recompute === 'layer' ? 0 : softmax + (7 * Math.min(64, i) * computeBytes) / 8);
-  // besides: the embeddings, the states that the loss reads and their gradient
-  const activations = tokens * (layers * perLayer + 2 * h * computeBytes) + 2 * labelled * h * computeBytes;
-
-  // the layer at work: everything that it computes again, and the gradients of its widest part, the MLP
-  const layerAtWork =
-    tokens * ((recompute === 'layer' ? kept.none : recompute === 'mlp' ? 3 * i + 2 * h : 0) + 3 * i) * computeBytes;
+  const layer = layerMemory(model.decoder, options);
+  // besides: what the last layer gives and its gradient, and the states that the loss reads
+  const activations =
+    tokens * (layers * layer.kept + trained.ranks * options.adapterBytes + 2 * h * computeBytes) +
+    2 * labelled * h * computeBytes;
+  const layerAtWork = tokens * layer.atWork;
   const rows = Math.min(labelled, Math.max(1, Math.floor(2 ** 25 / vocabSize)));
   // float32 logits, and as many for their exponentials (native/core/train/loss.cpp)
   const loss = rows * vocabSize * 8;

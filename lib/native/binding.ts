@@ -320,6 +320,12 @@ export interface ModelDescription {
     keyValueHeads: number;
     headDim: number;
     vocabSize: number;
+    /** RMS norms; else LayerNorms */
+    rmsNorm: boolean;
+    /** norms over the heads of queries and keys */
+    qkNorm: boolean;
+    /** its layers are of the form that native/core/language/frozen_layer.h takes */
+    writtenOut: boolean;
   };
 }
 

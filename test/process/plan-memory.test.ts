@@ -21,6 +21,8 @@ const SETTINGS: Record<string, Record<string, unknown>> = {
   'lora, nothing recomputed': { gradient_checkpointing: 'none' },
   'lora, layers recomputed': { gradient_checkpointing: 'layer' },
   'lora, MLPs recomputed': { gradient_checkpointing: 'mlp' },
+  'lora under autograd (dropout), nothing recomputed': { lora_dropout: 0.1, gradient_checkpointing: 'none' },
+  'lora under autograd (dropout), MLPs recomputed': { lora_dropout: 0.1, gradient_checkpointing: 'mlp' },
   qlora: { sft_type: 'qlora', gradient_checkpointing: 'none' },
   full: { sft_type: 'full', gradient_checkpointing: 'none' },
 };
@@ -42,11 +44,11 @@ for (const [name, model] of Object.entries(MODELS)) {
       writeFileSync(dataset, JSON.stringify(new Array(32).fill(row)));
       const config = smallConfig(dir, {
         ...model,
+        lora_dropout: 0,
         ...changes,
         dataset,
         max_steps: 2,
         save_strategy: 'no',
-        lora_dropout: 0,
         per_device_train_batch_size: 32,
         gradient_accumulation_steps: 1,
       });

@@ -9,6 +9,7 @@
 #include "core/base/error.h"
 #include "core/base/json.h"
 #include "core/io/checkpoint.h"
+#include "core/language/decoder.h"
 #include "core/models/quantization.h"
 #include "core/models/registry.h"
 #include "core/nn/linear.h"
@@ -39,6 +40,11 @@ json natural_dtype(const std::string& dir, const json& config, const Family& fam
   return nullptr;
 }
 
+// What run_frozen_layer() asks of the model itself.
+bool takes_written_out(const DecoderConfig& c) {
+  return c.norm == NormType::kRms && !c.plain_mlp && !c.position_offset && c.dropout == 0 && c.attention_dropout == 0;
+}
+
 }  // namespace
 
 json describe_model_json(const json& args) {
@@ -65,6 +71,7 @@ json describe_model_json(const json& args) {
         {{"path", path}, {"part", part_name(path)}, {"in", linear->in_features()}, {"out", linear->out_features()}});
   });
   const TextConfig& d = model->language_model().config();
+  const auto* decoder = dynamic_cast<const Decoder*>(&model->language_model());
   return {{"family", model->info().family},
           {"modelType", model->info().model_type},
           {"dtype", natural_dtype(dir, config, family, *model)},
@@ -77,7 +84,10 @@ json describe_model_json(const json& args) {
             {"heads", d.num_heads},
             {"keyValueHeads", d.num_kv_heads},
             {"headDim", d.head_dim},
-            {"vocabSize", d.vocab_size}}}};
+            {"vocabSize", d.vocab_size},
+            {"rmsNorm", decoder == nullptr || decoder->config().norm == NormType::kRms},
+            {"qkNorm", decoder != nullptr && decoder->config().qk_norm},
+            {"writtenOut", decoder != nullptr && takes_written_out(decoder->config())}}}};
 }
 
 }  // namespace martlet
