@@ -96,6 +96,25 @@ function begin({ recompute, method = 'lora', optim = 'adamw', ...task }) {
   };
 }
 
+/**
+ * Bytes that one answer's token reads from device memory: all weights except tower, projector, an encoder, what is only read for the encoder's states
+ * and the table of embeddings, of which it reads a row (a head that is that table is read as a whole); and keys and values of a position in the
+ * caches.
+ */
+async function tokenBytes(weightBytes) {
+  const { parameters, decoder } = (await engine.call('describe', { modelDir: join(dir, 'model') })).result;
+  const hasHead = parameters.some(({ name }) => /lm_head/.test(name));
+  const isTable = (name) => /embed_tokens|embed_positions|\.wte\.|\.shared\./.test(name);
+  const ofEncoder = (name) => /language_model\.encoder\.|EncDecAttention\.[kv]\./.test(name);
+  const unread = parameters.filter(
+    ({ name, part }) => part !== 'language' || ofEncoder(name) || (isTable(name) && hasHead),
+  );
+  const elements = unread.reduce((sum, { numel }) => sum + numel, 0);
+  // Half of an encoder-decoder's layers are the encoder's.
+  const layers = parameters.some(({ name }) => ofEncoder(name)) ? decoder.layers / 2 : decoder.layers;
+  return { weights: weightBytes - 2 * elements, position: 4 * layers * decoder.keyValueHeads * decoder.headDim };
+}
+
 const BITS = { nf4: 4, int8: 8 };
 
 /** What `martlet plan` says that such a run takes at most, in bytes. */
@@ -148,31 +167,48 @@ const TASKS = {
     );
     const { parameters, weightBytes } = value.result;
     const { peakAllocated } = (await engine.call('stats', {})).result;
-    return { seconds, parameters, weightBytes, peakAllocated };
+    return { seconds, parameters, weightBytes, peakAllocated, tokenBytes: await tokenBytes(weightBytes) };
   },
 
-  async decode({ promptTokens, newTokens, warmup, repeats }) {
+  /**
+   * `batch` answers asked for at once, which the engine gives one after the other. One: tokens/s after the first token. More: all tokens by the time
+   * of the whole request.
+   */
+  async decode({ promptTokens, newTokens, warmup, repeats, batch }) {
     const runs = [];
+    const warmupSeconds = [];
     let peak;
     for (let i = 0; i < warmup + repeats; i++) {
-      const { samples, buffers } = rows(0, 1, promptTokens);
-      const began = performance.now();
+      const prompts = Array.from({ length: batch }, (_, row) => rows(row, 1, promptTokens));
       const times = [];
-      const out = await engine.call(
-        'generate',
-        { sample: samples[0], ...greedy(newTokens) },
-        { buffers, onEvent: () => times.push(performance.now()) },
+      const began = performance.now();
+      const answers = await Promise.all(
+        prompts.map(async ({ samples, buffers }) => {
+          const out = await engine.call(
+            'generate',
+            { sample: samples[0], ...greedy(newTokens) },
+            { buffers, onEvent: () => times.push(performance.now()) },
+          );
+          return [...new Int32Array(out.buffers[out.result.tokenIds])];
+        }),
       );
-      const ids = [...new Int32Array(out.buffers[out.result.tokenIds])];
-      if (ids.length !== newTokens || times.length !== newTokens) throw new Error(`${ids.length} tokens came`);
-      if (i < warmup) continue;
-      runs.push({ first: (times[0] - began) / 1000, rate: ((newTokens - 1) * 1000) / (times.at(-1) - times[0]), ids });
+      if (answers.some((ids) => ids.length !== newTokens) || times.length !== batch * newTokens)
+        throw new Error(`${times.length} tokens came`);
+      const first = (times[0] - began) / 1000;
+      const after = (times.at(-1) - times[0]) / 1000;
+      if (i < warmup) {
+        warmupSeconds.push(first + after);
+        continue;
+      }
+      const rate = batch === 1 ? (newTokens - 1) / after : (batch * newTokens) / (first + after);
+      runs.push({ first, rate, ids: answers[0] });
       peak = (await engine.call('stats', {})).result;
     }
     return {
       firstTokenSeconds: runs.map(({ first }) => first),
       tokensPerSecond: runs.map(({ rate }) => rate),
       tokenIds: runs[0].ids,
+      warmupSeconds,
       peakAllocated: peak.peakAllocated,
       peakReserved: peak.peakReserved,
     };
@@ -201,6 +237,7 @@ const TASKS = {
     const planned = task.method && (await plannedPeak(task));
     const { result: begun } = await engine.call('train.begin', begin(task));
     const seconds = [];
+    const warmupSeconds = [];
     const losses = [];
     const peak = { peakAllocated: 0, peakReserved: 0 };
     try {
@@ -213,7 +250,10 @@ const TASKS = {
         losses.push(result.loss);
         if (step < 3 || step % 10 === 0)
           say(`step ${step}: ${(took * 1000).toFixed(0)} ms, loss ${result.loss.toFixed(4)}`);
-        if (step < task.warmup) continue;
+        if (step < task.warmup) {
+          warmupSeconds.push(took);
+          continue;
+        }
         seconds.push(took);
         for (const key of Object.keys(peak)) peak[key] = Math.max(peak[key], result.memory[key]);
       }
@@ -223,6 +263,7 @@ const TASKS = {
     if (!losses.every(Number.isFinite)) throw new Error(`losses are not finite: ${losses}`);
     return {
       seconds,
+      warmupSeconds,
       losses,
       trainableParams: begun.trainableParams,
       ...(planned && { plannedPeak: planned }),
