@@ -6,10 +6,22 @@
  * DIR holds what make_checkpoint.py writes. Each task is answered by one JSON line on standard output; progress goes to standard error. A training
  * step is timed from the call in JavaScript to its result there: pictures arrive as RGB bytes and are normalised within the step.
  */
-import { mkdirSync, readdirSync, readFileSync, rmSync, statSync } from 'node:fs';
+import {
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  writeFileSync,
+} from 'node:fs';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
-import { planTraining } from '../dist/lib/index.js';
+import { fileURLToPath } from 'node:url';
+import sharp from 'sharp';
+import { planTraining, trainLoRA } from '../dist/lib/index.js';
 import { Engine } from '../dist/lib/native/engine.js';
 import { readSafetensors, writeFloat32 } from './safetensors.mjs';
 
@@ -150,18 +162,72 @@ const greedy = (maxNewTokens) => ({
   stopTokenIds: [],
 });
 
+/**
+ * LLaVA's checkpoint with a tokenizer (the quickstart's, which has few words), and rows as users have them: photographs as JPEG files of 1,024 × 768
+ * and conversations of about the shape's length. Written to `folder`.
+ */
+async function userFiles(folder, count) {
+  const model = join(folder, 'model');
+  const pictures = join(folder, 'images');
+  for (const path of [model, pictures]) mkdirSync(path, { recursive: true });
+  const from = fileURLToPath(new URL('../examples/quickstart/model', import.meta.url));
+  const read = (name) => JSON.parse(readFileSync(join(from, name), 'utf8'));
+  const write = (name, value) => writeFileSync(join(model, name), JSON.stringify(value));
+  const { image_token_index, pad_token_id } = read('config.json');
+  const { image_size: side, patch_size } = shape.config.vision_config;
+  write('config.json', { ...shape.config, image_token_index, pad_token_id });
+  write('processor_config.json', { ...read('processor_config.json'), patch_size });
+  write('preprocessor_config.json', {
+    ...read('preprocessor_config.json'),
+    crop_size: { height: side, width: side },
+    size: { shortest_edge: side },
+  });
+  for (const name of ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.json'])
+    copyFileSync(join(from, name), join(model, name));
+  for (const name of readdirSync(join(dir, 'model')))
+    if (!existsSync(join(model, name))) symlinkSync(join(dir, 'model', name), join(model, name));
+  const words = Object.keys(read('tokenizer.json').model.vocab).filter((word) => /^\p{Letter}{2,}$/u.test(word));
+  const size = data.pictures.shape[1];
+  const text = (first, length) => Array.from({ length }, (_, i) => words[(first + 7 * i) % words.length]).join(' ');
+  const conversations = [];
+  for (let row = 0; row < count; row++) {
+    const start = (row % data.pictures.shape[0]) * size * size * 3;
+    const raw = { width: size, height: size, channels: 3 };
+    await sharp(data.pictures.data.slice(start, start + size * size * 3), { raw })
+      .resize(1024, 768, { fit: 'fill' })
+      .jpeg({ quality: 90 })
+      .toFile(join(pictures, `${row}.jpg`));
+    // A word is about two tokens of this tokenizer.
+    const spare = shape.row.tokens - shape.row.imageTokens;
+    conversations.push({
+      id: String(row),
+      image: `${row}.jpg`,
+      conversations: [
+        { from: 'human', value: `<image>\n${text(row, Math.floor(spare / 4))}` },
+        { from: 'gpt', value: text(row + 3, Math.floor(spare / 8)) },
+      ],
+    });
+  }
+  writeFileSync(join(folder, 'train.json'), JSON.stringify(conversations));
+  return { model, dataset: [{ path: join(folder, 'train.json'), dataset_root: folder, image_folder: 'images' }] };
+}
+
 async function timed(work) {
   const began = performance.now();
   const value = await work();
   return { value, seconds: (performance.now() - began) / 1000 };
 }
 
+function readShape() {
+  shape = JSON.parse(readFileSync(join(dir, 'shape.json'), 'utf8'));
+  plans = viewPlans(shape);
+  data = readSafetensors(join(dir, 'data.safetensors'));
+}
+
 const TASKS = {
   /** `quantization`: none, nf4 (with double quantisation) or int8. */
   async load({ quantization = 'none' }) {
-    shape = JSON.parse(readFileSync(join(dir, 'shape.json'), 'utf8'));
-    plans = viewPlans(shape);
-    data = readSafetensors(join(dir, 'data.safetensors'));
+    readShape();
     const { value, seconds } = await timed(() =>
       engine.call('load', { modelDir: join(dir, 'model'), device, dtype: 'bfloat16', quantization }),
     );
@@ -269,6 +335,48 @@ const TASKS = {
       ...(planned && { plannedPeak: planned }),
       ...peak,
     };
+  },
+
+  /**
+   * A run through the public API from JPEG files and text: pictures are decoded, resized and tokenised beside the steps. `dataWait`: the share of the
+   * steps' time in which the engine waited for rows.
+   */
+  async data({ batch, warmup, steps, out }) {
+    readShape();
+    rmSync(out, { recursive: true, force: true });
+    const files = await userFiles(out, 4 * batch);
+    const run = trainLoRA({
+      ...files,
+      device,
+      torch_dtype: 'bfloat16',
+      sft_type: 'lora',
+      lora_rank: 8,
+      lora_alpha: 16,
+      lora_dropout: 0,
+      target_modules: 'all-linear',
+      per_device_train_batch_size: batch,
+      gradient_accumulation_steps: 1,
+      max_steps: warmup + steps,
+      max_length: 2 * shape.row.tokens,
+      gradient_checkpointing: false,
+      logging_steps: 1,
+      save_strategy: 'no',
+      eval_strategy: 'no',
+      output_dir: join(out, 'run'),
+    });
+    let [tokens, time, waited] = [0, 0, 0];
+    let before = 0;
+    for await (const event of run) {
+      if (event.type !== 'step') continue;
+      const own = event.tokens - before;
+      before = event.tokens;
+      if (event.step <= warmup) continue;
+      tokens += own;
+      time += own / event.tokensPerSecond;
+      waited += (event.dataWait * own) / event.tokensPerSecond;
+    }
+    rmSync(out, { recursive: true });
+    return { dataTokensPerSecond: tokens / time, dataWait: waited / time, rowTokens: tokens / steps / batch };
   },
 
   async gradients({ batch, file }) {

@@ -2,10 +2,12 @@
  * `npm run bench [-- options]`: martlet beside transformers + PEFT on one machine, the same weights and rows, in one run.
  *
  *   --only A,B          shapes of bench/shapes.json; default llava-7b
- *   --tasks A,B         of decode, train, vision, recompute, merge, quantized, methods, in this order; default all that the shape has. The gate is
- *                       always first; results of a part get a file of their own. quantized: decoding from int8 and NF4 weights. methods: the
- *                       shape's list of LoRA, QLoRA and full runs, each beside its planned memory
- *   --batches 2,8,4     rows in a step; default the shape's
+ *   --tasks A,B         of decode, train, vision, recompute, merge, quantized, data, methods, done in the order given; default all that the shape
+ *                       has. The gate is always first; results of a part get a file of their own. quantized: decoding from int8 and NF4 weights.
+ *                       data: a run of martlet from JPEG files and text, and how long it waits for them. methods: the shape's list of LoRA, QLoRA
+ *                       and full runs, each beside its planned memory
+ *   --methods A,B       of lora, nf4, int8, full: those of the list alone
+ *   --batches 2,8,4     rows in a step; default the shape's. Of methods: those of the list alone
  *   --answers 1,16      answers at once in decoding; default the shape's
  *   --peer A,B          forms of the peer, of default and tuned (bench/peer.py says what they are); default default. tuned compiles for 20 to 90 s
  *                       for each task
@@ -54,7 +56,7 @@ const here = (name) => join(root, 'bench', name);
 const LIMITS = { lossDifference: 2e-3, cosine: 0.999, peerCosine: 2e-4 };
 const RULE = `loss off by less than ${LIMITS.lossDifference} or no further than the peer in bfloat16; cosine of the gradients above ${LIMITS.cosine} or at least the peer's in bfloat16 − ${LIMITS.peerCosine}`;
 const GATE_BATCH = 2;
-const TASKS = ['decode', 'train', 'vision', 'recompute', 'merge', 'quantized', 'methods'];
+const TASKS = ['decode', 'train', 'vision', 'recompute', 'merge', 'quantized', 'data', 'methods'];
 const PEERS = ['default', 'tuned'];
 /** What weights are loaded as for a method. */
 const QUANTIZATION = { lora: 'none', full: 'none', nf4: 'nf4', int8: 'int8' };
@@ -69,6 +71,7 @@ const { values: options } = parseArgs({
     quick: { type: 'boolean', default: false },
     peer: { type: 'string', default: 'default' },
     answers: { type: 'string' },
+    methods: { type: 'string' },
     budget: { type: 'string', default: '3600' },
     out: { type: 'string' },
     force: { type: 'boolean', default: false },
@@ -83,8 +86,13 @@ const forms = options.peer.split(',');
 const strange = forms.find((form) => !PEERS.includes(form));
 if (strange !== undefined) throw new Error(`--peer knows ${PEERS.join(', ')}, not ${strange}`);
 /** What can be measured of a shape. */
-const tasksOf = ({ tasks: own = TASKS, vision, methods }) =>
-  own.filter((task) => (task !== 'vision' || vision) && (task !== 'methods' || methods));
+const tasksOf = ({ tasks: own = TASKS, vision, methods, config }) =>
+  own.filter(
+    (task) =>
+      (task !== 'vision' || vision) &&
+      (task !== 'methods' || methods) &&
+      (task !== 'data' || config.model_type === 'llava'),
+  );
 const folderBytes = (folder) => readdirSync(folder).reduce((sum, name) => sum + statSync(join(folder, name)).size, 0);
 /** The shapes that are measured. */
 const jobs = options.only.split(',').map((name) => {
@@ -213,11 +221,14 @@ function quantile(values, q) {
 const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 const ms = (seconds) => `${(seconds * 1000).toFixed(0)} ms`;
 
+/** What the weights of a task are loaded as. */
+const weightsOf = ({ quantization, load }) => quantization ?? load ?? 'none';
+
 const titleOf = (task) =>
   [
     task.kind,
     task.mode,
-    task.quantization !== 'none' && task.quantization,
+    !task.method && weightsOf(task) !== 'none' && weightsOf(task),
     task.method,
     task.optim,
     task.r && `r ${task.r}`,
@@ -233,6 +244,8 @@ const WORDS = {
   decode: (r) => `${median(r.tokensPerSecond).toFixed(1)} tok/s, first token ${ms(median(r.firstTokenSeconds))}`,
   vision: (r) => `${r.pictures} pictures in ${ms(median(r.visionSeconds))}`,
   gradients: (r) => `loss ${r.loss}, ${r.tensors} tensors`,
+  data: (r) =>
+    `${r.dataTokensPerSecond.toFixed(0)} tok/s of rows of ${r.rowTokens.toFixed(0)} tokens, ${(r.dataWait * 100).toFixed(1)} % of it waiting`,
   bandwidth: (r) => `${(median(r.copyBytesPerSecond) / 1e12).toFixed(2)} TB/s`,
   merge: (r) => `${r.mergeSeconds.toFixed(1)} s ${r.parts ? JSON.stringify(r.parts) : `(${r.mergedTensors} tensors)`}`,
   train: (r) =>
@@ -250,6 +263,7 @@ async function benchmark(shapeName, budget) {
   const isPart = tasksOf(shape).some((task) => !tasks.includes(task));
   const part = [
     ...(isPart ? tasks : []),
+    ...(options.methods?.split(',') ?? []),
     ...(options.batches ? [`${options.batches.replaceAll(',', '-')}-rows`] : []),
     ...(options.answers ? [`${options.answers.replaceAll(',', '-')}-answers`] : []),
     ...(options.peer === 'default' ? [] : forms),
@@ -407,7 +421,9 @@ async function benchmark(shapeName, budget) {
     const slower = task.recompute && task.recompute !== 'none' ? 1.5 : 1;
     const steps =
       (task.warmup + task.steps) * task.batch * (rowSeconds[label] ?? (label === 'martlet' ? 0.1 : 0.25)) * slower;
-    return about({ decode: 15, vision: 15, merge: 35, copy: 15, train: 3 + 1.2 * steps }[task.kind] + compiling);
+    return about(
+      { decode: 15, vision: 15, merge: 35, copy: 15, data: 25, train: 3 + 1.2 * steps }[task.kind] + compiling,
+    );
   }
 
   function record(label, round, result) {
@@ -461,8 +477,8 @@ async function benchmark(shapeName, budget) {
     async play(task, round) {
       const { load: quantization, ...asked } = task;
       const martlet = this.label === 'martlet';
-      if (martlet && task.kind === 'merge') {
-        // From files to files: no model on the device.
+      if (martlet && (task.kind === 'merge' || task.kind === 'data')) {
+        // From files to files: no model on the device before.
         for (const player of players) await player.rest();
       } else {
         const load = martlet
@@ -560,8 +576,16 @@ async function benchmark(shapeName, budget) {
     async quantized() {
       for (const load of ['int8', 'nf4']) await inTurns(decode(1, load), [martlet]);
     },
+    async data() {
+      const batch = Math.max(...numbers(options.batches, shape.batches));
+      const out = join(folder, 'martlet-bench-data');
+      await inTurns({ kind: 'data', batch, warmup: shape.warmup, steps, out }, [martlet]);
+    },
     async methods() {
+      const batches = numbers(options.batches, undefined);
+      const named = options.methods?.split(',');
       for (const { peer, ...task } of shape.methods) {
+        if ((batches && !batches.includes(task.batch)) || (named && !named.includes(task.method))) continue;
         const load = QUANTIZATION[task.method];
         // Of full training only the default form is the least that the peer can take; adapters of a rank of their own have no stored one.
         await inTurns(
