@@ -282,6 +282,7 @@ async function benchmark(shapeName, budget) {
     ...(shape.lora && { lora: shape.lora }),
     title: shape.title,
     date,
+    time: new Date().toISOString(),
     ...machine,
     commit: commit(),
     command: `npm run bench -- ${process.argv.slice(2).join(' ')}`.trim(),
