@@ -28,6 +28,8 @@ import { readSafetensors, writeFloat32 } from './safetensors.mjs';
 const CLIP = { mean: [0.48145466, 0.4578275, 0.40821073], std: [0.26862954, 0.26130258, 0.27577711] };
 const HALF = { mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5] };
 
+const QUICKSTART_MODEL = fileURLToPath(new URL('../examples/quickstart/model', import.meta.url));
+
 const [dir, device] = process.argv.slice(2);
 const say = (text) => console.error(`    martlet: ${text}`);
 const engine = new Engine();
@@ -170,8 +172,7 @@ async function userFiles(folder, count) {
   const model = join(folder, 'model');
   const pictures = join(folder, 'images');
   for (const path of [model, pictures]) mkdirSync(path, { recursive: true });
-  const from = fileURLToPath(new URL('../examples/quickstart/model', import.meta.url));
-  const read = (name) => JSON.parse(readFileSync(join(from, name), 'utf8'));
+  const read = (name) => JSON.parse(readFileSync(join(QUICKSTART_MODEL, name), 'utf8'));
   const write = (name, value) => writeFileSync(join(model, name), JSON.stringify(value));
   const { image_token_index, pad_token_id } = read('config.json');
   const { image_size: side, patch_size } = shape.config.vision_config;
@@ -183,7 +184,7 @@ async function userFiles(folder, count) {
     size: { shortest_edge: side },
   });
   for (const name of ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.json'])
-    copyFileSync(join(from, name), join(model, name));
+    copyFileSync(join(QUICKSTART_MODEL, name), join(model, name));
   for (const name of readdirSync(join(dir, 'model')))
     if (!existsSync(join(model, name))) symlinkSync(join(dir, 'model', name), join(model, name));
   const words = Object.keys(read('tokenizer.json').model.vocab).filter((word) => /^\p{Letter}{2,}$/u.test(word));
@@ -228,6 +229,10 @@ const TASKS = {
   /** `quantization`: none, nf4 (with double quantisation) or int8. */
   async load({ quantization = 'none' }) {
     readShape();
+    // The device's context is not part of loading a model.
+    const first = new Engine();
+    await first.call('load', { modelDir: QUICKSTART_MODEL, device, dtype: 'bfloat16', quantization: 'none' });
+    await first.close();
     const { value, seconds } = await timed(() =>
       engine.call('load', { modelDir: join(dir, 'model'), device, dtype: 'bfloat16', quantization }),
     );

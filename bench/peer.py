@@ -127,6 +127,7 @@ class Side:
         self.dtype = torch.float32 if self.mode == "reference" else torch.bfloat16
         self.shape = json.loads((self.dir / "shape.json").read_text())
         self.data = load_file(self.dir / "data.safetensors")
+        torch.empty(1, device=self.device)  # the device's context is not part of loading a model
         self.synchronize()
         began = time.perf_counter()
         self.model = AutoModelForImageTextToText.from_pretrained(

@@ -82,6 +82,9 @@ export const seconds = (result, kind, side, wanted = {}) =>
     ),
   );
 
+/** Of the peer in whichever form did it: what the forms do not differ in. */
+const ofPeer = (measure) => PEERS.map(measure).find((value) => value !== undefined);
+
 const ratio = (a, b) => (a && b ? a / b : undefined);
 
 /** By the names in bench/bounds.json: a result and what the measure is of → a number, or undefined where the result does not have it. */
@@ -111,16 +114,24 @@ export const MEASURES = {
   },
   bandwidthShare: (result, { weights }) => bandwidthShare(result, weights),
   visionRatio: (result, { attention }) =>
-    ratio(seconds(result, 'vision', 'peer-default', { attention }), seconds(result, 'vision', 'martlet')),
+    ratio(
+      ofPeer((side) => seconds(result, 'vision', side, { attention })),
+      seconds(result, 'vision', 'martlet'),
+    ),
   loadRate(result) {
     const { rate } = loading(result, 'martlet');
     return rate && rate / 1e9;
   },
-  loadRatio: (result) => ratio(loading(result, 'peer-default').seconds, loading(result, 'martlet').seconds),
+  loadRatio: (result) =>
+    ratio(
+      ofPeer((side) => loading(result, side).seconds),
+      loading(result, 'martlet').seconds,
+    ),
   mergeOverCopy: (result) => ratio(seconds(result, 'merge', 'martlet'), seconds(result, 'merge', 'copy')),
-  mergeRatio(result) {
-    const peer = median(PEERS.map((side) => seconds(result, 'merge', side)).filter(Boolean));
-    return ratio(peer, seconds(result, 'merge', 'martlet'));
-  },
+  mergeRatio: (result) =>
+    ratio(
+      ofPeer((side) => seconds(result, 'merge', side)),
+      seconds(result, 'merge', 'martlet'),
+    ),
   dataWait: (result) => result.runs.find(({ kind, error }) => kind === 'data' && !error)?.dataWait,
 };
