@@ -328,7 +328,7 @@ async function benchmark(shapeName, budget) {
         return result;
       }
       failed ||= result.error !== NO_TIME;
-      leaveOut(side.lost ? `${title} and what comes after it` : title, result.error);
+      leaveOut(side.lost ? `${title} and what comes after it` : title, result.error.split('\n')[0]);
       return undefined;
     }
     if (result.seconds?.length) {
