@@ -6,15 +6,29 @@
  * DIR holds what make_checkpoint.py writes. Each task is answered by one JSON line on standard output; progress goes to standard error. A training
  * step is timed from the call in JavaScript to its result there: pictures arrive as RGB bytes and are normalised within the step.
  */
-import { mkdirSync, readdirSync, readFileSync, rmSync, statSync } from 'node:fs';
+import {
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  writeFileSync,
+} from 'node:fs';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
-import { planTraining } from '../dist/lib/index.js';
+import { fileURLToPath } from 'node:url';
+import sharp from 'sharp';
+import { planTraining, trainLoRA } from '../dist/lib/index.js';
 import { Engine } from '../dist/lib/native/engine.js';
 import { readSafetensors, writeFloat32 } from './safetensors.mjs';
 
 const CLIP = { mean: [0.48145466, 0.4578275, 0.40821073], std: [0.26862954, 0.26130258, 0.27577711] };
 const HALF = { mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5] };
+
+const QUICKSTART_MODEL = fileURLToPath(new URL('../examples/quickstart/model', import.meta.url));
 
 const [dir, device] = process.argv.slice(2);
 const say = (text) => console.error(`    martlet: ${text}`);
@@ -96,6 +110,25 @@ function begin({ recompute, method = 'lora', optim = 'adamw', ...task }) {
   };
 }
 
+/**
+ * Bytes that one answer's token reads from device memory: all weights except tower, projector, an encoder, what is only read for the encoder's states
+ * and the table of embeddings, of which it reads a row (a head that is that table is read as a whole); and keys and values of a position in the
+ * caches.
+ */
+async function tokenBytes(weightBytes) {
+  const { parameters, decoder } = (await engine.call('describe', { modelDir: join(dir, 'model') })).result;
+  const hasHead = parameters.some(({ name }) => /lm_head/.test(name));
+  const isTable = (name) => /embed_tokens|embed_positions|\.wte\.|\.shared\./.test(name);
+  const ofEncoder = (name) => /language_model\.encoder\.|EncDecAttention\.[kv]\./.test(name);
+  const unread = parameters.filter(
+    ({ name, part }) => part !== 'language' || ofEncoder(name) || (isTable(name) && hasHead),
+  );
+  const elements = unread.reduce((sum, { numel }) => sum + numel, 0);
+  // Half of an encoder-decoder's layers are the encoder's.
+  const layers = parameters.some(({ name }) => ofEncoder(name)) ? decoder.layers / 2 : decoder.layers;
+  return { weights: weightBytes - 2 * elements, position: 4 * layers * decoder.keyValueHeads * decoder.headDim };
+}
+
 const BITS = { nf4: 4, int8: 8 };
 
 /** What `martlet plan` says that such a run takes at most, in bytes. */
@@ -131,48 +164,122 @@ const greedy = (maxNewTokens) => ({
   stopTokenIds: [],
 });
 
+/**
+ * LLaVA's checkpoint with a tokenizer (the quickstart's, which has few words), and rows as users have them: photographs as JPEG files of 1,024 × 768
+ * and conversations of about the shape's length. Written to `folder`.
+ */
+async function userFiles(folder, count) {
+  const model = join(folder, 'model');
+  const pictures = join(folder, 'images');
+  for (const path of [model, pictures]) mkdirSync(path, { recursive: true });
+  const read = (name) => JSON.parse(readFileSync(join(QUICKSTART_MODEL, name), 'utf8'));
+  const write = (name, value) => writeFileSync(join(model, name), JSON.stringify(value));
+  const { image_token_index, pad_token_id } = read('config.json');
+  const { image_size: side, patch_size } = shape.config.vision_config;
+  write('config.json', { ...shape.config, image_token_index, pad_token_id });
+  write('processor_config.json', { ...read('processor_config.json'), patch_size });
+  write('preprocessor_config.json', {
+    ...read('preprocessor_config.json'),
+    crop_size: { height: side, width: side },
+    size: { shortest_edge: side },
+  });
+  for (const name of ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.json'])
+    copyFileSync(join(QUICKSTART_MODEL, name), join(model, name));
+  for (const name of readdirSync(join(dir, 'model')))
+    if (!existsSync(join(model, name))) symlinkSync(join(dir, 'model', name), join(model, name));
+  const words = Object.keys(read('tokenizer.json').model.vocab).filter((word) => /^\p{Letter}{2,}$/u.test(word));
+  const size = data.pictures.shape[1];
+  const text = (first, length) => Array.from({ length }, (_, i) => words[(first + 7 * i) % words.length]).join(' ');
+  const conversations = [];
+  for (let row = 0; row < count; row++) {
+    const start = (row % data.pictures.shape[0]) * size * size * 3;
+    const raw = { width: size, height: size, channels: 3 };
+    await sharp(data.pictures.data.slice(start, start + size * size * 3), { raw })
+      .resize(1024, 768, { fit: 'fill' })
+      .jpeg({ quality: 90 })
+      .toFile(join(pictures, `${row}.jpg`));
+    // A word is about two tokens of this tokenizer.
+    const spare = shape.row.tokens - shape.row.imageTokens;
+    conversations.push({
+      id: String(row),
+      image: `${row}.jpg`,
+      conversations: [
+        { from: 'human', value: `<image>\n${text(row, Math.floor(spare / 4))}` },
+        { from: 'gpt', value: text(row + 3, Math.floor(spare / 8)) },
+      ],
+    });
+  }
+  writeFileSync(join(folder, 'train.json'), JSON.stringify(conversations));
+  return { model, dataset: [{ path: join(folder, 'train.json'), dataset_root: folder, image_folder: 'images' }] };
+}
+
 async function timed(work) {
   const began = performance.now();
   const value = await work();
   return { value, seconds: (performance.now() - began) / 1000 };
 }
 
+function readShape() {
+  shape = JSON.parse(readFileSync(join(dir, 'shape.json'), 'utf8'));
+  plans = viewPlans(shape);
+  data = readSafetensors(join(dir, 'data.safetensors'));
+}
+
 const TASKS = {
   /** `quantization`: none, nf4 (with double quantisation) or int8. */
   async load({ quantization = 'none' }) {
-    shape = JSON.parse(readFileSync(join(dir, 'shape.json'), 'utf8'));
-    plans = viewPlans(shape);
-    data = readSafetensors(join(dir, 'data.safetensors'));
+    readShape();
+    // The device's context is not part of loading a model.
+    const first = new Engine();
+    await first.call('load', { modelDir: QUICKSTART_MODEL, device, dtype: 'bfloat16', quantization: 'none' });
+    await first.close();
     const { value, seconds } = await timed(() =>
       engine.call('load', { modelDir: join(dir, 'model'), device, dtype: 'bfloat16', quantization }),
     );
     const { parameters, weightBytes } = value.result;
     const { peakAllocated } = (await engine.call('stats', {})).result;
-    return { seconds, parameters, weightBytes, peakAllocated };
+    return { seconds, parameters, weightBytes, peakAllocated, tokenBytes: await tokenBytes(weightBytes) };
   },
 
-  async decode({ promptTokens, newTokens, warmup, repeats }) {
+  /**
+   * `batch` answers asked for at once, which the engine gives one after the other. One: tokens/s after the first token. More: all tokens by the time
+   * of the whole request.
+   */
+  async decode({ promptTokens, newTokens, warmup, repeats, batch }) {
     const runs = [];
+    const warmupSeconds = [];
     let peak;
     for (let i = 0; i < warmup + repeats; i++) {
-      const { samples, buffers } = rows(0, 1, promptTokens);
-      const began = performance.now();
+      const prompts = Array.from({ length: batch }, (_, row) => rows(row, 1, promptTokens));
       const times = [];
-      const out = await engine.call(
-        'generate',
-        { sample: samples[0], ...greedy(newTokens) },
-        { buffers, onEvent: () => times.push(performance.now()) },
+      const began = performance.now();
+      const answers = await Promise.all(
+        prompts.map(async ({ samples, buffers }) => {
+          const out = await engine.call(
+            'generate',
+            { sample: samples[0], ...greedy(newTokens) },
+            { buffers, onEvent: () => times.push(performance.now()) },
+          );
+          return [...new Int32Array(out.buffers[out.result.tokenIds])];
+        }),
       );
-      const ids = [...new Int32Array(out.buffers[out.result.tokenIds])];
-      if (ids.length !== newTokens || times.length !== newTokens) throw new Error(`${ids.length} tokens came`);
-      if (i < warmup) continue;
-      runs.push({ first: (times[0] - began) / 1000, rate: ((newTokens - 1) * 1000) / (times.at(-1) - times[0]), ids });
+      if (answers.some((ids) => ids.length !== newTokens) || times.length !== batch * newTokens)
+        throw new Error(`${times.length} tokens came`);
+      const first = (times[0] - began) / 1000;
+      const after = (times.at(-1) - times[0]) / 1000;
+      if (i < warmup) {
+        warmupSeconds.push(first + after);
+        continue;
+      }
+      const rate = batch === 1 ? (newTokens - 1) / after : (batch * newTokens) / (first + after);
+      runs.push({ first, rate, ids: answers[0] });
       peak = (await engine.call('stats', {})).result;
     }
     return {
       firstTokenSeconds: runs.map(({ first }) => first),
       tokensPerSecond: runs.map(({ rate }) => rate),
       tokenIds: runs[0].ids,
+      warmupSeconds,
       peakAllocated: peak.peakAllocated,
       peakReserved: peak.peakReserved,
     };
@@ -201,6 +308,7 @@ const TASKS = {
     const planned = task.method && (await plannedPeak(task));
     const { result: begun } = await engine.call('train.begin', begin(task));
     const seconds = [];
+    const warmupSeconds = [];
     const losses = [];
     const peak = { peakAllocated: 0, peakReserved: 0 };
     try {
@@ -213,7 +321,10 @@ const TASKS = {
         losses.push(result.loss);
         if (step < 3 || step % 10 === 0)
           say(`step ${step}: ${(took * 1000).toFixed(0)} ms, loss ${result.loss.toFixed(4)}`);
-        if (step < task.warmup) continue;
+        if (step < task.warmup) {
+          warmupSeconds.push(took);
+          continue;
+        }
         seconds.push(took);
         for (const key of Object.keys(peak)) peak[key] = Math.max(peak[key], result.memory[key]);
       }
@@ -223,11 +334,54 @@ const TASKS = {
     if (!losses.every(Number.isFinite)) throw new Error(`losses are not finite: ${losses}`);
     return {
       seconds,
+      warmupSeconds,
       losses,
       trainableParams: begun.trainableParams,
       ...(planned && { plannedPeak: planned }),
       ...peak,
     };
+  },
+
+  /**
+   * A run through the public API from JPEG files and text: pictures are decoded, resized and tokenised beside the steps. `dataWait`: the share of the
+   * steps' time in which the engine waited for rows.
+   */
+  async data({ batch, warmup, steps, out }) {
+    readShape();
+    rmSync(out, { recursive: true, force: true });
+    const files = await userFiles(out, 4 * batch);
+    const run = trainLoRA({
+      ...files,
+      device,
+      torch_dtype: 'bfloat16',
+      sft_type: 'lora',
+      lora_rank: 8,
+      lora_alpha: 16,
+      lora_dropout: 0,
+      target_modules: 'all-linear',
+      per_device_train_batch_size: batch,
+      gradient_accumulation_steps: 1,
+      max_steps: warmup + steps,
+      max_length: 2 * shape.row.tokens,
+      gradient_checkpointing: false,
+      logging_steps: 1,
+      save_strategy: 'no',
+      eval_strategy: 'no',
+      output_dir: join(out, 'run'),
+    });
+    let [tokens, time, waited] = [0, 0, 0];
+    let before = 0;
+    for await (const event of run) {
+      if (event.type !== 'step') continue;
+      const own = event.tokens - before;
+      before = event.tokens;
+      if (event.step <= warmup) continue;
+      tokens += own;
+      time += own / event.tokensPerSecond;
+      waited += (event.dataWait * own) / event.tokensPerSecond;
+    }
+    rmSync(out, { recursive: true });
+    return { dataTokensPerSecond: tokens / time, dataWait: waited / time, rowTokens: tokens / steps / batch };
   },
 
   async gradients({ batch, file }) {

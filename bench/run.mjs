@@ -2,13 +2,18 @@
  * `npm run bench [-- options]`: martlet beside transformers + PEFT on one machine, the same weights and rows, in one run.
  *
  *   --only A,B          shapes of bench/shapes.json; default llava-7b
- *   --tasks A,B         of decode, vision, train, recompute, merge, methods; default all that the shape has. The gate is always first; results of a
- *                       part get a file of their own. methods: the shape's list of LoRA, QLoRA and full runs, each beside its planned memory
- *   --batches 2,4,8     rows in a step; default the shape's
+ *   --tasks A,B         of decode, train, vision, recompute, merge, quantized, data, methods, done in the order given; default all that the shape
+ *                       has. The gate is always first; results of a part get a file of their own. quantized: decoding from int8 and NF4 weights.
+ *                       data: a run of martlet from JPEG files and text, and how long it waits for them. methods: the shape's list of LoRA, QLoRA
+ *                       and full runs, each beside its planned memory
+ *   --methods A,B       of lora, nf4, int8, full: those of the list alone
+ *   --batches 2,8,4     rows in a step; default the shape's. Of methods: those of the list alone
+ *   --answers 1,16      answers at once in decoding; default the shape's
+ *   --peer A,B          forms of the peer, of default and tuned (bench/peer.py says what they are); default default. tuned compiles for 20 to 90 s
+ *                       for each task
  *   --tiny              the shapes' small doubles: a trial of the scripts, results go to build/bench
  *   --device cuda|cpu   default cuda
- *   --quick             one round (martlet, peer) instead of two (martlet, peer, peer, martlet); 10 timed steps
- *   --tuned             also the tuned peer: compiled layers, static cache (minutes of compiling)
+ *   --quick             each task once (martlet, peer; the next one peer, martlet) instead of twice (martlet, peer, peer, martlet); 10 timed steps
  *   --budget SECONDS    stops in time; each shape may use an even part of what is left, and what does not fit is left out and named in the
  *                       results; default 3600
  *   --out DIR           default bench/results
@@ -18,13 +23,23 @@
  * Environment: BENCH_DIR = where checkpoints and merged models are written (default: the system's temporary folder), BENCH_PYTHON (default python3:
  * needs torch, transformers, peft, safetensors), COMMIT (default: git's), OUT = a second folder for the results.
  *
- * Each side is a process that answers task after task. In order of weight: checkpoint; gate (loss and LoRA gradients of one batch against
- * transformers + PEFT in float32, beside transformers + PEFT in bfloat16 against the same); decoding, training and the vision tower of martlet, then
- * of the peer; merging; training with recompute. A shape that transformers does not have is measured alone, without a gate. Results are written after
- * each task.
+ * Each side is a process that answers task after task. First the checkpoint and the gate: loss and LoRA gradients of one batch against transformers +
+ * PEFT in float32, beside transformers + PEFT in bfloat16 against the same (the peer's two are kept beside the checkpoint for the next run). Then task
+ * after task, the sides taking turns, with only one side's model on the device. A task is begun if there is time for all sides. A shape that
+ * transformers does not have is measured alone, without a gate. Results are written after each figure.
  */
 import { execFileSync, spawn } from 'node:child_process';
-import { copyFileSync, existsSync, mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
+import {
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join, relative } from 'node:path';
 import { createInterface } from 'node:readline';
@@ -41,7 +56,8 @@ const here = (name) => join(root, 'bench', name);
 const LIMITS = { lossDifference: 2e-3, cosine: 0.999, peerCosine: 2e-4 };
 const RULE = `loss off by less than ${LIMITS.lossDifference} or no further than the peer in bfloat16; cosine of the gradients above ${LIMITS.cosine} or at least the peer's in bfloat16 − ${LIMITS.peerCosine}`;
 const GATE_BATCH = 2;
-const TASKS = ['decode', 'vision', 'train', 'recompute', 'merge', 'methods'];
+const TASKS = ['decode', 'train', 'vision', 'recompute', 'merge', 'quantized', 'data', 'methods'];
+const PEERS = ['default', 'tuned'];
 /** What weights are loaded as for a method. */
 const QUANTIZATION = { lora: 'none', full: 'none', nf4: 'nf4', int8: 'int8' };
 
@@ -53,7 +69,9 @@ const { values: options } = parseArgs({
     tiny: { type: 'boolean', default: false },
     device: { type: 'string', default: 'cuda' },
     quick: { type: 'boolean', default: false },
-    tuned: { type: 'boolean', default: false },
+    peer: { type: 'string', default: 'default' },
+    answers: { type: 'string' },
+    methods: { type: 'string' },
     budget: { type: 'string', default: '3600' },
     out: { type: 'string' },
     force: { type: 'boolean', default: false },
@@ -64,9 +82,18 @@ const shapes = JSON.parse(readFileSync(here('shapes.json'), 'utf8'));
 const tasks = options.tasks.split(',');
 const unknown = tasks.find((task) => !TASKS.includes(task));
 if (unknown !== undefined) throw new Error(`--tasks knows ${TASKS.join(', ')}, not ${unknown}`);
+const forms = options.peer.split(',');
+const strange = forms.find((form) => !PEERS.includes(form));
+if (strange !== undefined) throw new Error(`--peer knows ${PEERS.join(', ')}, not ${strange}`);
 /** What can be measured of a shape. */
-const tasksOf = ({ tasks: own = TASKS, vision, methods }) =>
-  own.filter((task) => (task !== 'vision' || vision) && (task !== 'methods' || methods));
+const tasksOf = ({ tasks: own = TASKS, vision, methods, config }) =>
+  own.filter(
+    (task) =>
+      (task !== 'vision' || vision) &&
+      (task !== 'methods' || methods) &&
+      (task !== 'data' || config.model_type === 'llava'),
+  );
+const folderBytes = (folder) => readdirSync(folder).reduce((sum, name) => sum + statSync(join(folder, name)).size, 0);
 /** The shapes that are measured. */
 const jobs = options.only.split(',').map((name) => {
   const shapeName = options.tiny ? shapes[name]?.tiny : name;
@@ -194,16 +221,19 @@ function quantile(values, q) {
 const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 const ms = (seconds) => `${(seconds * 1000).toFixed(0)} ms`;
 
+/** What the weights of a task are loaded as. */
+const weightsOf = ({ quantization, load }) => quantization ?? load ?? 'none';
+
 const titleOf = (task) =>
   [
     task.kind,
     task.mode,
-    task.quantization,
+    !task.method && weightsOf(task) !== 'none' && weightsOf(task),
     task.method,
     task.optim,
     task.r && `r ${task.r}`,
     task.attention,
-    task.batch && `${task.batch} rows`,
+    task.batch && `${task.batch} ${task.kind === 'decode' ? 'answers' : 'rows'}`,
     task.recompute && task.recompute !== 'none' && 'recompute',
   ]
     .filter(Boolean)
@@ -214,6 +244,9 @@ const WORDS = {
   decode: (r) => `${median(r.tokensPerSecond).toFixed(1)} tok/s, first token ${ms(median(r.firstTokenSeconds))}`,
   vision: (r) => `${r.pictures} pictures in ${ms(median(r.visionSeconds))}`,
   gradients: (r) => `loss ${r.loss}, ${r.tensors} tensors`,
+  data: (r) =>
+    `${r.dataTokensPerSecond.toFixed(0)} tok/s of rows of ${r.rowTokens.toFixed(0)} tokens, ${(r.dataWait * 100).toFixed(1)} % of it waiting`,
+  bandwidth: (r) => `${(median(r.copyBytesPerSecond) / 1e12).toFixed(2)} TB/s`,
   merge: (r) => `${r.mergeSeconds.toFixed(1)} s ${r.parts ? JSON.stringify(r.parts) : `(${r.mergedTensors} tensors)`}`,
   train: (r) =>
     `${r.tokensPerSecond.toFixed(0)} tok/s (${ms(r.median)}, p10 ${ms(r.p10)}, p90 ${ms(r.p90)}), peak ${gib(r.peakAllocated)}${r.plannedPeak ? `, planned ${gib(r.plannedPeak)}` : ''}`,
@@ -228,7 +261,14 @@ async function benchmark(shapeName, budget) {
   const dir = join(folder, `martlet-bench-${shapeName}`);
   const alone = shape.peer === 'none';
   const isPart = tasksOf(shape).some((task) => !tasks.includes(task));
-  const file = `${date}-${slug}-${[shapeName, ...(isPart ? tasks : [])].join('-')}.json`;
+  const part = [
+    ...(isPart ? tasks : []),
+    ...(options.methods?.split(',') ?? []),
+    ...(options.batches ? [`${options.batches.replaceAll(',', '-')}-rows`] : []),
+    ...(options.answers ? [`${options.answers.replaceAll(',', '-')}-answers`] : []),
+    ...(options.peer === 'default' ? [] : forms),
+  ];
+  const file = `${date}-${slug}-${[shapeName, ...part].join('-')}.json`;
   const [started, deadline] = [elapsed(), elapsed() + budget];
   const remaining = () => deadline - elapsed();
   /** About how long a task takes; a trial's are short. */
@@ -242,12 +282,14 @@ async function benchmark(shapeName, budget) {
     ...(shape.lora && { lora: shape.lora }),
     title: shape.title,
     date,
+    time: new Date().toISOString(),
     ...machine,
     commit: commit(),
     command: `npm run bench -- ${process.argv.slice(2).join(' ')}`.trim(),
     row: shape.row,
     prompt: shape.prompt,
     vision: shape.vision,
+    modelBytes: 0,
     gate: null,
     runs: [],
     leftOut: [],
@@ -286,7 +328,7 @@ async function benchmark(shapeName, budget) {
         return result;
       }
       failed ||= result.error !== NO_TIME;
-      leaveOut(side.lost ? `${title} and what comes after it` : title, result.error);
+      leaveOut(side.lost ? `${title} and what comes after it` : title, result.error.split('\n')[0]);
       return undefined;
     }
     if (result.seconds?.length) {
@@ -307,167 +349,289 @@ async function benchmark(shapeName, budget) {
     ...compareGradients(gradients(side), gradients('reference')),
   });
 
-  const checkpoint = (peer) => perform(peer, { kind: 'checkpoint', shape: shapeName }, about(existsSync(dir) ? 5 : 45));
+  async function checkpoint(peer) {
+    const made = await perform(peer, { kind: 'checkpoint', shape: shapeName }, about(existsSync(dir) ? 5 : 45));
+    if (made) results.modelBytes = folderBytes(join(dir, 'model'));
+    return made;
+  }
 
-  /** Leaves martlet loaded. */
-  async function gate(peer, martlet) {
-    if (!(await checkpoint(peer))) return;
-    /** Loss and gradients of the peer in a mode. */
-    const ofPeer = async (mode, name) => {
+  /**
+   * Loss and gradients of the peer in float32 and in bfloat16. They follow from checkpoint and versions alone: what is there from the last run on this
+   * checkpoint is taken.
+   */
+  async function peerGradients(peer) {
+    const path = join(dir, 'gate.json');
+    const of = JSON.stringify({ gpu: machine.gpu, ...machine.versions, martlet: undefined, node: undefined });
+    if (existsSync(path)) {
+      const kept = JSON.parse(readFileSync(path, 'utf8'));
+      if (kept.of === of) {
+        say('gate: gradients of the peer are there');
+        return kept;
+      }
+    }
+    const losses = {};
+    for (const [mode, name] of [
+      ['reference', 'reference'],
+      ['default', 'peer'],
+    ]) {
       const loaded = await perform(peer, { kind: 'load', mode }, about(25));
-      const found = loaded && (await perform(peer, gateTask(name), about(10)));
+      losses[name] = loaded && (await perform(peer, gateTask(name), about(10)))?.loss;
       await perform(peer, { kind: 'unload' }, 0);
-      return found;
-    };
-    const reference = await ofPeer('reference', 'reference');
-    const other = await ofPeer('default', 'peer');
+    }
+    if (losses.reference === undefined || losses.peer === undefined) return undefined;
+    writeFileSync(path, JSON.stringify({ of, ...losses }));
+    return losses;
+  }
+
+  async function gate(peer, martlet) {
+    const other = await peerGradients(peer);
     const own =
-      (await measure(martlet, 'martlet', 1, [{ kind: 'load' }])) &&
-      (await perform(martlet, gateTask('martlet'), about(10)));
-    if (!reference || !own) return;
-    const ours = distance('martlet', own.loss, reference.loss);
-    const beside = other && distance('peer', other.loss, reference.loss);
+      (await martlet.turn({ kind: 'load', quantization: 'none' })) &&
+      (await perform(martlet.process, gateTask('martlet'), about(10)));
+    if (!other || !own) return;
+    const ours = distance('martlet', own.loss, other.reference);
+    const beside = distance('peer', other.peer, other.reference);
     const within = {
       loss: ours.lossDifference < LIMITS.lossDifference,
       cosine: ours.cosine > LIMITS.cosine,
     };
     const besidePeer = {
-      loss: beside !== undefined && ours.lossDifference <= beside.lossDifference,
-      cosine: beside !== undefined && ours.cosine >= beside.cosine - LIMITS.peerCosine,
+      loss: ours.lossDifference <= beside.lossDifference,
+      cosine: ours.cosine >= beside.cosine - LIMITS.peerCosine,
     };
     results.gate = {
       rule: RULE,
       limits: LIMITS,
-      referenceLoss: reference.loss,
+      referenceLoss: other.reference,
       ...ours,
-      ...(beside && { peer: beside }),
+      peer: beside,
       passed: (within.loss || besidePeer.loss) && (within.cosine || besidePeer.cosine),
     };
     const { lossDifference, cosine, worstTensor } = results.gate;
     say(
-      `gate ${results.gate.passed ? 'passed' : 'FAILED'}: loss off by ${lossDifference.toExponential(1)}, cosine of the gradients ${cosine.toFixed(6)}, lowest ${worstTensor.cosine.toFixed(6)} (${worstTensor.name}); the peer in bfloat16: ${beside ? `${beside.lossDifference.toExponential(1)}, ${beside.cosine.toFixed(6)}` : 'not measured'}`,
+      `gate ${results.gate.passed ? 'passed' : 'FAILED'}: loss off by ${lossDifference.toExponential(1)}, cosine of the gradients ${cosine.toFixed(6)}, lowest ${worstTensor.cosine.toFixed(6)} (${worstTensor.name}); the peer in bfloat16: ${beside.lossDifference.toExponential(1)}, ${beside.cosine.toFixed(6)}`,
     );
     save();
   }
 
-  /** Seconds of a step by row as last measured, by side: what the next stage will take. */
+  /** Seconds of a step by row as last measured, by side: what the next one will take. */
   const rowSeconds = {};
-  /** Does tasks that are recorded as runs of `label`, each if its time and `reserve` seconds are left. True if the last was done. */
-  async function measure(side, label, round, tasks, reserve = 0) {
-    let done = false;
-    for (const task of tasks) {
-      const slower = task.recompute && task.recompute !== 'none' ? 1.5 : 1;
-      const steps = (task.warmup + task.steps) * task.batch * (rowSeconds[label] ?? 0.3) * slower;
-      const needed = { load: 12, decode: 20, vision: 15, merge: 35, train: 3 + 1.2 * steps }[task.kind];
-      const result = await perform(side, task, about(needed) + reserve);
-      done = result !== undefined;
-      if (!done) continue;
-      if (result.median && task.batch > 1) rowSeconds[label] = result.median / task.batch;
-      results.runs.push({ side: label, round, ...result });
-      save();
+  /** About what a task takes on a side, its model's loading apart. */
+  function needed(label, task) {
+    const [own, tuned] = [label === 'martlet', label === 'peer-tuned'];
+    const seconds = {
+      // martlet's answers come one after the other; the compiler takes most of the tuned peer's time.
+      decode: own ? 4 + task.batch * 1.2 : tuned ? 60 : 18,
+      vision: 15,
+      merge: 35,
+      copy: 15,
+      data: 25,
+      train: () => {
+        const slower = task.recompute && task.recompute !== 'none' ? 1.5 : 1;
+        const row = (rowSeconds[label] ?? (own || tuned ? 0.1 : 0.25)) * slower;
+        return 3 + 1.2 * (task.warmup + task.steps) * task.batch * row + (tuned ? 25 : 0);
+      },
+    }[task.kind];
+    return about(typeof seconds === 'function' ? seconds() : seconds);
+  }
+
+  function record(label, round, result) {
+    if (result.median && result.batch > 1) rowSeconds[label] = result.median / result.batch;
+    results.runs.push({ side: label, round, ...result });
+    save();
+  }
+
+  /** martlet, or the peer in a form: takes turns on the device. */
+  class Player {
+    /** The task that loaded what is on the device, as JSON; absent while nothing is. */
+    #loaded;
+    /** Whether that is as it was loaded. */
+    #fresh = false;
+
+    constructor(label) {
+      this.label = label;
     }
-    return done;
+
+    get process() {
+      this.current ??= open(this.label);
+      return this.current;
+    }
+
+    /** Gives the device up. martlet's process ends: no peak is of what was loaded before. */
+    async rest() {
+      if (this.#loaded === undefined) return;
+      this.#loaded = undefined;
+      if (this.label === 'martlet') {
+        await this.current.end();
+        this.current = undefined;
+      } else {
+        await perform(this.current, { kind: 'unload' }, 0);
+      }
+    }
+
+    /** Has the model that `load` says on the device, the others' being off it. */
+    async turn(load, fresh = true) {
+      for (const other of players) if (other !== this) await other.rest();
+      if (this.#loaded === JSON.stringify(load) && (this.#fresh || !fresh) && !this.current.lost) return true;
+      await this.rest();
+      const result = await perform(this.process, load, about(12));
+      if (!result) return false;
+      this.#loaded = JSON.stringify(load);
+      this.#fresh = true;
+      record(this.label, 1, result);
+      return true;
+    }
+
+    /** One figure. */
+    async play(task, round) {
+      const { load: quantization, ...asked } = task;
+      const martlet = this.label === 'martlet';
+      if (martlet && (task.kind === 'merge' || task.kind === 'data')) {
+        // From files to files: no model on the device before.
+        for (const player of players) await player.rest();
+      } else {
+        const load = martlet
+          ? { kind: 'load', quantization }
+          : { kind: 'load', mode: this.label.slice('peer-'.length) };
+        if (!(await this.turn(load, task.kind !== 'train' || task.method === 'full'))) return;
+      }
+      // The peer's adapter stays on its model; both are at another place after full training or merging.
+      if (martlet ? task.method === 'full' : task.kind === 'train' || task.kind === 'merge') this.#fresh = false;
+      const result = await perform(
+        this.process,
+        martlet ? (task.kind === 'decode' ? { ...asked, quantization } : asked) : asked,
+        0,
+      );
+      if (result) record(this.label, round, result);
+      if (task.kind === 'merge' || task.method === 'full') await this.rest();
+    }
+
+    async end() {
+      await this.current?.end();
+    }
+  }
+
+  const open = (label) =>
+    label === 'martlet'
+      ? new Side(label, process.execPath, [here('martlet.mjs'), dir, options.device])
+      : new Side(label, python, [here('peer.py'), dir, options.device]);
+  const martlet = new Player('martlet');
+  const peers = alone ? [] : forms.map((form) => new Player(`peer-${form}`));
+  const players = [martlet, ...peers];
+
+  let turns = 0;
+  /**
+   * One task on all sides, begun if there is time for all: in turn, and back again where it is measured twice. Who begins changes, so that the model
+   * that is loaded stays.
+   */
+  async function inTurns(task, sides, twice = false) {
+    const order = turns++ % 2 ? [...sides].reverse() : sides;
+    const all = twice && !options.quick ? [...order, ...[...order].reverse()] : order;
+    const seconds = all.reduce((sum, { label }) => sum + needed(label, task) + about(6), 0);
+    if (remaining() < seconds) {
+      leaveOut(titleOf(task), `${remaining().toFixed(0)} s left, about ${seconds.toFixed(0)} s needed for all sides`);
+      return;
+    }
+    for (const [i, side] of all.entries()) await side.play(task, i < order.length ? 1 : 2);
   }
 
   const repeats = (large, tiny) => (options.tiny ? tiny : large);
-  const { tokens: promptTokens, newTokens } = shape.prompt ?? {};
-  const wanted = (kind, list) => (tasks.includes(kind) && tasksOf(shape).includes(kind) ? list : []);
-  const decode = wanted('decode', [{ kind: 'decode', promptTokens, newTokens, warmup: 1, repeats: repeats(3, 2) }]);
-  const vision = (...kinds) =>
-    wanted(
-      'vision',
-      kinds.map((kind) => ({ kind: 'vision', warmup: repeats(3, 1), repeats: repeats(10, 2), ...kind })),
-    );
-  const batches = options.batches?.split(',').map(Number) ?? shape.batches ?? [];
-  const { warmup } = shape;
   const steps = options.quick ? Math.min(10, shape.steps) : shape.steps;
-  const train = (recompute) =>
-    wanted(
-      recompute ? 'recompute' : 'train',
-      batches.map((batch) => ({ kind: 'train', batch, recompute, warmup, steps })),
-    );
-  const merge = wanted('merge', [{ kind: 'merge', out: join(folder, 'martlet-bench-merged') }]);
-  const later = [...merge, ...train(true)];
-  const methods = wanted('methods', shape.methods ?? []).map((task) => ({ kind: 'train', warmup, steps, ...task }));
-  /** Runs on the same weights; the one before a full run has to let go of its own. */
-  const methodsOf = (...names) => methods.filter(({ method }) => names.includes(method));
-  const load = { kind: 'load', mode: 'default' };
+  const numbers = (option, own) => option?.split(',').map(Number) ?? own;
+  const decode = (batch, load = 'none') => ({
+    kind: 'decode',
+    load,
+    batch,
+    promptTokens: shape.prompt.tokens,
+    newTokens: shape.prompt.newTokens,
+    warmup: repeats(2, 1),
+    // Many answers are many tokens.
+    repeats: batch > 1 ? 1 : repeats(3, 2),
+  });
+  const train = (task) => ({ kind: 'train', load: 'none', warmup: shape.warmup, steps, ...task });
+  const training = async (recompute) => {
+    for (const batch of numbers(options.batches, shape.batches))
+      await inTurns(train({ batch, recompute }), players, true);
+  };
+  const target = join(folder, 'martlet-bench-merged');
+
+  const STAGES = {
+    async decode() {
+      for (const batch of numbers(options.answers, shape.prompt.answers)) await inTurns(decode(batch), players, true);
+    },
+    train: () => training(false),
+    recompute: () => training(true),
+    async vision() {
+      const task = { kind: 'vision', load: 'none', warmup: repeats(3, 1), repeats: repeats(10, 2) };
+      // Compiling is of the decoder's layers: the tower is the same in each form.
+      await inTurns({ ...task, attention: 'sdpa' }, [martlet, ...peers.slice(0, 1)]);
+      await inTurns({ ...task, attention: 'eager' }, peers.slice(0, 1));
+    },
+    async merge() {
+      if (remaining() > needed('copy', { kind: 'copy' })) {
+        // What disk and page cache allow, in the same folder.
+        const before = performance.now();
+        execFileSync('cp', ['-r', join(dir, 'model'), target]);
+        const mergeSeconds = (performance.now() - before) / 1000;
+        const bytes = folderBytes(target);
+        rmSync(target, { recursive: true });
+        say(`cp -r: ${mergeSeconds.toFixed(1)} s`);
+        record('copy', 1, { kind: 'merge', mergeSeconds, bytes });
+      } else {
+        leaveOut('cp -r', NO_TIME);
+      }
+      // Merging is the same in each form.
+      await inTurns({ kind: 'merge', out: target }, [martlet, ...peers.slice(0, 1)]);
+    },
+    async quantized() {
+      for (const load of ['int8', 'nf4']) await inTurns(decode(1, load), [martlet]);
+    },
+    async data() {
+      const batch = Math.max(...numbers(options.batches, shape.batches));
+      const out = join(folder, 'martlet-bench-data');
+      await inTurns({ kind: 'data', batch, warmup: shape.warmup, steps, out }, [martlet]);
+    },
+    async methods() {
+      const batches = numbers(options.batches, undefined);
+      const named = options.methods?.split(',');
+      for (const { peer, ...task } of shape.methods) {
+        if ((batches && !batches.includes(task.batch)) || (named && !named.includes(task.method))) continue;
+        const load = QUANTIZATION[task.method];
+        // Of full training only the default form is the least that the peer can take; adapters of a rank of their own have no stored one.
+        await inTurns(
+          train({ ...task, load }),
+          peer ? [martlet, ...peers.slice(0, task.method === 'full' ? 1 : 2)] : [martlet],
+        );
+      }
+    },
+  };
 
   say(`${shape.title}: ${budget.toFixed(0)} s; results in ${relative(root, join(outDir, file))}`);
-  const open = (side) =>
-    side === 'martlet'
-      ? new Side(side, process.execPath, [here('martlet.mjs'), dir, options.device])
-      : new Side(side, python, [here('peer.py'), dir, options.device]);
-  const [peer, martlet] = [open('peer'), open('martlet')];
-  const sides = [peer, martlet];
+  // The checkpoint's maker and the gate's reference.
+  const maker = open('peer');
+  // Importing takes seconds: the others begin with it now.
+  for (const player of players) player.process;
   try {
-    if (alone) {
-      const made = await checkpoint(peer);
-      await peer.end();
-      if (!made || !(await measure(martlet, 'martlet', 1, [{ kind: 'load' }]))) return false;
-    } else {
-      await gate(peer, martlet);
+    const made = await checkpoint(maker);
+    if (made && !alone) {
+      await gate(maker, martlet);
       if (!results.gate?.passed) {
         failed = true;
-        if (!options.force || !existsSync(join(dir, 'shape.json'))) {
+        if (!options.force) {
           leaveOut('every timing', `the gate ${results.gate ? 'failed' : 'was not reached'}`);
           return false;
         }
       }
     }
-    await measure(martlet, 'martlet', 1, [...decode, ...vision({}), ...train(false), ...methodsOf('lora')]);
-    // The peer's first numbers weigh more than these.
-    await measure(martlet, 'martlet', 1, later, isPart ? 0 : about(budget * 0.45));
-    await martlet.end();
-    // A process each, so that no peak is of what was loaded before.
-    for (const method of ['nf4', 'int8', 'full']) {
-      if (methodsOf(method).length === 0) continue;
-      const again = open('martlet');
-      sides.push(again);
-      const loaded = { kind: 'load', quantization: QUANTIZATION[method] };
-      await measure(again, 'martlet', 1, [loaded, ...methodsOf(method)]);
-      await again.end();
-    }
-    if (!alone) {
-      const beside = (method) => methodsOf(method).filter((task) => task.peer);
-      const first = [
-        ...decode,
-        ...vision({ attention: 'sdpa' }, { attention: 'eager' }),
-        ...train(false),
-        ...beside('lora'),
-      ];
-      const full = beside('full');
-      if (first.length + later.length > 0) await measure(peer, 'peer-default', 1, [load, ...first]);
-      if (full.length > 0) {
-        if (first.length > 0) await perform(peer, { kind: 'unload' }, 0);
-        await measure(peer, 'peer-default', 1, [load, ...full]);
-      }
-      if (full.length > 0 && later.length > 0) {
-        await perform(peer, { kind: 'unload' }, 0);
-        await measure(peer, 'peer-default', 1, [load]);
-      }
-      await measure(peer, 'peer-default', 1, later);
-      await peer.end();
-    }
-    if (!options.quick && !isPart && !alone) {
-      const again = [open('peer'), open('martlet')];
-      sides.push(...again);
-      await measure(again[0], 'peer-default', 2, [load, ...train(false)]);
-      await again[0].end();
-      await measure(again[1], 'martlet', 2, [{ kind: 'load' }, ...decode, ...train(false)]);
-      await again[1].end();
-    }
-    if (options.tuned && !isPart && !alone) {
-      // Each in a process of its own: what is compiled for one would stay for the other.
-      for (const tasks of [train(false), decode.map((task) => ({ ...task, warmup: 2 }))]) {
-        const tuned = open('peer');
-        sides.push(tuned);
-        await measure(tuned, 'peer-tuned', 1, [{ kind: 'load', mode: 'tuned' }, ...tasks]);
-        await tuned.end();
-      }
-    }
+    if (!made) return false;
+    const bytes = options.device === 'cuda' ? 2 ** 32 : 2 ** 27;
+    const copied = await perform(maker, { kind: 'bandwidth', bytes, warmup: 3, repeats: 10 }, about(3));
+    if (copied) record('device', 1, copied);
+    await maker.end();
+    for (const task of tasks) if (tasksOf(shape).includes(task)) await STAGES[task]();
   } finally {
-    await Promise.all(sides.map((side) => side.end()));
+    await Promise.all([maker, ...players].map((side) => side.end()));
+    rmSync(target, { recursive: true, force: true });
     save();
     if (options.remove) rmSync(dir, { recursive: true, force: true });
   }

@@ -1,138 +1,190 @@
 /**
- * `node scripts/generate-benchmarks.mjs [--check]`: writes docs/benchmarks.md from bench/results/*.json. With --check it only says whether the
- * page is what the results give (exit code 1 if not). Plain Node, no dependency.
+ * `node scripts/generate-benchmarks.mjs [--check]`: writes docs/benchmarks.md and its charts from bench/results/*.json and bench/bounds.json. With
+ * --check it only says whether they are what the results give (exit code 1 if not). Plain Node, no dependency. BENCH_RESULTS and BENCH_PAGE: of
+ * another folder, to another page, for a trial.
  */
-import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
-import { join } from 'node:path';
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { barChart } from './benchmarks/chart.mjs';
+import {
+  bandwidthShare,
+  copyRate,
+  decoding,
+  loading,
+  MEASURES,
+  runsOf,
+  SIDES,
+  seconds,
+  tokenBytes,
+  training,
+} from './benchmarks/figures.mjs';
 
 const root = fileURLToPath(new URL('..', import.meta.url));
-const resultsDir = join(root, 'bench/results');
-const page = join(root, 'docs/benchmarks.md');
+const resultsDir = process.env.BENCH_RESULTS ?? join(root, 'bench/results');
+const page = process.env.BENCH_PAGE ?? join(root, 'docs/benchmarks.md');
+/** Beside the page. */
+const CHARTS = 'benchmarks';
 
-const SIDES = {
-  martlet: 'martlet',
-  'peer-default': 'transformers + PEFT, default',
-  'peer-tuned': 'transformers + PEFT, tuned',
-};
-const BAR = 40;
-
-function median(values) {
-  const sorted = [...values].sort((a, b) => a - b);
-  const middle = (sorted.length - 1) / 2;
-  return (sorted[Math.floor(middle)] + sorted[Math.ceil(middle)]) / 2;
-}
+const WEIGHTS = { none: 'bfloat16', int8: 'int8', nf4: 'NF4' };
 const integer = (value) => Math.round(value).toLocaleString('en-US');
 const gib = (bytes) => (bytes / 2 ** 30).toFixed(1);
+const gb = (bytes) => (bytes / 1e9).toFixed(1);
+const times = (a, b) => (a && b ? `${(a / b).toFixed(2)}×` : '—');
+const percent = (share) => (share === undefined ? '—' : `${(share * 100).toFixed(0)} %`);
 const table = (header, rows) =>
   [header, header.map(() => '---'), ...rows].map((cells) => `| ${cells.join(' | ')} |`).join('\n');
 
-/** Runs of one side and kind, keyed by setting. */
-const runsOf = (result, side, kind) =>
-  result.runs.filter((run) => run.side === side && run.kind === kind && !run.method);
+const compare = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
 const sidesOf = (result) => Object.keys(SIDES).filter((side) => result.runs.some((run) => run.side === side));
 
-function trainingTable(result) {
-  const settings = [];
-  for (const { kind, batch, recompute, method } of result.runs) {
-    if (kind === 'train' && !method && !settings.some((s) => s.batch === batch && s.recompute === recompute))
-      settings.push({ batch, recompute });
+/** Charts that the page shows: file name → SVG. */
+const charts = new Map();
+function chart(result, kind, title, bars) {
+  const name = `${result.name.replace(/\.json$/, '')}-${kind}.svg`;
+  charts.set(name, barChart(title, bars));
+  return `![${title}](${CHARTS}/${name})`;
+}
+
+/** The settings that runs of a kind have, each once, in the order of the runs. */
+function settingsOf(result, kind, pick) {
+  const settings = new Map();
+  for (const run of runsOf(result, { kind })) {
+    const setting = pick(run);
+    settings.set(JSON.stringify(setting), setting);
   }
+  return [...settings.values()];
+}
+
+function trainingTable(result) {
+  const settings = settingsOf(result, 'train', ({ batch, recompute }) => ({ batch, recompute }));
   const sides = sidesOf(result);
-  const at = (side, { batch, recompute }) =>
-    runsOf(result, side, 'train').filter((run) => run.batch === batch && run.recompute === recompute);
-  /** Of the rounds that ended: tokens/s by the median of their step medians, the widest p10–p90, the highest peak. */
-  const cell = (side, setting) => {
-    const runs = at(side, setting);
-    const done = runs.filter((run) => run.tokensPerSecond);
-    if (done.length === 0) return runs.length ? { text: runs[0].error } : { text: '—' };
-    const rate = median(done.map((run) => run.tokensPerSecond));
-    const peak = Math.max(...done.map((run) => run.peakAllocated));
-    const low = Math.min(...done.map((run) => run.tokens / run.p90));
-    const high = Math.max(...done.map((run) => run.tokens / run.p10));
-    return { rate, peak, text: `${integer(rate)} (${integer(low)}–${integer(high)}), ${gib(peak)} GiB` };
-  };
   const others = sides.filter((side) => side !== 'martlet');
-  const ratio = (a, b) => (a.rate && b.rate ? `${(a.rate / b.rate).toFixed(2)}×` : '—');
+  const text = ({ rate, low, high, peak, error }) =>
+    rate ? `${integer(rate)} (${integer(low)}–${integer(high)}), ${gib(peak)} GiB` : (error ?? '—');
+  const nameOf = ({ batch, recompute }) => `${batch} rows${recompute ? ', recompute' : ''}`;
   const rows = settings.map((setting) => {
-    const own = cell('martlet', setting);
-    const cells = others.map((side) => cell(side, setting));
-    return [
-      `${setting.batch} rows${setting.recompute ? ', recompute' : ''}`,
-      own.text,
-      ...cells.flatMap((other) => [other.text, ratio(own, other)]),
-    ];
+    const own = training(result, { side: 'martlet', ...setting });
+    const beside = others.map((side) => training(result, { side, ...setting }));
+    return [nameOf(setting), text(own), ...beside.flatMap((other) => [text(other), times(own.rate, other.rate)])];
   });
   const header = ['setting', SIDES.martlet, ...others.flatMap((side) => [SIDES[side], 'martlet is'])];
   const bars = settings.flatMap((setting) =>
-    sides.map((side) => ({
-      label: `${setting.batch} rows${setting.recompute ? ', recompute' : ''}`,
-      side,
-      rate: cell(side, setting).rate,
-    })),
+    sides.map((side) => {
+      const { rate, error } = training(result, { side, ...setting });
+      const words = rate ? integer(rate) : (error ?? 'not measured');
+      return { group: nameOf(setting), side, name: SIDES[side], value: rate, text: words };
+    }),
   );
-  return `${table(header, rows)}\n\n${chart(bars)}`;
-}
-
-function chart(bars) {
-  const shown = bars.filter(({ rate }) => rate);
-  const highest = Math.max(...shown.map(({ rate }) => rate));
-  const lines = shown.map(({ label, side, rate }) => {
-    const bar = '█'.repeat(Math.max(1, Math.round((rate / highest) * BAR))).padEnd(BAR);
-    return `${label.padEnd(18)} ${SIDES[side].padEnd(30)} ${bar} ${integer(rate)}`;
-  });
-  return ['```text', ...lines, '```'].join('\n');
+  return `${table(header, rows)}\n\n${chart(result, 'train', `${result.title}, LoRA training, tokens/s`, bars)}`;
 }
 
 function decodingTable(result) {
-  const rows = sidesOf(result).flatMap((side) => {
-    const runs = runsOf(result, side, 'decode').filter((run) => run.tokensPerSecond);
-    const loads = runsOf(result, side, 'load')
-      .filter(({ quantization = 'none' }) => quantization === 'none')
-      .map((run) => run.seconds);
-    const decode = runs.length
-      ? [
-          median(runs.flatMap((run) => run.tokensPerSecond)).toFixed(1),
-          `${(median(runs.flatMap((run) => run.firstTokenSeconds)) * 1000).toFixed(0)} ms`,
-          gib(Math.max(...runs.map((run) => run.peakAllocated))),
-        ]
-      : ['—', '—', '—'];
-    return [[SIDES[side], ...decode, loads.length ? `${median(loads).toFixed(2)} s` : '—']];
+  const settings = settingsOf(result, 'decode', ({ batch, quantization }) => ({ batch, quantization }));
+  const sides = sidesOf(result);
+  const nameOf = ({ batch, quantization }) =>
+    `${batch === 1 ? 'one answer' : `${batch} answers`}${quantization === 'none' ? '' : `, ${WEIGHTS[quantization]}`}`;
+  const rows = settings.flatMap((setting) => {
+    const own = decoding(result, { side: 'martlet', ...setting });
+    return sides.flatMap((side) => {
+      const { rate, firstToken, peak } = decoding(result, { side, ...setting });
+      if (!rate) return [];
+      const isOwn = side === 'martlet';
+      const bytes = isOwn && setting.batch === 1 ? tokenBytes(result, setting.quantization) : undefined;
+      const share = bytes ? bandwidthShare(result, setting.quantization) : undefined;
+      return [
+        [
+          nameOf(setting),
+          SIDES[side],
+          rate.toFixed(1),
+          isOwn ? '' : times(own.rate, rate),
+          `${(firstToken * 1000).toFixed(0)} ms`,
+          isOwn ? '' : times(firstToken, own.firstToken),
+          gib(peak),
+          bytes ? gb(bytes) : '',
+          share ? percent(share) : '',
+        ],
+      ];
+    });
   });
-  return table(['', 'tokens/s, one answer', 'first token', 'peak GiB', 'load'], rows);
+  const bars = settings.flatMap((setting) =>
+    sides.flatMap((side) => {
+      const { rate } = decoding(result, { side, ...setting });
+      return rate ? [{ group: nameOf(setting), side, name: SIDES[side], value: rate, text: rate.toFixed(0) }] : [];
+    }),
+  );
+  const header = [
+    '',
+    '',
+    'tokens/s',
+    'martlet is',
+    'first token',
+    'martlet is',
+    'peak GiB',
+    'GB read a token',
+    'of copy bandwidth',
+  ];
+  const copy = copyRate(result);
+  const measured = copy
+    ? `\n\nA copy on the device, measured in the same run: ${(copy / 1e12).toFixed(2)} TB/s, bytes read and written.`
+    : '';
+  return `${table(header, rows)}${measured}\n\n${chart(result, 'decode', `${result.title}, decoding, tokens/s`, bars)}`;
+}
+
+function loadingTable(result) {
+  const own = loading(result, 'martlet').seconds;
+  const rows = sidesOf(result).flatMap((side) =>
+    Object.keys(WEIGHTS).flatMap((quantization) => {
+      const { seconds, rate } = loading(result, side, quantization);
+      if (!seconds) return [];
+      const isOwn = side === 'martlet';
+      return [
+        [
+          SIDES[side],
+          WEIGHTS[quantization],
+          `${seconds.toFixed(2)} s`,
+          rate ? gb(rate) : '—',
+          isOwn ? '' : times(seconds, own),
+        ],
+      ];
+    }),
+  );
+  return table(['', 'into', 'median', 'GB of files/s', 'martlet is'], rows);
 }
 
 /** Median times of the pictures at once, by side and kind of attention in the tower. */
 function visionTable(result) {
-  const cells = result.runs
-    .filter(({ kind }) => kind === 'vision')
-    .map(({ side, attention, visionSeconds }) => ({
-      name: `${SIDES[side]}${attention ? ` (${attention})` : ''}`,
-      seconds: median(visionSeconds),
-    }));
-  const own = cells.find(({ name }) => name === SIDES.martlet)?.seconds;
-  const rows = cells.map(({ name, seconds }) => [
-    name,
-    `${(seconds * 1000).toFixed(1)} ms`,
-    own && name !== SIDES.martlet ? `${(seconds / own).toFixed(2)}×` : '',
-  ]);
+  const own = seconds(result, 'vision', 'martlet');
+  const settings = settingsOf(result, 'vision', ({ side, attention }) => ({ side, attention }));
+  const rows = settings.map(({ side, attention }) => {
+    const time = seconds(result, 'vision', side, { attention });
+    const name = `${SIDES[side]}${side !== 'martlet' && attention ? ` (${attention})` : ''}`;
+    return [name, `${(time * 1000).toFixed(1)} ms`, side === 'martlet' ? '' : times(time, own)];
+  });
   return table(['', 'median', 'martlet is faster by'], rows);
 }
 
 function mergeTable(result) {
-  const rows = result.runs
-    .filter(({ kind }) => kind === 'merge')
-    .map(({ side, mergeSeconds, parts, bytes }) => [
-      SIDES[side],
-      `${mergeSeconds.toFixed(1)} s`,
-      parts
-        ? Object.entries(parts)
-            .map(([part, seconds]) => `${part} ${seconds.toFixed(1)} s`)
-            .join(', ')
-        : '',
-      `${(bytes / 1e9).toFixed(1)} GB`,
-    ]);
-  return table(['', 'from files to files', 'of that', 'written'], rows);
+  const own = seconds(result, 'merge', 'martlet');
+  const names = { ...SIDES, copy: '`cp -r` of the base' };
+  const runs = runsOf(result, { kind: 'merge' });
+  const rows = runs.map(({ side, mergeSeconds, parts, bytes }) => [
+    names[side],
+    `${mergeSeconds.toFixed(1)} s`,
+    side === 'martlet' ? '' : times(mergeSeconds, own),
+    parts
+      ? Object.entries(parts)
+          .map(([part, time]) => `${part} ${time.toFixed(1)} s`)
+          .join(', ')
+      : '',
+    `${gb(bytes)} GB`,
+  ]);
+  return table(['', 'from files to files', 'martlet is faster by', 'of that', 'written'], rows);
+}
+
+function dataText(result) {
+  const run = result.runs.find(({ kind }) => kind === 'data');
+  return `${run.batch} rows a step, through the public API from JPEG files of 1,024×768 and text, decoded, resized and tokenised beside the steps: ${integer(run.dataTokensPerSecond)} tokens/s of rows of ${integer(run.rowTokens)} tokens; the engine waited for rows in ${(run.dataWait * 100).toFixed(1)} % of the time.`;
 }
 
 const METHODS = {
@@ -145,6 +197,12 @@ const RECOMPUTE = { none: 'nothing', cheap: 'norms and products', mlp: 'the MLP'
 
 /** Runs by method: tokens/s and peaks, and the peak that `martlet plan` foretells. */
 function methodsTable(result) {
+  const own = result.runs.filter(({ side, kind, method }) => side === 'martlet' && kind === 'train' && method);
+  /** LoRA of the same rows in the same run. */
+  const lora = ({ method, batch, recompute }) =>
+    method === 'lora'
+      ? undefined
+      : own.find((run) => run.method === 'lora' && run.batch === batch && run.recompute === recompute)?.tokensPerSecond;
   const rows = result.runs
     .filter(({ kind, method }) => kind === 'train' && method)
     .map((run) => {
@@ -154,15 +212,26 @@ function methodsTable(result) {
         RECOMPUTE[run.recompute],
       ];
       const { side, tokensPerSecond, peakAllocated, peakReserved, plannedPeak } = run;
-      if (!tokensPerSecond) return [SIDES[side], ...setting, run.error, '—', '—', '—'];
+      if (!tokensPerSecond) return [SIDES[side], ...setting, run.error, '—', '—', '—', '—'];
       // On the CPU the peak is the whole process's, which no plan is of.
       const off = result.gpu && plannedPeak && peakAllocated ? plannedPeak / peakAllocated - 1 : undefined;
       const planned =
         off === undefined ? '—' : `${gib(plannedPeak)} (${off < 0 ? '−' : '+'}${Math.abs(off * 100).toFixed(0)} %)`;
-      return [SIDES[side], ...setting, integer(tokensPerSecond), gib(peakAllocated), gib(peakReserved), planned];
+      const speed = [integer(tokensPerSecond), side === 'martlet' ? times(tokensPerSecond, lora(run)) : '—'];
+      return [SIDES[side], ...setting, ...speed, gib(peakAllocated), gib(peakReserved), planned];
     });
   return table(
-    ['', 'method', 'rows × tokens', 'recomputed', 'tokens/s', 'peak GiB in tensors', 'reserved', 'planned'],
+    [
+      '',
+      'method',
+      'rows × tokens',
+      'recomputed',
+      'tokens/s',
+      'of own LoRA',
+      'peak GiB in tensors',
+      'reserved',
+      'planned',
+    ],
     rows,
   );
 }
@@ -221,39 +290,65 @@ function section(result) {
     `### Methods: tokens/s and device memory`,
     `${rows} “Planned” is what \`martlet plan\` foretells for the run, and how far that is from the peak in tensors. martlet trains float32 copies of what is trained with float32 moments. The peer’s full run keeps weights and moments in bfloat16, which is the least that it can take. QLoRA has no peer here: bitsandbytes is not on the machine.`,
   ];
-  const training = [`### LoRA training: tokens/s (p10–p90 over steps), peak device memory in tensors`, rows];
+  const learning = [`### LoRA training: tokens/s (p10–p90 over steps), peak device memory in tensors`, rows];
   const answering = [
-    `### Answering and loading`,
-    `One picture, ${prompt?.tokens} prompt tokens, ${prompt?.newTokens} new tokens, greedy; files in the page cache.`,
+    `### Answering`,
+    `One picture, ${prompt?.tokens} prompt tokens, ${prompt?.newTokens} new tokens, greedy. One answer: tokens/s after the first token; the first token is from the call on, its picture in memory. More answers: all their tokens by the time of the whole request; martlet gives them one after the other. “GB read a token”: martlet’s weights as they are kept, without tower, projector and embedding, and the cache in the middle of the answer.`,
   ];
+  const starting = [`### Loading`, `Files in the page cache, to weights on the device; the process runs already.`];
+  const fed = [`### From files`, has('data') ? dataText(result) : ''];
   const tower = [
     `### The vision tower`,
     `${vision?.pictures} pictures of ${vision?.size}×${vision?.size} at once through tower and merger. martlet: the engine’s clock while it answers a prompt with all of them, from patches in the host’s memory (float32) to features in the prompt: copying them to the device and the order of the windows are in it. The peer: from patches on the device (bfloat16) to features there.`,
   ];
   const merging = [
     `### Merging the adapter`,
-    `From the files of base and adapter to a merged folder, on one file system. The peer: loading to the device, PEFT’s merge, save_pretrained. martlet adds in float32 on the CPU and checks each element against float64.`,
+    `From the files of base and adapter to a merged folder, on one file system, beside a plain copy of the base. The peer: loading to the device, PEFT’s merge, save_pretrained. martlet adds in float32 on the CPU and checks each element against float64.`,
   ];
   return [
     `## ${result.title}${part}, ${result.gpu ?? 'CPU'}, ${result.date}`,
     `${machine.join(', ')}. Again with:`,
     `\`\`\`sh\n${result.command}\n\`\`\``,
     gateText(result),
-    ...(has('train') ? [...training, trainingTable(result)] : []),
+    ...(result.modelBytes
+      ? []
+      : [
+          'An early result: one side did all its tasks after the other, with both models on the device for the first of them.',
+        ]),
+    ...(has('train') ? [...learning, trainingTable(result)] : []),
     ...(result.runs.some(({ method }) => method) ? [...methodic, methodsTable(result)] : []),
     ...(has('decode') ? [...answering, decodingTable(result)] : []),
+    ...(has('load') ? [...starting, loadingTable(result)] : []),
+    ...(has('data') ? fed : []),
     ...(has('vision') ? [...tower, visionTable(result)] : []),
     ...(has('merge') ? [...merging, mergeTable(result)] : []),
     ...(left.length ? [left.join('\n')] : []),
   ].join('\n\n');
 }
 
+/** What is asked of martlet, and the newest figure of it. */
+function boundsTable(results) {
+  const bounds = JSON.parse(readFileSync(join(root, 'bench/bounds.json'), 'utf8'));
+  const rows = bounds.map(({ text, shape, measure, of, atLeast, atMost }) => {
+    const found = results
+      .filter(({ what }) => what === shape)
+      .map((result) => ({ result, value: MEASURES[measure](result, of) }))
+      .find(({ value }) => value !== undefined);
+    const wanted = atLeast === undefined ? `≤ ${atMost}` : `≥ ${atLeast}`;
+    if (!found) return [text, wanted, '—', 'not measured', ''];
+    const met = atLeast === undefined ? found.value <= atMost : found.value >= atLeast;
+    const where = `${found.result.gpu ?? 'CPU'}, ${found.result.date}`;
+    return [text, wanted, found.value.toFixed(2), met ? 'met' : '**missed**', where];
+  });
+  return table(['bound', 'asked', 'measured', '', 'where'], rows);
+}
+
 function render() {
   const names = existsSync(resultsDir) ? readdirSync(resultsDir).filter((name) => name.endsWith('.json')) : [];
   const results = names
-    .sort()
-    .reverse()
-    .map((name) => ({ name, ...JSON.parse(readFileSync(join(resultsDir, name), 'utf8')) }));
+    .map((name) => ({ name, ...JSON.parse(readFileSync(join(resultsDir, name), 'utf8')) }))
+    // The newest first; early results have no time of day.
+    .sort((a, b) => compare(b.time ?? b.date, a.time ?? a.date) || compare(b.name, a.name));
   for (const result of results) {
     if (!isTrusted(result))
       throw new Error(`bench/results/${result.name}: the gate did not pass, so its timings say nothing. Remove it.`);
@@ -261,16 +356,34 @@ function render() {
   return `${[
     '# Benchmarks',
     '<!-- Written by scripts/generate-benchmarks.mjs from bench/results. Do not edit by hand. -->',
-    'martlet beside transformers + PEFT on the same machine, in the same run, on the same weights (the exact public shape, random bfloat16 weights) and the same rows. "Default" is how people run the peer: float32 adapters, SDPA, eager, fused AdamW. "Tuned" is bfloat16 adapters, compiled layers, no cache object in training, a static cache with compiled decoding. Neither gets an attention mask, which is its fastest case. martlet’s step includes the normalising of the pictures, the peer’s does not. Both sides start from the same adapter and take the medians of the same steps; every raw number is in bench/results in [bench](../bench).',
+    'martlet beside transformers + PEFT on the same machine, in the same run, on the same weights (the exact public shape, random bfloat16 weights) and the same rows. "Default" is how people run the peer: float32 adapters, SDPA, eager, fused AdamW. "Tuned" is the peer at its best: bfloat16 adapters, compiled layers, no cache object in training, a static cache with compiled decoding in CUDA graphs; what compiling takes is not counted. Neither gets an attention mask, which is its fastest case. martlet’s step includes the normalising of the pictures, the peer’s does not. Both sides start from the same adapter and take the medians of the same steps, task by task in turn, each with the device to itself; every raw number is in bench/results in [bench](../bench).',
     'Run it on a GPU machine whose Python has torch, transformers and PEFT: `npm run bench` (options: [bench/run.mjs](../bench/run.mjs)). The scripts can be tried without a GPU: `npm run bench -- --tiny --device cpu`.',
-    ...(results.length ? results.map(section) : ['No results yet.']),
+    ...(results.length
+      ? [
+          '## Bounds',
+          'What martlet sets itself, and the newest figure for it. “times” are ratios within one run.',
+          boundsTable(results),
+          ...results.map(section),
+        ]
+      : ['No results yet.']),
   ].join('\n\n')}\n`;
 }
 
-const wanted = render();
+/** Every file: path → content. */
+const wanted = new Map([[page, render()]]);
+const chartDir = join(dirname(page), CHARTS);
+for (const [name, svg] of charts) wanted.set(join(chartDir, name), svg);
+const stale = (existsSync(chartDir) ? readdirSync(chartDir) : [])
+  .filter((name) => name.endsWith('.svg') && !charts.has(name))
+  .map((name) => join(chartDir, name));
 if (!process.argv.includes('--check')) {
-  writeFileSync(page, wanted);
-} else if (!existsSync(page) || readFileSync(page, 'utf8') !== wanted) {
-  console.error('docs/benchmarks.md is not what bench/results give: run node scripts/generate-benchmarks.mjs');
-  process.exitCode = 1;
+  for (const path of stale) rmSync(path);
+  if (charts.size > 0) mkdirSync(chartDir, { recursive: true });
+  for (const [path, content] of wanted) writeFileSync(path, content);
+} else {
+  const isCurrent = ([path, content]) => existsSync(path) && readFileSync(path, 'utf8') === content;
+  if (stale.length > 0 || ![...wanted].every(isCurrent)) {
+    console.error('docs/benchmarks.md is not what bench/results give: run node scripts/generate-benchmarks.mjs');
+    process.exitCode = 1;
+  }
 }
