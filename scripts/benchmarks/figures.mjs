@@ -102,7 +102,7 @@ export const MEASURES = {
     ),
   methodPeak(result, setting) {
     const { peak } = training(result, { side: 'martlet', ...setting });
-    return peak && peak / 1e9;
+    return peak && peak / 2 ** 30;
   },
   decodeRatio(result, { side, answers }) {
     const of = (name) => decoding(result, { side: name, batch: answers, quantization: 'none' }).rate;

@@ -19,6 +19,8 @@ find .gpu/runtime/dist -name '*.map' -delete
 tar -C .gpu -c runtime | xz -T2 -6 > .gpu/runtime.tar.xz.tmp
 mv .gpu/runtime.tar.xz.tmp .gpu/runtime.tar.xz
 rm -rf .gpu/runtime .gpu/Release
+# That machine's copy has no history of its own; results name the commit that was packed.
+echo "$(git rev-parse HEAD)$(git diff --quiet HEAD || echo -dirty)" > .gpu/commit
 if [ -n "${1:-}" ]; then
   # Only linked here, never run: libraries of CUDA that libtorch itself needs are not looked for.
   LIBTORCH=$(realpath "$1") cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/build/gpu/Release" \

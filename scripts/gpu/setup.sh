@@ -10,6 +10,7 @@ if [ "$(cat "$RUNTIME/packed" 2>/dev/null)" != "$packed" ]; then
   mv "$RUNTIME.tmp" "$RUNTIME"
 fi
 export PATH=$RUNTIME/bin:$PATH LIBTORCH_USE_PYTORCH=1
+export COMMIT=${COMMIT:-$(cat .gpu/commit)}
 rm -rf node_modules dist
 ln -sfn "$RUNTIME/node_modules" node_modules
 cp -r "$RUNTIME/dist" dist
