@@ -73,7 +73,7 @@ test('measures of a result', () => {
       { side: 'peer-default', kind: 'train', batch: 8, recompute: false, error: 'out of memory' },
       ...['lora', 'nf4'].map((method, i) => ({
         ...{ side: 'martlet', kind: 'train', method, batch: 4, recompute: 'none', tokensPerSecond: 1000 - 50 * i },
-        ...{ tokens: 1, p10: 1, p90: 1, peakAllocated: 8e9 },
+        ...{ tokens: 1, p10: 1, p90: 1, peakAllocated: 8 * 2 ** 30 },
       })),
       { side: 'copy', kind: 'merge', mergeSeconds: 5 },
       { side: 'martlet', kind: 'merge', mergeSeconds: 6 },
