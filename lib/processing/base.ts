@@ -156,7 +156,7 @@ export async function createProcessor<P extends MediaPlan>(
           family: family.family,
         });
       }
-      const size = { width, height, label: 'picture' };
+      const size = { width, height, label: 'given' };
       const { resized } = groundingPicture({ size, ...family.planMedia(size, vision) });
       return parseBoxes(text, { width, height, normBbox: grounding.normBbox, resized });
     },
