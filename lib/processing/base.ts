@@ -5,7 +5,14 @@ import type { ImagePlan } from '../native/binding.js';
 import { fillObjects, type GroundingForm, type GroundingPicture, parseBoxes } from './grounding.js';
 import { DEFAULT_MAX_IMAGE_PIXELS, type DecodedImage, decodeImage, imageLabel, imageSize } from './image.js';
 import { readJsonFile } from './json.js';
-import { contentParts, type EncodedText, type Segment, type SegmentRenderer, withSystem } from './template.js';
+import {
+  checkMessages,
+  contentParts,
+  type EncodedText,
+  type Segment,
+  type SegmentRenderer,
+  withSystem,
+} from './template.js';
 import type { Tokenizer } from './tokenizer.js';
 import type {
   EncodedSample,
@@ -174,6 +181,11 @@ function mediaSources(
   { messages, images, videos = [], id }: ProcessorInput,
   { family, videoTokenId }: Pick<FamilyProcessing<MediaPlan>, 'family' | 'videoTokenId'>,
 ): MediaSource[] {
+  checkMessages(messages);
+  for (const [field, list] of Object.entries({ images, videos })) {
+    if (Array.isArray(list)) continue;
+    throw new MartletError('ERR_MARTLET_USAGE', `${field} must be a list, not ${typeof list}.`, { field });
+  }
   const where = id === undefined ? '' : ` (${id})`;
   const takesVideos = videoTokenId !== undefined;
   const parts = messages

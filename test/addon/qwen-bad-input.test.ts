@@ -330,6 +330,25 @@ describe('calls', () => {
     check(await ask('<video>', { videos: [[]] }), { code: 'ERR_MARTLET_DATASET', says: [/at least one frame/] });
   });
 
+  test('messages that are none', async () => {
+    const user = (content: unknown) => [{ role: 'user', content }];
+    for (const [options, field] of [
+      [{ messages: [] }, 'messages'],
+      [{ messages: 'hi' }, 'messages'],
+      [{ messages: ['hi'] }, 'messages.0'],
+      [{ messages: [{ role: 'usr', content: 'hi' }] }, 'messages.0.role'],
+      [{ messages: user(5) }, 'messages.0.content'],
+      [{ messages: user([{ type: 'imge', image: IMAGE }]) }, 'messages.0.content.0.type'],
+      [{ messages: user([null]) }, 'messages.0.content.0.type'],
+      [{ messages: user([{ type: 'text' }]) }, 'messages.0.content.0.text'],
+      [{ messages: user([{ type: 'image_url' }]) }, 'messages.0.content.0.image_url'],
+      [{ images: IMAGE }, 'images'],
+      [{ videos: 'v.mp4' }, 'videos'],
+    ] as const) {
+      check(await ask('hi', options), { code: 'ERR_MARTLET_USAGE', says: [], details: { field } });
+    }
+  });
+
   test('options that are none', async () => {
     for (const [options, field] of [
       [{ maxPixels: -1 }, 'maxPixels'],

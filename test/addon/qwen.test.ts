@@ -273,16 +273,39 @@ describe('command line', () => {
       { text: 'What?', video: ['beside.png', frames[1]] },
       { messages: question('<video>What?'), videos: [frames] },
       { text: 'What?', video: 'clip.mp4' },
+      // rows of data: a last answer is left out, boxes and limits count, a misspelt key is no picture less
+      {
+        messages: [...question('<video>Is it <ref-object>?'), { role: 'assistant', content: 'Yes.' }],
+        videos: [{ frames, fps: 1 }],
+        objects: { ref: ['a cat'] },
+        chat_template_kwargs: { max_pixels: 512 },
+        system: 'Be brief.',
+        id: 4,
+      },
+      { text: 'What?', imgae: frames[0] },
     ];
     writeFileSync(file, items.map((item) => JSON.stringify(item)).join('\n'));
     const { code, stdout } = await cli(['infer', ...MODEL, '--input', file, ...GREEDY]);
     assert.equal(code, 1);
-    const lines = jsonLines(stdout) as unknown as { text?: string; error?: { message: string } }[];
+    const lines = jsonLines(stdout) as unknown as { tokenIds?: number[]; error?: { message: string } }[];
     assert.deepEqual(
       lines.map(({ error }) => error === undefined),
-      [true, true, false],
+      [true, true, false, true, false],
     );
-    assert.match(lines[2]?.error?.message ?? '', /list of frames/);
+    assert.match(lines[2]?.error?.message ?? '', /items\.jsonl line 3: clip\.mp4 is a video file/);
+    assert.match(lines[4]?.error?.message ?? '', /items\.jsonl line 5: "imgae" is not known: did you mean "image"\?/);
+    const wanted = await model.generate({
+      messages: [
+        { role: 'system', content: 'Be brief.' },
+        ...question('<video>Is it <|object_ref_start|>a cat<|object_ref_end|>?'),
+      ],
+      videos: [{ frames, fps: 1 }],
+      videoMaxPixels: 512,
+      temperature: 0,
+      maxNewTokens: 8,
+    });
+    assert.deepEqual(lines[3]?.tokenIds, [...wanted.tokenIds]);
+    assert.deepEqual((lines[3] as unknown as { usage: unknown }).usage, wanted.usage);
   });
 
   for (const [args, says] of [
