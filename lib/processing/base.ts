@@ -145,6 +145,7 @@ export async function createProcessor<P extends MediaPlan>(
       const sources = mediaSources(input, family);
       const sizes = await Promise.all(sources.map((source) => mediaSize(source, { ...decode, signal })));
       const { inputIds, labels, decoderLabels } = encodeRow(input, sizes, false);
+      if (labels.every((label) => label === -100)) throw untrained(decoderLabels);
       return inputIds.length + (decoderLabels ? labels.length : 0);
     },
 
@@ -168,6 +169,15 @@ export async function createProcessor<P extends MediaPlan>(
       return parseBoxes(text, { width, height, normBbox: grounding.normBbox, resized });
     },
   };
+}
+
+/** Found before training starts, not at the row's turn. */
+function untrained(decoderLabels: true | undefined): MartletError {
+  return new MartletError(
+    'ERR_MARTLET_DATASET',
+    `No token of the row is trained: ${decoderLabels ? 'its last answer, the only one that an encoder-decoder trains, has loss: false. Make a row of the earlier one' : 'it needs an answer of the assistant'}.`,
+    { field: 'messages' },
+  );
 }
 
 function groundingPicture({ size: { width, height }, plan }: { size: MediaSize; plan: ImagePlan }): GroundingPicture {

@@ -283,6 +283,18 @@ test('row: longer than max_length, text alone, pictures and videos counted', asy
   );
 });
 
+test('row: longer than the positions of the model, and no other: what helps is said, and nothing that is so already', async () => {
+  const dataset = join(folder(), 'rows.json');
+  writeFileSync(dataset, JSON.stringify([{ messages: turns('word '.repeat(600)) }]));
+  const error = await refusedRun({ dataset });
+  check(error, {
+    code: 'ERR_MARTLET_DATASET',
+    says: [/no other is left to train on/, /row 0: the row has \d+ tokens, the model has 512 positions/, /max_pixels/],
+    details: { file: dataset, row: 0 },
+  });
+  assert.doesNotMatch(error.message, /truncation_strategy: delete/);
+});
+
 test('row: a picture smaller than a patch is taken, and so is a video of one frame', async () => {
   const dot = await picture(1, 1);
   for (const family of QWEN_FAMILIES) {
