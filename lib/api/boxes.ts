@@ -29,26 +29,40 @@ export interface ParseBoxesOptions {
  * The boxes of an answer in pixels of its picture, for answers from anywhere (a server, a file): `model.parseBoxes` knows the model's own limits.
  * Reads Qwen's tags, JSON with `bbox_2d` or `point_2d`, and bare coordinates; no box is an empty list.
  *
- * @throws ERR_MARTLET_USAGE when a box begins and is none, or neither `family` nor `normBbox` is given
+ * @throws ERR_MARTLET_USAGE when a box begins and is none, `family` and `normBbox` are missing, or a size is none
  * @throws ERR_MARTLET_IMAGE when no family would take a picture of this shape
  */
 export function parseBoxes(text: string, options: ParseBoxesOptions): ParsedBox[] {
+  if (typeof text !== 'string') {
+    throw new MartletError(
+      'ERR_MARTLET_USAGE',
+      `parseBoxes takes the text of an answer, not ${typeof text}: model.parseBoxes takes token ids too.`,
+      { field: 'text' },
+    );
+  }
   const { family, width, height, minPixels = 3136, maxPixels = 12_845_056 } = options;
   const normBbox =
     options.normBbox ??
     (family !== undefined && Object.hasOwn(FAMILIES, family) ? FAMILIES[family].normBbox : undefined);
-  if (normBbox === undefined) {
+  if (normBbox !== 'norm1000' && normBbox !== 'none') {
     throw new MartletError(
       'ERR_MARTLET_USAGE',
       `parseBoxes needs family (${Object.keys(FAMILIES).join(', ')}) or normBbox (norm1000, none).`,
-      { field: 'family', value: family },
+      options.normBbox === undefined ? { field: 'family', value: family } : { field: 'normBbox', value: normBbox },
     );
   }
-  for (const [field, side] of Object.entries({ width, height })) {
-    if (Number.isFinite(side) && side > 0) continue;
-    throw new MartletError('ERR_MARTLET_USAGE', `${field} must be the picture's, a number above 0, not ${side}.`, {
+  const numbers = {
+    width,
+    height,
+    minPixels,
+    maxPixels,
+    ...(options.resized && { 'resized.width': options.resized.width, 'resized.height': options.resized.height }),
+  };
+  for (const [field, value] of Object.entries(numbers)) {
+    if (Number.isFinite(value) && value > 0) continue;
+    throw new MartletError('ERR_MARTLET_USAGE', `${field} must be in pixels, a number above 0, not ${value}.`, {
       field,
-      value: side,
+      value,
     });
   }
   const size = { width, height };

@@ -46,15 +46,10 @@ export async function loadModel(dirOrId: string, options: LoadModelOptions = {})
   });
   const adapters = Object.entries(options.adapters ?? {});
   for (const [name, dir] of adapters) await checkAdapterDir(name, dir);
-  const saved = await readAdapterArgs(adapters[0]?.[1] ?? modelDir);
-  const processor = await loadProcessor(modelDir, {
-    template: options.template ?? saved.template ?? 'default',
-    labels: options.labels ?? 'default',
-    system: options.system ?? saved.system,
-    exifOrientation: options.exifOrientation ?? saved.exif_orientation ?? true,
-    vision: pickVisionOptions(options),
-    savedVision: saved.vision,
-  });
+  const processors = new Processors(modelDir, options);
+  const processor = await processors.of(adapters[0]?.[1] ?? modelDir);
+  const own = new Map<string, Processor>();
+  for (const [name, dir] of adapters) own.set(name, await processors.of(dir));
 
   const engine = new Engine();
   try {
@@ -75,16 +70,48 @@ export async function loadModel(dirOrId: string, options: LoadModelOptions = {})
     for (const [name, dir] of adapters) await engine.call('adapter.load', { name, dir }, { signal });
     // an abort that came too late for native code, such as one by the last onProgress
     throwIfAborted(signal);
-    return new LoadedModel(
-      engine,
-      processor,
-      loaded,
-      adapters.map(([name]) => name),
-    );
+    return new LoadedModel(engine, { processors, processor, adapters: own }, loaded);
   } catch (error) {
     await engine.close();
     throw abortedError(error, signal);
   }
+}
+
+/** Prompts and pictures as each adapter was trained: those of one template, system prompt and pixel limits share a processor. */
+class Processors {
+  readonly #modelDir: string;
+  readonly #options: LoadModelOptions;
+  readonly #loaded = new Map<string, Processor>();
+
+  constructor(modelDir: string, options: LoadModelOptions) {
+    this.#modelDir = modelDir;
+    this.#options = options;
+  }
+
+  /** For an adapter's folder, or the model's own. What `loadModel` was told wins over its `args.yaml`. */
+  async of(folder: string): Promise<Processor> {
+    const saved = await readAdapterArgs(folder);
+    const { template, labels, system, exifOrientation } = this.#options;
+    const settings = {
+      template: template ?? saved.template ?? 'default',
+      labels: labels ?? 'default',
+      system: system ?? saved.system,
+      exifOrientation: exifOrientation ?? saved.exif_orientation ?? true,
+      vision: pickVisionOptions(this.#options),
+      savedVision: saved.vision,
+    };
+    const key = JSON.stringify(settings);
+    const processor = this.#loaded.get(key) ?? (await loadProcessor(this.#modelDir, settings));
+    this.#loaded.set(key, processor);
+    return processor;
+  }
+}
+
+interface ModelProcessors {
+  processors: Processors;
+  /** The first adapter's, else the model's own. */
+  processor: Processor;
+  adapters: Map<string, Processor>;
 }
 
 async function checkAdapterDir(name: string, dir: string): Promise<void> {
@@ -112,12 +139,13 @@ class LoadedModel implements Model {
   readonly #engine: Engine;
   readonly #processor: Processor;
   readonly #maxPositions: number;
-  readonly #adapters: Set<string>;
+  readonly #processors: Processors;
+  readonly #adapters: Map<string, Processor>;
   /** Used when a call names no adapter. */
   readonly #defaultAdapter: string | undefined;
   #closing: Promise<void> | undefined;
 
-  constructor(engine: Engine, processor: Processor, loaded: LoadResult, adapters: string[]) {
+  constructor(engine: Engine, { processors, processor, adapters }: ModelProcessors, loaded: LoadResult) {
     this.modelType = loaded.modelType;
     this.device = loaded.device;
     this.dtype = loaded.dtype;
@@ -125,12 +153,13 @@ class LoadedModel implements Model {
     this.#engine = engine;
     this.#processor = processor;
     this.#maxPositions = loaded.maxPositions;
-    this.#adapters = new Set(adapters);
-    this.#defaultAdapter = adapters.length === 1 ? adapters[0] : undefined;
+    this.#processors = processors;
+    this.#adapters = adapters;
+    this.#defaultAdapter = adapters.size === 1 ? [...adapters.keys()][0] : undefined;
   }
 
   get adapters(): string[] {
-    return [...this.#adapters];
+    return [...this.#adapters.keys()];
   }
 
   get disposed(): boolean {
@@ -142,10 +171,10 @@ class LoadedModel implements Model {
     const stop = stopStrings(options.stop);
     if (stop.length === 0) {
       const run = await generation.start();
-      const text = this.#processor.decode(run.tokenIds, decodeOptions(options));
+      const text = this.#processorOf(options.adapter).decode(run.tokenIds, decodeOptions(options));
       return generation.result(run.tokenIds, text, run.finishReason, run);
     }
-    const text = new TokenText(this.#processor.createStreamDecoder(decodeOptions(options)), stop);
+    const text = new TokenText(this.#streamDecoder(options), stop);
     const chunks: StreamChunk[] = [];
     const run = await generation.start((id) => {
       chunks.push(...text.push(id));
@@ -162,7 +191,7 @@ class LoadedModel implements Model {
 
   async *stream(options: GenerateOptions): AsyncGenerator<StreamChunk, undefined> {
     const generation = await this.#prepareGeneration(options);
-    const text = new TokenText(this.#processor.createStreamDecoder(decodeOptions(options)), stopStrings(options.stop));
+    const text = new TokenText(this.#streamDecoder(options), stopStrings(options.stop));
     const ready: StreamChunk[] = [];
     let left = false;
     let wake = () => {};
@@ -222,7 +251,7 @@ class LoadedModel implements Model {
     };
   }
 
-  async prepare(options: Omit<PromptOptions, 'adapter'> & { for?: 'train' | 'generate' }): Promise<PrepareResult> {
+  async prepare(options: PromptOptions & { for?: 'train' | 'generate' }): Promise<PrepareResult> {
     const sample = await this.#encode(options, options.for ?? 'generate');
     const job = new JobBuffers();
     const images = sample.images.map((image) => job.image(image));
@@ -249,10 +278,11 @@ class LoadedModel implements Model {
 
   parseBoxes(
     answer: string | ArrayLike<number>,
-    { width, height, ...limits }: Parameters<Model['parseBoxes']>[1],
+    { width, height, adapter, ...limits }: Parameters<Model['parseBoxes']>[1],
   ): ParsedBox[] {
-    const text = typeof answer === 'string' ? answer : this.#processor.decode(answer, { skipSpecialTokens: false });
-    return this.#processor.parseBoxes(text, { width, height, vision: pickVisionOptions(limits) });
+    const processor = this.#processorOf(adapter);
+    const text = typeof answer === 'string' ? answer : processor.decode(answer, { skipSpecialTokens: false });
+    return processor.parseBoxes(text, { width, height, vision: pickVisionOptions(limits) });
   }
 
   async loadAdapter(name: string, dir: string): Promise<void> {
@@ -263,8 +293,9 @@ class LoadedModel implements Model {
       });
     }
     await checkAdapterDir(name, dir);
+    const processor = await this.#processors.of(dir);
     await this.#call('adapter.load', { name, dir });
-    this.#adapters.add(name);
+    this.#adapters.set(name, processor);
   }
 
   async unloadAdapter(name: string): Promise<void> {
@@ -324,12 +355,12 @@ class LoadedModel implements Model {
     );
   }
 
-  async #encode(options: Omit<PromptOptions, 'adapter'>, purpose: 'train' | 'generate'): Promise<EncodedSample> {
+  async #encode(options: PromptOptions, purpose: 'train' | 'generate'): Promise<EncodedSample> {
     this.#checkOpen();
     const { messages, images = [], videos, objects, signal } = options;
     throwIfAborted(signal);
     try {
-      return await this.#processor.encode(
+      return await this.#processorOf(options.adapter).encode(
         { messages, images, videos, objects, vision: pickVisionOptions(options) },
         { for: purpose, signal },
       );
@@ -351,6 +382,16 @@ class LoadedModel implements Model {
       if (this.disposed && !options.signal?.aborted) throw disposedError(error);
       throw abortedError(error, options.signal);
     }
+  }
+
+  /** An adapter is asked as it was trained; the base as the first adapter, or as its own folder says. */
+  #processorOf(adapter: string | null | undefined): Processor {
+    const name = this.#adapter(adapter);
+    return (name === undefined ? undefined : this.#adapters.get(name)) ?? this.#processor;
+  }
+
+  #streamDecoder(options: GenerateOptions) {
+    return this.#processorOf(options.adapter).createStreamDecoder(decodeOptions(options));
   }
 
   #adapter(name: string | null | undefined): string | undefined {

@@ -115,7 +115,7 @@ export function limitLength(data: TrainData, config: TrainConfig, maxPositions: 
   if (first && (config.truncation_strategy === 'raise' || limited.train.rows.length === 0)) {
     throw new MartletError(
       'ERR_MARTLET_DATASET',
-      `${tooLong.length} row(s) are too long. ${first.file} row ${first.row}: ${first.message}. Shorten them, or leave them out with truncation_strategy: delete.`,
+      `${tooLong.length} row(s) are too long${limited.train.rows.length === 0 ? ', and no other is left to train on' : ''}. ${first.file} row ${first.row}: ${first.message}. Shorten them (max_pixels, fewer frames, max_length with truncation_strategy: left)${limited.train.rows.length === 0 ? '' : ', or leave them out with truncation_strategy: delete'}.`,
       { ...first, problems: tooLong },
     );
   }

@@ -22,7 +22,7 @@ export interface LoadModelOptions extends VisionOptions {
   dtype?: 'auto' | 'float32' | 'bfloat16' | 'float16';
   /** The language model's linears in 8 bits (by rows) or 4 (NF4, double quantisation), quantised as they are read. Defaults to `none`. */
   quantization?: 'none' | 'int8' | 'nf4';
-  /** PEFT adapter folders by the name that `generate({ adapter })` uses. */
+  /** PEFT adapter folders by the name that `generate({ adapter })` uses. Each is asked as its `args.yaml` says it was trained: template, system prompt, pixel limits. */
   adapters?: Record<string, string>;
   /** `default` = the checkpoint's own chat template; `ms-swift` = its registered template. Defaults to what an adapter's `args.yaml` says, else `default`. */
   template?: 'default' | 'ms-swift';
@@ -111,14 +111,17 @@ export interface Model extends AsyncDisposable {
   /** Leaving the loop cancels. */
   stream(options: GenerateOptions): AsyncIterableIterator<StreamChunk>;
   score(options: PromptOptions & { logits?: boolean }): Promise<ScoreResult>;
-  prepare(options: Omit<PromptOptions, 'adapter'> & { for?: 'train' | 'generate' }): Promise<PrepareResult>;
+  prepare(options: PromptOptions & { for?: 'train' | 'generate' }): Promise<PrepareResult>;
   /**
    * The boxes of an answer in pixels of its picture; the model's limits give the size that the network saw. `answer`: text, or token ids (which keep
-   * the tags that `text` leaves out). Throws `ERR_MARTLET_USAGE` when a box begins and is none, or the family has no form for boxes.
+   * the tags that `text` leaves out); `adapter`: as in `generate`. Throws `ERR_MARTLET_USAGE` when a box begins and is none, or the family has no form for boxes.
    */
   parseBoxes(
     answer: string | ArrayLike<number>,
-    picture: { width: number; height: number } & Omit<VisionOptions, 'normBbox' | 'bboxFormat'>,
+    picture: { width: number; height: number; adapter?: string | null } & Omit<
+      VisionOptions,
+      'normBbox' | 'bboxFormat'
+    >,
   ): ParsedBox[];
   loadAdapter(name: string, dir: string): Promise<void>;
   unloadAdapter(name: string): Promise<void>;

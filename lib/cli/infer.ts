@@ -11,9 +11,11 @@ import type {
   ImageSource,
   LoadModelOptions,
   Model,
+  PromptOptions,
   VideoSource,
 } from '../api/types.js';
 import { trainConfigSchema } from '../config/schema.js';
+import { parseImages, parseMessage, parseObjects, parseVideos, parseVision, RowError } from '../data/rows.js';
 import { MartletError } from '../errors.js';
 import { exists, ioError, isDirectory, listDir } from '../files.js';
 import {
@@ -24,6 +26,7 @@ import {
   type VisionOptions,
   visionOptionsFromKeys,
 } from '../processing/vision-options.js';
+import { nearest } from '../suggest.js';
 import { type OptionSpecs, type Options, usageError } from './args.js';
 import { type CliIo, type Command, type Invocation, printJson } from './command.js';
 import { interruptible, resolveWithNotice } from './jobs.js';
@@ -130,7 +133,8 @@ In a conversation each <image> in a line asks for a path; "clear" forgets what w
   run,
 };
 
-interface Question {
+/** With what a row may say of its own: boxes, pixel limits. */
+interface Question extends Pick<PromptOptions, 'objects' | (keyof VisionOptions & keyof PromptOptions)> {
   messages: ChatMessage[];
   images: ImageSource[];
   videos: VideoSource[];
@@ -256,26 +260,51 @@ async function frames(video: string): Promise<string[]> {
   return names.sort(inOrder).map((name) => join(video, name));
 }
 
-/** `{image, video, text}` or `{messages, images, videos}` as a question. */
+/** Of an item; others, such as an id or the right answer, are left alone. */
+const ITEM_KEYS = [
+  'text',
+  'messages',
+  'system',
+  'image',
+  'images',
+  'video',
+  'videos',
+  'objects',
+  'chat_template_kwargs',
+] as const;
+
+/** `{image, video, text}` or `{messages, images, videos}` as a question, with what else a row of data may say. A last answer of `messages` is left out. */
 function toQuestion(item: unknown, where: string): Question {
-  const { image, images, video, videos, text, messages } = (item ?? {}) as Record<string, unknown>;
-  const sources = [image ?? images ?? []].flat();
-  if (!sources.every((source): source is string => typeof source === 'string')) {
-    throw usageError(`${where}: "image" must be a path, a URL or a list of them.`, { field: 'image' });
+  if (typeof item !== 'object' || item === null || Array.isArray(item)) {
+    throw usageError(`${where}: expected an object with "text" or "messages".`);
   }
-  const clips = video === undefined ? (videos ?? []) : [video];
-  if (
-    !Array.isArray(clips) ||
-    !clips.every((clip) => Array.isArray(clip) && clip.every((f) => typeof f === 'string'))
-  ) {
-    throw usageError(`${where}: "video" must be a list of frames (paths or URLs), "videos" a list of such lists.`, {
-      field: 'video',
-    });
+  const row = item as Record<(typeof ITEM_KEYS)[number], unknown>;
+  for (const key of Object.keys(item)) {
+    if ((ITEM_KEYS as readonly string[]).includes(key)) continue;
+    const meant = nearest(key, ITEM_KEYS, 2);
+    if (meant !== undefined)
+      throw usageError(`${where}: "${key}" is not known: did you mean "${meant}"?`, { field: key });
   }
-  const question = { images: sources, videos: clips as string[][] };
-  if (Array.isArray(messages)) return { messages: messages as ChatMessage[], ...question };
-  if (typeof text !== 'string') throw usageError(`${where}: "text" is missing.`, { field: 'text' });
-  return { messages: [userMessage(text, sources.length, clips.length)], ...question };
+  try {
+    const [images, videos] = [
+      parseImages(item as Record<string, unknown>),
+      parseVideos(item as Record<string, unknown>),
+    ];
+    const [objects, vision] = [parseObjects(row.objects), parseVision(row.chat_template_kwargs)];
+    const beside = { images, videos, ...(objects && { objects }), ...vision };
+    const system: ChatMessage[] =
+      typeof row.system === 'string' && row.system !== '' ? [{ role: 'system', content: row.system }] : [];
+    if (Array.isArray(row.messages)) {
+      const messages = row.messages.flatMap((message, i) => parseMessage(message, `messages.${i}`));
+      if (messages.at(-1)?.role === 'assistant') messages.pop();
+      return { messages: messages[0]?.role === 'system' ? messages : [...system, ...messages], ...beside };
+    }
+    if (typeof row.text !== 'string') throw usageError(`${where}: "text" is missing.`, { field: 'text' });
+    return { messages: [...system, userMessage(row.text, images.length, videos.length)], ...beside };
+  } catch (error) {
+    if (!(error instanceof RowError)) throw error;
+    throw usageError(`${where}: ${error.message}.`, { field: error.field });
+  }
 }
 
 function outcome({ text, tokenIds, finishReason, usage }: GenerateResult) {
@@ -315,7 +344,11 @@ async function batch(model: Model, file: string, settings: Settings, io: CliIo):
         const question = toQuestion(parseLine(content, file, line), `${file} line ${line}`);
         const beside = (paths: ImageSource[]) => Promise.all(paths.map((path) => besideFile(path as string, file)));
         const images = await beside(question.images);
-        const videos = await Promise.all(question.videos.map((clip) => beside(clip as ImageSource[])));
+        const videos = await Promise.all(
+          question.videos.map(async (clip) =>
+            Array.isArray(clip) ? beside(clip) : { ...clip, frames: await beside(clip.frames) },
+          ),
+        );
         printJson(io, outcome(await model.generate({ ...settings, ...question, images, videos })));
       } catch (error) {
         if (!(error instanceof MartletError) || error.code === 'ERR_MARTLET_ABORTED') throw error;

@@ -75,7 +75,7 @@ export async function loadDataset(specs: DatasetSpec[], options: LoadDatasetOpti
   if (out.rows.length === 0 && specs.length > 0) {
     throw new MartletError(
       'ERR_MARTLET_DATASET',
-      `No row of ${specs.map(({ path }) => path).join(', ')} can be used. First reason: ${out.skipped[0]?.message ?? 'unknown'}`,
+      `No row of ${specs.map(({ path }) => path).join(', ')} can be used. First reason: ${out.skipped[0]?.message ?? 'unknown'}.${bad.length === 0 ? ' Raise max_length, or cut the rows with truncation_strategy: left or right.' : ''}`,
       {
         problems: out.skipped,
       },

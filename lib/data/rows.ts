@@ -115,7 +115,7 @@ function withHistory(row: Json, query: string): ChatMessage[] {
   return messages;
 }
 
-function parseMessage(entry: unknown, field: string): ChatMessage[] {
+export function parseMessage(entry: unknown, field: string): ChatMessage[] {
   if (!isObject(entry)) throw new RowError('a message must be an object', field);
   // {"human": "…", "assistant": "…"}: one turn
   if (
@@ -207,7 +207,7 @@ function checkOrder(messages: ChatMessage[]): void {
     throw new RowError('every answer is empty or has loss: false');
 }
 
-function parseImages(row: Json): string[] {
+export function parseImages(row: Json): string[] {
   const images: string[] = [];
   for (const field of ['image', 'images']) {
     const value = row[field];
@@ -240,7 +240,7 @@ function takeTaggedImages(messages: ChatMessage[], images: string[]): void {
 }
 
 /** `videos`: one list of frames each; `video`: one list of frames. */
-function parseVideos(row: Json): VideoSource[] {
+export function parseVideos(row: Json): VideoSource[] {
   const videos: VideoSource[] = [];
   for (const field of ['video', 'videos']) {
     const value = row[field];
@@ -270,7 +270,7 @@ function parseVideo(value: unknown, field: string, rate?: unknown): VideoSource 
 }
 
 /** ms-swift's grounding; also as JSON in a string, which keeps the columns of a table of one type. */
-function parseObjects(given: unknown): GroundingObjects | undefined {
+export function parseObjects(given: unknown): GroundingObjects | undefined {
   let value = given;
   if (typeof value === 'string') {
     try {
@@ -291,7 +291,7 @@ function parseObjects(given: unknown): GroundingObjects | undefined {
 }
 
 /** qwen_vl_utils' names in a row; its pixel limits are those of pictures and of video frames. */
-function parseVision(value: unknown): VisionOptions | undefined {
+export function parseVision(value: unknown): VisionOptions | undefined {
   if (value === undefined || value === null) return undefined;
   const field = 'chat_template_kwargs';
   if (!isObject(value)) throw new RowError(`${field} must be an object`, field);

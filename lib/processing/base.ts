@@ -5,7 +5,14 @@ import type { ImagePlan } from '../native/binding.js';
 import { fillObjects, type GroundingForm, type GroundingPicture, parseBoxes } from './grounding.js';
 import { DEFAULT_MAX_IMAGE_PIXELS, type DecodedImage, decodeImage, imageLabel, imageSize } from './image.js';
 import { readJsonFile } from './json.js';
-import { contentParts, type EncodedText, type Segment, type SegmentRenderer, withSystem } from './template.js';
+import {
+  checkMessages,
+  contentParts,
+  type EncodedText,
+  type Segment,
+  type SegmentRenderer,
+  withSystem,
+} from './template.js';
 import type { Tokenizer } from './tokenizer.js';
 import type {
   EncodedSample,
@@ -138,6 +145,7 @@ export async function createProcessor<P extends MediaPlan>(
       const sources = mediaSources(input, family);
       const sizes = await Promise.all(sources.map((source) => mediaSize(source, { ...decode, signal })));
       const { inputIds, labels, decoderLabels } = encodeRow(input, sizes, false);
+      if (labels.every((label) => label === -100)) throw untrained(decoderLabels);
       return inputIds.length + (decoderLabels ? labels.length : 0);
     },
 
@@ -156,11 +164,20 @@ export async function createProcessor<P extends MediaPlan>(
           family: family.family,
         });
       }
-      const size = { width, height, label: 'picture' };
+      const size = { width, height, label: 'given' };
       const { resized } = groundingPicture({ size, ...family.planMedia(size, vision) });
       return parseBoxes(text, { width, height, normBbox: grounding.normBbox, resized });
     },
   };
+}
+
+/** Found before training starts, not at the row's turn. */
+function untrained(decoderLabels: true | undefined): MartletError {
+  return new MartletError(
+    'ERR_MARTLET_DATASET',
+    `No token of the row is trained: ${decoderLabels ? 'its last answer, the only one that an encoder-decoder trains, has loss: false. Make a row of the earlier one' : 'it needs an answer of the assistant'}.`,
+    { field: 'messages' },
+  );
 }
 
 function groundingPicture({ size: { width, height }, plan }: { size: MediaSize; plan: ImagePlan }): GroundingPicture {
@@ -174,6 +191,11 @@ function mediaSources(
   { messages, images, videos = [], id }: ProcessorInput,
   { family, videoTokenId }: Pick<FamilyProcessing<MediaPlan>, 'family' | 'videoTokenId'>,
 ): MediaSource[] {
+  checkMessages(messages);
+  for (const [field, list] of Object.entries({ images, videos })) {
+    if (Array.isArray(list)) continue;
+    throw new MartletError('ERR_MARTLET_USAGE', `${field} must be a list, not ${typeof list}.`, { field });
+  }
   const where = id === undefined ? '' : ` (${id})`;
   const takesVideos = videoTokenId !== undefined;
   const parts = messages

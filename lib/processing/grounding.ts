@@ -156,26 +156,55 @@ function malformed(what: string, found: string): MartletError {
   );
 }
 
+/** The boxes of every JSON value in the text; undefined when none is spoken of. */
 function jsonBoxes(text: string): ParsedBox[] | undefined {
-  if (!/"(bbox_2d|point_2d)"/.test(text)) return undefined;
-  const fenced = /```(?:json)?\s*([\s\S]*?)(?:```|$)/.exec(text)?.[1];
-  const around = fenced ?? text;
-  const begin = Math.max(0, around.search(/\[\s*\{|\{/));
-  const end = Math.max(around.lastIndexOf(']'), around.lastIndexOf('}')) + 1;
-  const json = around.slice(begin, end > begin ? end : undefined);
-  let value: unknown;
-  try {
-    value = JSON.parse(json);
-  } catch (error) {
-    throw malformed(`not valid JSON (${(error as Error).message})`, json);
+  if (!BOX_KEYS.test(text)) return undefined;
+  const boxes = jsonValues(text)
+    .filter((json) => BOX_KEYS.test(json))
+    .flatMap((json) => {
+      let value: unknown;
+      try {
+        value = JSON.parse(json);
+      } catch (error) {
+        throw malformed(`not valid JSON (${(error as Error).message})`, json);
+      }
+      return (Array.isArray(value) ? value : [value]).map(jsonBox);
+    });
+  if (boxes.length === 0) throw malformed('bbox_2d or point_2d without JSON around it', text);
+  return boxes;
+}
+
+function jsonBox(entry: Record<string, unknown> | null): ParsedBox {
+  const bbox = entry?.bbox_2d ?? entry?.point_2d;
+  const length = entry?.bbox_2d === undefined ? 2 : 4;
+  if (!Array.isArray(bbox) || bbox.length !== length || !bbox.every((number) => Number.isFinite(number)))
+    throw malformed('an entry has no bbox_2d of four numbers or point_2d of two', JSON.stringify(entry));
+  return { ...(typeof entry?.label === 'string' && { label: entry.label }), bbox };
+}
+
+const BOX_KEYS = /"(bbox_2d|point_2d)"/;
+
+/** What stands between outermost brackets: lists, objects, and brackets of the text itself. One that does not close ends with the text. */
+function jsonValues(text: string): string[] {
+  const values: string[] = [];
+  let begin = 0;
+  let depth = 0;
+  // within brackets a string is skipped whole; between them a quote is the text's own
+  const next = { outside: /[[{]/g, inside: /"(?:[^"\\]|\\.)*"|[[{\]}]/gs };
+  for (let at = 0; ; ) {
+    const pattern = depth === 0 ? next.outside : next.inside;
+    pattern.lastIndex = at;
+    const match = pattern.exec(text);
+    if (match === null) break;
+    at = pattern.lastIndex;
+    if (match[0] === '[' || match[0] === '{') {
+      if (depth++ === 0) begin = match.index;
+    } else if (match[0].length === 1 && --depth === 0) {
+      values.push(text.slice(begin, at));
+    }
   }
-  return (Array.isArray(value) ? value : [value]).map((entry: Record<string, unknown> | null) => {
-    const bbox = entry?.bbox_2d ?? entry?.point_2d;
-    const length = entry?.bbox_2d === undefined ? 2 : 4;
-    if (!Array.isArray(bbox) || bbox.length !== length || !bbox.every((number) => Number.isFinite(number)))
-      throw malformed('an entry has no bbox_2d of four numbers or point_2d of two', JSON.stringify(entry));
-    return { ...(typeof entry?.label === 'string' && { label: entry.label }), bbox };
-  });
+  if (depth > 0) values.push(text.slice(begin));
+  return values;
 }
 
 const NUMBER = String.raw`\s*(-?\d+(?:\.\d+)?)\s*`;

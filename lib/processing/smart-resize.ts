@@ -31,11 +31,7 @@ export function smartResize(
   { width, height }: Size,
   factor: number,
   limits: PixelLimits,
-  {
-    frames = 1,
-    wholeFrames = frames,
-    label = 'picture',
-  }: { frames?: number; wholeFrames?: number; label?: string } = {},
+  { frames = 1, wholeFrames = frames, label = 'given' }: { frames?: number; wholeFrames?: number; label?: string } = {},
 ): Size {
   const ratio = Math.max(height, width) / Math.min(height, width);
   if (!(ratio <= MAX_RATIO)) {

@@ -34,6 +34,39 @@ export interface RenderOptions {
 /** How one template turns messages into segments. */
 export type SegmentRenderer = (messages: ChatMessage[], options: RenderOptions) => Segment[];
 
+const ROLES = ['system', 'user', 'assistant'];
+const PART_TYPES = ['text', 'image', 'image_url', 'video'];
+
+/**
+ * What TypeScript's types say, for callers without them: a role that no template knows would be left out of the prompt.
+ *
+ * @throws ERR_MARTLET_USAGE with `details.field`
+ */
+export function checkMessages(messages: ChatMessage[]): void {
+  const refuse = (field: string, what: string) => {
+    throw new MartletError('ERR_MARTLET_USAGE', `${field} ${what}.`, { field });
+  };
+  const shown = (value: unknown) => JSON.stringify(value) ?? 'absent';
+  if (!Array.isArray(messages) || messages.length === 0) refuse('messages', 'must be a list of at least one message');
+  for (const [i, message] of messages.entries()) {
+    const field = `messages.${i}`;
+    if (typeof message !== 'object' || message === null) refuse(field, 'must be { role, content }');
+    const { role, content } = message;
+    if (!ROLES.includes(role)) refuse(`${field}.role`, `is ${shown(role)}; known are ${ROLES.join(', ')}`);
+    if (typeof content === 'string') continue;
+    if (!Array.isArray(content)) refuse(`${field}.content`, `must be text or a list of parts, not ${shown(content)}`);
+    for (const [j, part] of (content as (ContentPart | null | undefined)[]).entries()) {
+      const type = part?.type;
+      if (!PART_TYPES.includes(type as string))
+        refuse(`${field}.content.${j}.type`, `is ${shown(type)}; known are ${PART_TYPES.join(', ')}`);
+      if (part?.type === 'text' && typeof part.text !== 'string')
+        refuse(`${field}.content.${j}.text`, `must be text, not ${shown(part.text)}`);
+      if (part?.type === 'image_url' && !part.image_url)
+        refuse(`${field}.content.${j}.image_url`, 'is absent: a URL, or { url }');
+    }
+  }
+}
+
 /** Content as parts in order; a mark in a string is a part of its own. */
 export function contentParts(content: ChatMessage['content'], videos: boolean): ContentPart[] {
   if (typeof content !== 'string') return content;

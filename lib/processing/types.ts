@@ -105,7 +105,7 @@ export interface Processor {
   readonly stopTokenIds: number[];
   readonly generationDefaults: GenerationDefaults;
   encode(input: ProcessorInput, options: EncodeOptions): Promise<EncodedSample>;
-  /** Tokens of a training row, image and video tokens and a decoder's counted, from the pictures' headers alone. */
+  /** Tokens of a training row, image and video tokens and a decoder's counted, from the pictures' headers alone. @throws ERR_MARTLET_DATASET when none is trained */
   countTokens(input: ProcessorInput, options?: { signal?: AbortSignal }): Promise<number>;
   /** Text of an answer, without what the template puts in front of it; with special tokens: everything as it is. */
   decode(ids: ArrayLike<number>, options?: { skipSpecialTokens?: boolean }): string;

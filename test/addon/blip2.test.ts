@@ -447,6 +447,30 @@ for (const [name, form] of [
   });
 }
 
+test('T5: a row whose last answer is not trained is found before training, and can be skipped', async () => {
+  const dir = folder();
+  const dataset = join(dir, 'rows.json');
+  const messages = turns('<image>What?', 'A cat.', 'Where?', 'There.');
+  const good = { messages, images: [picture] };
+  const bad = { id: 'bad', messages: messages.map((m, i) => (i === 3 ? { ...m, loss: false } : m)), images: [picture] };
+  writeFileSync(dataset, JSON.stringify([good, bad]));
+  await assert.rejects(
+    async () => await trainLoRA({ ...config('t5', dir), dataset }),
+    (error: MartletError) => {
+      assert.equal(error.code, 'ERR_MARTLET_DATASET');
+      assert.match(error.message, /row 1, id bad: No token of the row is trained: its last answer/);
+      return true;
+    },
+  );
+  const { result } = await train({ ...config('t5', folder()), dataset, on_bad_row: 'skip', max_steps: 1 });
+  assert.deepEqual(
+    result.skipped.map(({ row }) => row),
+    [1],
+  );
+  // OPT trains the earlier one
+  assert.deepEqual((await train({ ...config('opt', folder()), dataset, max_steps: 1 })).result.skipped, []);
+});
+
 test('T5: a row is not split, for its question and its answer are read apart', async () => {
   const dir = folder();
   await assert.rejects(

@@ -283,6 +283,18 @@ test('row: longer than max_length, text alone, pictures and videos counted', asy
   );
 });
 
+test('row: longer than the positions of the model, and no other: what helps is said, and nothing that is so already', async () => {
+  const dataset = join(folder(), 'rows.json');
+  writeFileSync(dataset, JSON.stringify([{ messages: turns('word '.repeat(600)) }]));
+  const error = await refusedRun({ dataset });
+  check(error, {
+    code: 'ERR_MARTLET_DATASET',
+    says: [/no other is left to train on/, /row 0: the row has \d+ tokens, the model has 512 positions/, /max_pixels/],
+    details: { file: dataset, row: 0 },
+  });
+  assert.doesNotMatch(error.message, /truncation_strategy: delete/);
+});
+
 test('row: a picture smaller than a patch is taken, and so is a video of one frame', async () => {
   const dot = await picture(1, 1);
   for (const family of QWEN_FAMILIES) {
@@ -328,6 +340,25 @@ describe('calls', () => {
       says: [/list of at least one frame/, /v\.mp4/, /ffmpeg/],
     });
     check(await ask('<video>', { videos: [[]] }), { code: 'ERR_MARTLET_DATASET', says: [/at least one frame/] });
+  });
+
+  test('messages that are none', async () => {
+    const user = (content: unknown) => [{ role: 'user', content }];
+    for (const [options, field] of [
+      [{ messages: [] }, 'messages'],
+      [{ messages: 'hi' }, 'messages'],
+      [{ messages: ['hi'] }, 'messages.0'],
+      [{ messages: [{ role: 'usr', content: 'hi' }] }, 'messages.0.role'],
+      [{ messages: user(5) }, 'messages.0.content'],
+      [{ messages: user([{ type: 'imge', image: IMAGE }]) }, 'messages.0.content.0.type'],
+      [{ messages: user([null]) }, 'messages.0.content.0.type'],
+      [{ messages: user([{ type: 'text' }]) }, 'messages.0.content.0.text'],
+      [{ messages: user([{ type: 'image_url' }]) }, 'messages.0.content.0.image_url'],
+      [{ images: IMAGE }, 'images'],
+      [{ videos: 'v.mp4' }, 'videos'],
+    ] as const) {
+      check(await ask('hi', options), { code: 'ERR_MARTLET_USAGE', says: [], details: { field } });
+    }
   });
 
   test('options that are none', async () => {

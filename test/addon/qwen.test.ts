@@ -1,6 +1,6 @@
 /** Qwen2-VL, Qwen2.5-VL and Qwen3-VL from end to end on the tiny models of the fixtures. */
 import assert from 'node:assert/strict';
-import { cpSync, mkdirSync, mkdtempSync, readFileSync, writeFileSync } from 'node:fs';
+import { cpSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -11,6 +11,7 @@ import { cli, jsonLines } from '../support/cli.js';
 import { CALM } from '../support/process.js';
 import { caseInput, QWEN_FAMILIES, type QwenFamily, qwenCase, qwenDir, qwenImage } from '../support/qwen-vl.js';
 import { qwenConfig } from '../support/qwen-vl-train.js';
+import { readSafetensors } from '../support/safetensors.js';
 import { collect, losses } from '../support/train.js';
 
 Object.assign(process.env, CALM);
@@ -26,6 +27,14 @@ const question = (content: string) => [{ role: 'user' as const, content }];
 const LANDSCAPE = qwenImage('landscape.png');
 const grid = ({ pixels }: PrepareResult) => [...(pixels.image_grid_thw?.data ?? [])];
 const prompt = { messages: question('<image>What is it?'), images: [LANDSCAPE] };
+
+/** Every tensor of a folder's weight files. */
+const readWeights = (dir: string) =>
+  new Map(
+    readdirSync(dir)
+      .filter((name) => /^model.*\.safetensors$/.test(name))
+      .flatMap((name) => [...readSafetensors(join(dir, name))]),
+  );
 
 /** Runs `work` with these variables set. */
 async function withEnv<T>(env: Record<string, string>, work: () => Promise<T>): Promise<T> {
@@ -140,6 +149,56 @@ test('limits by the environment are saved with the adapter; an option wins over 
   assert.deepEqual(await look({}, { MAX_PIXELS: '1024' }), [15, 0.5]);
   assert.deepEqual(await look({ maxPixels: 2048, fps: 1 }, { MAX_PIXELS: '1024' }), [28, 2]);
 });
+
+test('each adapter is asked as it was trained, whether it came first or later', async () => {
+  const trained = async (changes: object) => {
+    const { result } = await collect(trainLoRA(qwenConfig(folder(), 'qwen2_5_vl', { max_steps: 1, ...changes })));
+    return result.adapterDir;
+  };
+  const one = await trained({ max_pixels: 1024, template: 'ms-swift' });
+  const [two, three] = [await trained({ max_pixels: 512 }), await trained({})];
+  const model = await loadModel(qwenDir('qwen2_5_vl', 'model-4x'), { device: 'cpu', adapters: { one, two } });
+  await model.loadAdapter('three', three);
+  for (const [adapter, size, tokens] of [
+    ['one', [1, 6, 10], 15],
+    ['two', [1, 4, 6], 6],
+    ['three', [1, 8, 14], 28],
+    [null, [1, 6, 10], 15],
+  ] as const) {
+    const asked = { ...prompt, adapter };
+    const prepared = await model.prepare(asked);
+    assert.deepEqual(grid(prepared), size, `${adapter}`);
+    assert.equal(prepared.inputIds.filter((id) => id === 364).length, tokens);
+    assert.equal((await model.generate({ ...asked, maxNewTokens: 1 })).promptTokens, prepared.inputIds.length);
+    const [, rows, columns] = size;
+    const [box] = model.parseBoxes(`[0, 0, ${4 * columns}, ${4 * rows}]`, { width: 61, height: 37, adapter });
+    assert.deepEqual(box?.bbox, [0, 0, 61, 37], 'the whole picture');
+  }
+  assert.throws(() => model.parseBoxes('', { width: 1, height: 1, adapter: 'four' }), { code: 'ERR_MARTLET_ADAPTER' });
+  await model.dispose();
+});
+
+for (const family of QWEN_FAMILIES) {
+  test(`${family}: vit_lr and aligner_lr are those of the tower and the merger alone`, async () => {
+    const parts = async (changes: object) => {
+      const whole = { sft_type: 'full', freeze_vit: false, freeze_aligner: false, max_steps: 1, save_strategy: 'no' };
+      const { result } = await collect(trainLoRA(qwenConfig(folder(), family, { ...whole, ...changes })));
+      const before = readWeights(qwenDir(family, 'model-4x'));
+      const moved = { language: 0, vision: 0, merger: 0 };
+      for (const [name, { data }] of readWeights(result.outputDir)) {
+        const part = !name.includes('visual') ? 'language' : /merger/.test(name) ? 'merger' : 'vision';
+        if (!data.every((value, i) => value === before.get(name)?.data[i])) moved[part]++;
+      }
+      return moved;
+    };
+    const still = await parts({ learning_rate: 1e-3, vit_lr: 0, aligner_lr: 0 });
+    assert.ok(still.language > 20 && still.vision === 0 && still.merger === 0, JSON.stringify(still));
+    const tower = await parts({ learning_rate: 0, vit_lr: 1e-2 });
+    assert.ok(tower.language === 0 && tower.vision > 40 && tower.merger === 0, JSON.stringify(tower));
+    const merger = await parts({ learning_rate: 0, aligner_lr: 1e-2 });
+    assert.ok(merger.language === 0 && merger.vision === 0 && merger.merger > 4, JSON.stringify(merger));
+  });
+}
 
 test('rows may have limits and a frame rate of their own (chat_template_kwargs)', async () => {
   const dir = folder();
@@ -273,16 +332,39 @@ describe('command line', () => {
       { text: 'What?', video: ['beside.png', frames[1]] },
       { messages: question('<video>What?'), videos: [frames] },
       { text: 'What?', video: 'clip.mp4' },
+      // rows of data: a last answer is left out, boxes and limits count, a misspelt key is no picture less
+      {
+        messages: [...question('<video>Is it <ref-object>?'), { role: 'assistant', content: 'Yes.' }],
+        videos: [{ frames, fps: 1 }],
+        objects: { ref: ['a cat'] },
+        chat_template_kwargs: { max_pixels: 512 },
+        system: 'Be brief.',
+        id: 4,
+      },
+      { text: 'What?', imgae: frames[0] },
     ];
     writeFileSync(file, items.map((item) => JSON.stringify(item)).join('\n'));
     const { code, stdout } = await cli(['infer', ...MODEL, '--input', file, ...GREEDY]);
     assert.equal(code, 1);
-    const lines = jsonLines(stdout) as unknown as { text?: string; error?: { message: string } }[];
+    const lines = jsonLines(stdout) as unknown as { tokenIds?: number[]; error?: { message: string } }[];
     assert.deepEqual(
       lines.map(({ error }) => error === undefined),
-      [true, true, false],
+      [true, true, false, true, false],
     );
-    assert.match(lines[2]?.error?.message ?? '', /list of frames/);
+    assert.match(lines[2]?.error?.message ?? '', /items\.jsonl line 3: clip\.mp4 is a video file/);
+    assert.match(lines[4]?.error?.message ?? '', /items\.jsonl line 5: "imgae" is not known: did you mean "image"\?/);
+    const wanted = await model.generate({
+      messages: [
+        { role: 'system', content: 'Be brief.' },
+        ...question('<video>Is it <|object_ref_start|>a cat<|object_ref_end|>?'),
+      ],
+      videos: [{ frames, fps: 1 }],
+      videoMaxPixels: 512,
+      temperature: 0,
+      maxNewTokens: 8,
+    });
+    assert.deepEqual(lines[3]?.tokenIds, [...wanted.tokenIds]);
+    assert.deepEqual((lines[3] as unknown as { usage: unknown }).usage, wanted.usage);
   });
 
   for (const [args, says] of [

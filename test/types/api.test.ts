@@ -190,8 +190,7 @@ export const uses = {
     same<typeof prepared.inputIds, Int32Array>();
     same<typeof prepared.labels, Int32Array | undefined>();
     same<typeof prepared.pixels, Record<string, { data: Float32Array; shape: number[] }>>();
-    // @ts-expect-error what the network is fed does not depend on adapters
-    await model.prepare({ messages: [], adapter: 'tuned' });
+    await model.prepare({ messages: [], adapter: 'tuned' }); // asked as it was trained: its template, its pixel limits
     // @ts-expect-error no such purpose
     await model.prepare({ messages: [], for: 'eval' });
   },

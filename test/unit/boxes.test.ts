@@ -28,6 +28,16 @@ describe('parseBoxes', () => {
       DOG,
     ],
     ['JSON between text', 'Here: [{"bbox_2d": [100, 250, 500, 750], "label": "a dog"}], as asked.', DOG],
+    [
+      'several blocks of JSON, brackets and quotes in the text',
+      '6" [1]:\n```json\n[{"bbox_2d": [100, 250, 500, 750], "label": "a dog"}]\n```\nand\n```json\n{"bbox_2d": [0, 0, 500, 1000], "label": "a ] {"}\n```\nas in [2].',
+      [...DOG, { label: 'a ] {', bbox: [0, 0, 320, 480] }],
+    ],
+    [
+      'an object a line',
+      '{"bbox_2d": [100, 250, 500, 750], "label": "a dog"}\n{"point_2d": [500, 500]}',
+      [...DOG, { bbox: [320, 240] }],
+    ],
     ['JSON, one object with a point', '{"point_2d": [500, 500], "label": "eye"}', [{ label: 'eye', bbox: [320, 240] }]],
     ['tags left out of the text', 'a dog(100,250),(500,750)', [{ bbox: [64, 120, 320, 360] }]],
     ['a plain list', 'It is at [100, 250, 500, 750].', [{ bbox: [64, 120, 320, 360] }]],
@@ -60,6 +70,8 @@ describe('parseBoxes', () => {
     ['words for numbers', '<|box_start|>(left,top),(500,750)<|box_end|>'],
     ['three numbers', '<|box_start|>(100,250),(500)<|box_end|>'],
     ['JSON cut off', '[{"bbox_2d": [100, 250, 5'],
+    ['JSON without an end, after a whole one', '[{"bbox_2d": [1, 2, 3, 4]}] [{"bbox_2d": [1, 2'],
+    ['a key without JSON', '"bbox_2d": [100, 250, 5'],
     ['JSON with three numbers', '[{"bbox_2d": [100, 250, 500], "label": "a dog"}]'],
     ['JSON with words', '[{"bbox_2d": ["100", "250", "500", "750"]}]'],
   ] as const) {
@@ -81,6 +93,9 @@ describe('parseBoxes', () => {
     { family: 'llava', width: 640, height: 480 },
     { family: 'qwen2_vl', width: 0, height: 480 },
     { family: 'qwen2_vl', width: 640, height: Number.NaN },
+    { normBbox: 'norm100', width: 640, height: 480 },
+    { family: 'qwen2_5_vl', width: 640, height: 480, maxPixels: 'many' },
+    { family: 'qwen2_5_vl', width: 640, height: 480, resized: { width: 0, height: 476 } },
   ]) {
     test(`options ${JSON.stringify(options)} are refused`, () => {
       assert.throws(
@@ -89,6 +104,13 @@ describe('parseBoxes', () => {
       );
     });
   }
+
+  test('what is not text is refused', () => {
+    assert.throws(
+      () => parseBoxes([1, 2] as unknown as string, size),
+      (error: MartletError) => error.code === 'ERR_MARTLET_USAGE' && error.details.field === 'text',
+    );
+  });
 });
 
 describe('objects', () => {

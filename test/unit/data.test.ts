@@ -356,6 +356,10 @@ test('a long row is left out and listed, or an error; image tokens count', async
   assert.deepEqual([skipped[0]?.row, skipped[0]?.code], [1, 'ERR_MARTLET_DATASET']);
   assert.equal(skipped[0]?.message, `the row has ${picture} tokens, more than max_length ${picture - 1}`);
   assert.equal((await load([{ path }], { maxLength: picture })).rows.length, 2);
+  await assert.rejects(load([{ path }], { maxLength: 1 }), {
+    code: 'ERR_MARTLET_DATASET',
+    message: /^No row of .*more than max_length 1\. Raise max_length, or cut the rows/,
+  });
   await assert.rejects(load([{ path }], { maxLength: picture - 1, truncationStrategy: 'raise' }), {
     code: 'ERR_MARTLET_DATASET',
     message: /^1 row\(s\) cannot be used/,
