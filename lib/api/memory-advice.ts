@@ -44,6 +44,7 @@ export function memoryOptions(
     computeBytes,
     adapterBytes: config.lora_dtype === null ? computeBytes : bytesOf(config.lora_dtype),
     trainedNorms: config.sft_type === 'full' && !config.freeze_llm,
+    drops: (config.dropout ?? 1) > 0 && model.decoder.dropout > 0,
     writtenOut: quantization === 'none' && writesOut(config, model),
     recompute: fixedRecompute(config.gradient_checkpointing) ?? 'layer',
     tokens,
