@@ -43,6 +43,7 @@ export function memoryOptions(
     doubleQuantization: config.bnb_4bit_use_double_quant,
     computeBytes,
     adapterBytes: config.lora_dtype === null ? computeBytes : bytesOf(config.lora_dtype),
+    pairsDrop: config.sft_type !== 'full' && config.lora_dropout > 0,
     trainedNorms: config.sft_type === 'full' && !config.freeze_llm,
     drops: (config.dropout ?? 1) > 0 && model.decoder.dropout > 0,
     writtenOut: quantization === 'none' && writesOut(config, model),

@@ -29,6 +29,8 @@ export interface MemoryOptions {
   trainedNorms: boolean;
   /** Dropout of the model's own, as the run has it. */
   drops: boolean;
+  /** Dropout of the pairs' input. */
+  pairsDrop: boolean;
   /** Bytes of a number in the adapters' products: 2 or 4. */
   adapterBytes: number;
   /** Of the largest micro-batch, image tokens counted. */
@@ -131,9 +133,10 @@ export function layerMemory(
   const sums = 4 * heads + 8;
   // pairs wider than the arithmetic: the product that is added to the widest gradient
   const widened = options.adapterBytes > computeBytes ? options.adapterBytes * i : 0;
-  const bytes = (kept: number, again: number, gradients: number, masks = 0) => ({
+  const bytes = (kept: number, again: number, gradients: number, masks = 0, dropped = 0) => ({
     kept: kept * computeBytes + masks + (recompute === 'layer' ? 0 : sums),
-    atWork: (again + gradients) * computeBytes + (recompute === 'layer' ? sums : 0) + widened,
+    atWork:
+      again * computeBytes + Math.max(gradients * computeBytes, dropped) + (recompute === 'layer' ? sums : 0) + widened,
   });
 
   if (options.writtenOut) {
@@ -161,7 +164,8 @@ export function layerMemory(
   const norm1 = read.has('norm1') ? h : 0;
   const norm2 = read.has('norm2') ? h : 0;
   const product = read.has('product') || activation.keepsResult ? i : 0;
-  const cheapProduct = activation.keepsResult ? i : 0;
+  // The recipe of a product that the activation keeps all the same holds what it was made from.
+  const cheapProduct = !activation.keepsResult ? 0 : read.has('product') ? 2 * i : i;
   const states = activation.keeps * i;
   const none = 2 * h + 2 * unit + attention + norm1 + norm2 + states + product;
   const kept = {
@@ -175,9 +179,17 @@ export function layerMemory(
   // of the product and of what it is made from; the product is gone by then unless the activation needs it
   const gone = recompute === 'cheap' || activation.keepsResult ? 0 : product;
   const gradients = (activation.gated ? 3 : 2) * i - gone;
+  // Dropout of the input of the pair that reads the product (native/core/lora/lora_layer.cpp): the gradient, what the
+  // pair adds to it, and the mask, drawn from int32 on the CPU; then the gradient, the product (made again, if cheap) times
+  // the mask, that divided, and the mask.
+  const made = recompute === 'cheap' ? 1 : 0;
+  const dropped =
+    options.pairsDrop && read.has('product')
+      ? i * Math.max(2 * computeBytes + (cpu ? 5 : 1), (3 + made) * computeBytes + 1)
+      : 0;
   // a byte an element, behind attention and behind the MLP
   const masks = options.drops ? { none: 2 * h, cheap: 2 * h, mlp: h, layer: 0 }[recompute] : 0;
-  return bytes(kept[recompute], again[recompute], gradients, masks);
+  return bytes(kept[recompute], again[recompute], gradients, masks, dropped);
 }
 
 export function estimateMemory(
@@ -187,7 +199,7 @@ export function estimateMemory(
   options: MemoryOptions,
 ): MemoryEstimate {
   const { computeBytes, tokens, labelled } = options;
-  const { hiddenSize: h, layers, vocabSize } = model.decoder;
+  const { hiddenSize: h, layers, vocabSize, learnedPositions } = model.decoder;
   // 4.127 bits an element with double quantisation, 4.5 without: codes, and a scale for each 64
   const nf4 = 0.5 + (options.doubleQuantization ? (1 + 4 / 256) / 64 : 4 / 64);
   const perWeight = options.quantization === 'nf4' ? nf4 : 1.001;
@@ -207,9 +219,11 @@ export function estimateMemory(
   const optimizer = (trained.adapters + trained.parameters) * optimizerBytes(optim);
 
   const layer = layerMemory(model.decoder, trained, options);
-  // besides: what the last layer gives and its gradient, and the states that the loss reads
+  // besides: what the last layer gives and its gradient (and that through the dropout behind it), the embeddings where
+  // the first layer reads a sum with them, and the states that the loss reads
+  const states = 2 + (options.drops ? 1 : 0) + (learnedPositions ? 1 : 0);
   const activations =
-    tokens * (layers * layer.kept + trained.ranks * options.adapterBytes + 2 * h * computeBytes) +
+    tokens * (layers * layer.kept + trained.ranks * options.adapterBytes + states * h * computeBytes) +
     2 * labelled * h * computeBytes;
   // Of a trained head: the gradient that the loss forms, and once more where the backward scales it; tied to the
   // embeddings, it waits for theirs until the end. (Those of the layers' weights are formed one after the other.)

@@ -336,6 +336,8 @@ export interface ModelDescription {
     activation: { gated: boolean; keeps: number; keepsResult: boolean };
     /** the model's own rate in its layers, 0 where it has none */
     dropout: number;
+    /** added to the embeddings */
+    learnedPositions: boolean;
     /** its layers are of the form that native/core/language/frozen_layer.h takes */
     writtenOut: boolean;
   };

@@ -141,6 +141,7 @@ const LLAMA = {
   qkNorm: false,
   activation: { gated: true, keeps: 2, keepsResult: false },
   dropout: 0,
+  learnedPositions: false,
   writtenOut: true,
 };
 /** MiB a layer as train-bench printed them on an H100 (native/test/cuda/train_bench_test.cpp): none, mlp, layer. */
@@ -184,6 +185,7 @@ for (const { name, decoder, count, written, autograd } of LAYERS) {
             writtenOut,
             trainedNorms: false,
             drops: false,
+            pairsDrop: false,
             tokens: 8192,
             labelled: 1,
             cpu: false,

@@ -74,6 +74,7 @@ json describe_layers(const Decoder& decoder) {
           {"qkNorm", c.qk_norm},
           {"activation", describe_activation(c.plain_mlp)},
           {"dropout", c.dropout},
+          {"learnedPositions", c.position_offset.has_value()},
           // what run_frozen_layer() asks of the model itself
           {"writtenOut", rms && !c.plain_mlp && !c.position_offset && c.dropout == 0 && c.attention_dropout == 0}};
 }
