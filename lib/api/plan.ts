@@ -104,6 +104,8 @@ export async function planTraining(input: string | TrainConfigInput, options: Pl
   }
   const memory = estimate(candidate);
   if (candidate.tokens < longest) notes.push(`rows are cut to ${candidate.tokens} tokens: longer ones do not fit.`);
+  if (!config.freeze_vit || config.sft_type === 'lora_llm')
+    notes.push('what a vision tower that is trained keeps for its backward pass is not counted.');
   if (memory.total > budget) notes.push('nothing fits: a smaller model or a larger device is needed.');
   return {
     fits: memory.total <= budget,

@@ -311,7 +311,14 @@ export interface ModelDescription {
   /** of the weights where they are there, else as config.json says; null where it does not */
   dtype: Dtype | null;
   parameters: { name: string; part: 'vision' | 'projector' | 'language'; numel: number; quantizable: boolean }[];
-  linears: { path: string; part: 'vision' | 'projector' | 'language'; in: number; out: number }[];
+  /** `reads`: in the decoder's layers, the norm before attention, attention's output, the norm before the MLP, or the MLP's product. */
+  linears: {
+    path: string;
+    part: 'vision' | 'projector' | 'language';
+    in: number;
+    out: number;
+    reads?: 'norm1' | 'attention' | 'norm2' | 'product';
+  }[];
   decoder: {
     hiddenSize: number;
     intermediateSize: number;
@@ -320,10 +327,17 @@ export interface ModelDescription {
     keyValueHeads: number;
     headDim: number;
     vocabSize: number;
+    tiedHead: boolean;
     /** RMS norms; else LayerNorms */
     rmsNorm: boolean;
     /** norms over the heads of queries and keys */
     qkNorm: boolean;
+    /** `keeps`: tensors of the MLP's width that it needs for its backward, besides its result where `keepsResult` */
+    activation: { gated: boolean; keeps: number; keepsResult: boolean };
+    /** the model's own rate in its layers, 0 where it has none */
+    dropout: number;
+    /** added to the embeddings */
+    learnedPositions: boolean;
     /** its layers are of the form that native/core/language/frozen_layer.h takes */
     writtenOut: boolean;
   };

@@ -81,6 +81,35 @@ test('a model that does not fit at all is said so; a config without its data is 
   assert.match(text.stdout, /does not fit: about .* GiB[\s\S]*weights/);
 });
 
+test('a plan says that it does not count what a trained vision tower keeps', async () => {
+  const notes = async (changes: object) =>
+    (await planTraining({ model: LLAVA_7B, max_length: 1024, ...changes }, { gpu: '48GB' })).notes.join();
+  assert.match(await notes({ freeze_vit: false }), /vision tower that is trained .* not counted/);
+  assert.match(await notes({ sft_type: 'lora_llm' }), /not counted/);
+  assert.doesNotMatch(await notes({ freeze_aligner: false }), /vision/);
+});
+
+test('LoRA without dropout keeps less: its layers are written out', async () => {
+  const activations = async (changes: object) =>
+    (
+      await planTraining(
+        { model: LLAVA_7B, max_length: 1024, gradient_checkpointing: 'none', lora_dropout: 0, ...changes },
+        { gpu: '1000GB' },
+      )
+    ).memory.activations;
+  const least = await activations({});
+  assert.equal(await activations({ modules_to_save: ['lm_head'] }), least);
+  for (const changes of [
+    { lora_dropout: 0.05 },
+    { use_dora: true },
+    { lora_bias: 'all' },
+    { modules_to_save: ['all-norm'] },
+    { trainable_parameters: ['norm'] },
+    { sft_type: 'qlora' },
+  ])
+    assert.ok((await activations(changes)) > 1.3 * least, JSON.stringify(changes));
+});
+
 test('the head gets no pair, whatever its name', async () => {
   const model = join(projectRoot, 'test/fixtures/minicpm_v_4_5/model'); // llm.lm_head
   const plan = await planTraining({ model, lora_rank: 4, max_length: 64 }, { gpu: '1GB' });
