@@ -5,7 +5,7 @@ import type { Row } from '../data/index.js';
 import { tokenCount } from '../data/truncate.js';
 import { MartletError } from '../errors.js';
 import { exists, writeDirAtomic, writeFileAtomic } from '../files.js';
-import type { EvalResult, LoadResult, TrainBeginResult, TrainStepArgs, TrainStepResult } from '../native/binding.js';
+import type { LoadResult, TrainBeginResult, TrainStepArgs, TrainStepResult } from '../native/binding.js';
 import { Engine } from '../native/engine.js';
 import type { EncodedSample } from '../processing/index.js';
 import { rounded, significant } from '../report/format.js';
@@ -14,6 +14,7 @@ import { ARGS_FILE } from './adapter-args.js';
 import {
   copyCheckpointWeights,
   type LogInterval,
+  laterCheckpoints,
   removeOldCheckpoints,
   type TrainerState,
   writeTrainerState,
@@ -50,6 +51,8 @@ import type { TrainEvent, TrainResult } from './types.js';
 const PREFETCH_ROWS = 16;
 /** Decoded pictures that wait ahead of the step that runs, in bytes. */
 const PREFETCH_BYTES = 512 * 2 ** 20;
+/** Rows that a warning names; its details hold all. */
+const SHOWN_ROWS = 5;
 const EMPTY_INTERVAL: LogInterval = { steps: 0, loss: 0, labelledTokens: 0, correctTokens: 0, rows: 0 };
 /** Steps in a row that may change nothing before the run ends. */
 const MAX_SKIPPED_IN_A_ROW = 10;
@@ -63,6 +66,14 @@ export interface TrainerInput {
   data: TrainData;
   /** From reading the config. */
   warnings: string[];
+}
+
+/** Of all evaluation rows. */
+interface Evaluated {
+  /** Mean over the labelled tokens; NaN if a row has no finite loss. */
+  loss: number;
+  labelledTokens: number;
+  correctTokens: number;
 }
 
 /** All that is fixed when the first step begins. */
@@ -106,7 +117,17 @@ export async function runTrainer(input: TrainerInput, control: RunControl): Prom
       tensorboard: config.report_to.includes('tensorboard'),
     });
     try {
-      const warnings = [...input.warnings.map((message) => ({ message })), ...trainingWarnings(config, data, plan)];
+      const warnings: TrainWarning[] = [
+        ...input.warnings.map((message) => ({ message })),
+        ...trainingWarnings(config, data, plan),
+      ];
+      const later = resume ? await laterCheckpoints(outputDir, resume.dir) : [];
+      if (later.length > 0) {
+        warnings.push({
+          message: `${later.join(', ')} are of the run before: until this one has passed them, resume_from_checkpoint: true would go on from the last of them.`,
+          details: { checkpoints: later },
+        });
+      }
       const setup: TrainSetup = { ...input, ...plan, data, fingerprint, resume, loaded, begun, warnings };
       return await new Trainer(setup, control, engine, log).run();
     } catch (error) {
@@ -273,7 +294,8 @@ class Trainer {
       const { result } = await this.#engine.call('train.evaluate', args, { buffers: job.buffers, signal });
       losses.push(result.loss);
     }
-    if (losses[0] === losses[1]) {
+    // of a loss that is not finite the step over the row speaks
+    if (Number.isFinite(losses[0]) && losses[0] === losses[1]) {
       await this.#warn(
         `the answer of ${rowName(row)} does not depend on its picture (the loss with a grey one is the same): check the template and that the row marks the picture with <image>.`,
         { row: rowName(row), loss: losses[0] },
@@ -493,19 +515,24 @@ class Trainer {
     const started = performance.now();
     const prefetcher = this.#prefetch(rows, evalSchedule.from(1));
     const sum = { loss: 0, labelled: 0, correct: 0 };
+    const notFinite: string[] = [];
     for (let loaded = await prefetcher.next(); loaded; loaded = await prefetcher.next()) {
       if (loaded.microBatches.length === 0) continue;
       const { args, buffers } = this.#job(loaded.microBatches, rows);
       const { result } = await this.#engine.call('train.evaluate', args, { buffers, signal: this.#control.signal });
+      if (!Number.isFinite(result.loss))
+        notFinite.push(...loaded.microBatches.flat().map(({ row }) => rowName(rows[row] as Row)));
       sum.loss += result.loss * result.labelledTokens;
       sum.labelled += result.labelledTokens;
       sum.correct += result.correctTokens;
     }
-    const result: EvalResult = {
-      loss: sum.loss / sum.labelled,
-      labelledTokens: sum.labelled,
-      correctTokens: sum.correct,
-    };
+    const result = { loss: sum.loss / sum.labelled, labelledTokens: sum.labelled, correctTokens: sum.correct };
+    if (notFinite.length > 0) {
+      await this.#warn(
+        `evaluation at step ${this.#step}: the loss is not finite in ${notFinite.slice(0, SHOWN_ROWS).join(', ')}${notFinite.length > SHOWN_ROWS ? ` and ${notFinite.length - SHOWN_ROWS} more rows` : ''}. Use torch_dtype: bfloat16 or float32, or correct the rows.`,
+        { step: this.#step, rows: notFinite },
+      );
+    }
     const answers = this.#setup.config.predict_with_generate ? await this.#answerRows(rows) : undefined;
     await this.#judge(result, answers);
     const now = performance.now();
@@ -522,7 +549,7 @@ class Trainer {
   }
 
   /** Keeps the best value of metric_for_best_model. */
-  async #judge(result: EvalResult, answers: TextScores | undefined): Promise<void> {
+  async #judge(result: Evaluated, answers: TextScores | undefined): Promise<void> {
     const { metric_for_best_model: name } = this.#setup.config;
     const metric = {
       loss: result.loss,
@@ -537,8 +564,9 @@ class Trainer {
     this.#lastEval = { step: this.#step, metric };
   }
 
-  /** By metric_for_best_model; anything is better than nothing. */
+  /** By metric_for_best_model; any number is better than nothing. */
   #isBetter(metric: number, than: number | undefined): boolean {
+    if (Number.isNaN(metric)) return false;
     return than === undefined || (this.#setup.config.metric_for_best_model === 'loss' ? metric < than : metric > than);
   }
 
@@ -608,7 +636,7 @@ class Trainer {
     });
     this.#lastCheckpoint = { step: this.#step, dir };
     if (config.save_total_limit !== null) {
-      await removeOldCheckpoints(outputDir, config.save_total_limit, this.#best?.dir ?? null);
+      await removeOldCheckpoints(outputDir, config.save_total_limit, { newest: dir, best: this.#best?.dir ?? null });
     }
     await this.#emit({ type: 'checkpoint', step: this.#step, dir });
     this.#mark.time += performance.now() - started;

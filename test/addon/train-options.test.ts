@@ -630,6 +630,35 @@ describe('runs', () => {
     }
   });
 
+  test('an evaluation row without a finite loss: named, and never the best', async () => {
+    const names = [...cases.keys()];
+    const dir = await folder();
+    const model = modelWithBadToken(join(dir, 'model'), tokenOnlyIn('single', names));
+    const other = join(dir, 'other.json');
+    writeFileSync(other, JSON.stringify([row('chinese'), row('text-only')]));
+    writeFileSync(join(dir, 'val.json'), JSON.stringify([row('chinese'), row('single')]));
+    const { result, events } = await train(
+      smallConfig(dir, {
+        ...fast,
+        model,
+        dataset: other,
+        val_dataset: join(dir, 'val.json'),
+        save_strategy: 'steps',
+        save_steps: 1,
+      }),
+    );
+    const evals = events.filter((event) => event.type === 'eval');
+    assert.equal(evals.length, 3);
+    assert.ok(evals.every(({ loss }) => Number.isNaN(loss)));
+    assert.match(warnings(events), /evaluation at step 1: the loss is not finite in val\.json row 1\./);
+    assert.equal(result.bestCheckpoint, undefined);
+    const trained = await train(
+      smallConfig(await folder(), { ...fast, model, dataset: join(dir, 'val.json'), max_steps: 1, non_finite: 'skip' }),
+    );
+    assert.equal(trained.result.skippedSteps, 1);
+    assert.doesNotMatch(warnings(trained.events), /does not depend on its picture/, 'two losses that are not numbers');
+  });
+
   test('float16: planted overflows are skipped, counted and said; the scale falls until the run learns', async () => {
     const model = modelWithLargeHead(join(await folder(), 'model'), 40);
     const { result, events } = await train(
@@ -639,6 +668,7 @@ describe('runs', () => {
     assert.match(warnings(events), /overflowed float16 at loss scale 65536/);
     const scales = steps(events).map(({ lossScale }) => lossScale);
     assert.equal(scales.at(-1), 65536 / 2 ** result.skippedSteps);
+    assert.ok(Number.isNaN(steps(events)[0]?.gradNorm), 'no norm rather than a wrong one');
     const curve = losses(events);
     assert.equal(curve[0] !== undefined && Number.isFinite(curve[0]), true);
     assert.ok((curve.at(-1) as number) < (curve[0] as number));
