@@ -14,7 +14,12 @@ export interface ResolveOptions {
 }
 
 /** Ids that tutorials use → those that are published. */
-export const MODEL_ALIASES: Record<string, string> = { 'qwen/Qwen-VL-Chat-7B': 'Qwen/Qwen-VL-Chat' };
+const MODEL_ALIASES: Record<string, string> = { 'qwen/Qwen-VL-Chat-7B': 'Qwen/Qwen-VL-Chat' };
+
+/** The published id of a model, whatever a tutorial calls it. */
+export function publishedId(id: string): string {
+  return (Object.hasOwn(MODEL_ALIASES, id) && MODEL_ALIASES[id]) || id;
+}
 
 /** `organisation/name`, as hubs name models. */
 const HUB_ID = /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*$/;
@@ -25,7 +30,7 @@ const HUB_ID = /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*$/;
  */
 export async function resolveModel(given: string, options: ResolveOptions = {}): Promise<string> {
   const local = resolve(given);
-  const dirOrId = (Object.hasOwn(MODEL_ALIASES, given) && MODEL_ALIASES[given]) || given;
+  const dirOrId = publishedId(given);
   if (await isDirectory(local)) {
     if (await exists(resolve(local, 'config.json'))) return local;
     const adapter = await exists(resolve(local, 'adapter_config.json'));
