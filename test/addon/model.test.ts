@@ -177,6 +177,23 @@ test('a missing image and a wrong number of images are named, and the model goes
   );
 });
 
+test('messages that are none are refused by name, as programs without types give them', async () => {
+  const ask = (messages: unknown) => model.generate({ messages } as Parameters<typeof model.generate>[0]);
+  for (const [messages, field] of [
+    [undefined, 'messages'],
+    [[], 'messages'],
+    ['hello', 'messages'],
+    [[null], 'messages.0.role'],
+    [[{ role: 'bot', content: 'x' }], 'messages.0.role'],
+    [[{ role: 'user', content: 'x' }, { role: 'assistant' }], 'messages.1.content'],
+  ] as const) {
+    await assert.rejects(ask(messages), (error: Error & { code: string; details: { field: string } }) => {
+      assert.deepEqual([error.code, error.details.field], ['ERR_MARTLET_USAGE', field]);
+      return true;
+    });
+  }
+});
+
 test('a prompt that fills the model is refused; a long answer ends where the positions end', async () => {
   const content = 'a story '.repeat(400);
   await assert.rejects(model.generate({ messages: [{ role: 'user', content }] }), {
