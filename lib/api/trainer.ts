@@ -270,6 +270,15 @@ class Trainer {
       await this.#warn(`${name} matches nothing in this model.${near}`, { name, nearest });
     }
     for (const message of begun.warnings) await this.#warn(message);
+    for (const [key, part] of [
+      ['vit_lr', 'vision'],
+      ['aligner_lr', 'projector'],
+    ] as const) {
+      if (config[key] !== null && parts[part] === 0)
+        await this.#warn(
+          `${key} has no effect: nothing of the ${part === 'vision' ? 'vision tower' : part} is trained.`,
+        );
+    }
     for (const { message, details } of warnings) await this.#warn(message, details);
     if (!this.#setup.resume) await this.#checkPictures();
   }
@@ -575,7 +584,9 @@ class Trainer {
     const { config, data, outputDir } = this.#setup;
     const { signal } = this.#control;
     const lines: { id?: string; row: string; answer: string; reference: string }[] = [];
-    for (const row of rows) {
+    // a row that was split is asked once, whole
+    const whole = rows.filter(({ source, piece }, i) => piece === undefined || rows[i - 1]?.source !== source);
+    for (const row of whole) {
       const last = row.messages.at(-1) as Row['messages'][0];
       const { source: _, id: __, piece: ___, ...input } = row;
       const sample = await data.processor.encode(

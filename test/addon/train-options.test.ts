@@ -311,6 +311,22 @@ describe('what is trained', () => {
     }
   });
 
+  test('a run from an adapter says which options the adapter settles; rates of frozen parts are said to do nothing', async () => {
+    const dir = await folder();
+    const { events } = await train(smallConfig(dir, { ...fast, max_steps: 1, vit_lr: 1e-5, aligner_lr: 1e-5 }));
+    assert.match(warnings(events), /vit_lr has no effect: nothing of the vision tower is trained/);
+    assert.match(warnings(events), /aligner_lr has no effect: nothing of the projector is trained/);
+    const warm = async (changes: Record<string, unknown>) => {
+      const config = smallConfig(await folder(), { ...fast, max_steps: 1, adapters: join(dir, 'out'), ...changes });
+      return warnings((await train(config)).events);
+    };
+    assert.match(
+      await warm({ lora_rank: 16, use_dora: true, modules_to_save: ['lm_head'], target_modules: ['q_proj'] }),
+      /lora_rank, use_dora, target_modules, modules_to_save: without effect/,
+    );
+    assert.doesNotMatch(await warm({ target_modules: 'all-linear' }), /without effect/);
+  });
+
   test('lora_target: all means all-linear; a list beside it wins, as in the tutorial', async () => {
     const all = await train(smallConfig(await folder(), { ...fast, max_steps: 1, lora_target: 'all' }));
     assert.equal(start(all.events).targets, 21);
@@ -485,6 +501,52 @@ describe('data', () => {
       code: 'ERR_MARTLET_CONFIG',
       message: /needs max_length/,
     });
+  });
+
+  test('pieces of a row are set aside together, and asked once', async () => {
+    const dir = await folder();
+    const rows = ['one', 'two', 'three', 'four'].map((id) => ({
+      id,
+      messages: [
+        { role: 'user', content: 'Count.' },
+        { role: 'assistant', content: `${id} `.repeat(30) },
+      ],
+    }));
+    writeFileSync(join(dir, 'long.json'), JSON.stringify(rows));
+    const { events } = await train(
+      smallConfig(dir, {
+        ...fast,
+        max_steps: 1,
+        eval_strategy: 'steps',
+        eval_steps: 1,
+        dataset: join(dir, 'long.json'),
+        max_length: 24,
+        truncation_strategy: 'split',
+        split_dataset_ratio: 0.25,
+        predict_with_generate: true,
+        max_new_tokens: 2,
+      }),
+    );
+    assert.ok(start(events).rows > 6, String(start(events).rows));
+    assert.match(warnings(events), new RegExp(`${start(events).rows} of ${start(events).rows} rows are pieces`));
+    const answers = readFileSync(join(dir, 'out', 'predict.jsonl'), 'utf8')
+      .trim()
+      .split('\n');
+    assert.equal(answers.length, 1);
+    const { id } = JSON.parse(answers[0] as string);
+    // the rows that are left are the pieces of the other three
+    const other = await folder();
+    writeFileSync(join(other, 'long.json'), JSON.stringify(rows.filter((row) => row.id !== id)));
+    const rest = await train(
+      smallConfig(other, {
+        ...fast,
+        max_steps: 1,
+        dataset: join(other, 'long.json'),
+        max_length: 24,
+        truncation_strategy: 'split',
+      }),
+    );
+    assert.equal(start(rest.events).rows, start(events).rows);
   });
 
   test('group_by_length runs every row', async () => {
