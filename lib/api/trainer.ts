@@ -5,7 +5,7 @@ import type { Row } from '../data/index.js';
 import { tokenCount } from '../data/truncate.js';
 import { MartletError } from '../errors.js';
 import { exists, writeDirAtomic, writeFileAtomic } from '../files.js';
-import type { LoadResult, TrainBeginResult, TrainStepArgs, TrainStepResult } from '../native/binding.js';
+import type { EvalResult, LoadResult, TrainBeginResult, TrainStepArgs, TrainStepResult } from '../native/binding.js';
 import { Engine } from '../native/engine.js';
 import type { EncodedSample } from '../processing/index.js';
 import { rounded, significant } from '../report/format.js';
@@ -181,6 +181,7 @@ class Trainer {
   #skippedSteps: number;
   #skippedInARow = 0;
   #rowLimit: number;
+  #evalRowLimit = Number.POSITIVE_INFINITY;
   readonly #advice: LossAdvice = new LossAdvice();
   #lastCheckpoint: { step: number; dir: string } | undefined;
   /** Over the steps of this process. */
@@ -527,13 +528,12 @@ class Trainer {
     const notFinite: string[] = [];
     for (let loaded = await prefetcher.next(); loaded; loaded = await prefetcher.next()) {
       if (loaded.microBatches.length === 0) continue;
-      const { args, buffers } = this.#job(loaded.microBatches, rows);
-      const { result } = await this.#engine.call('train.evaluate', args, { buffers, signal: this.#control.signal });
-      if (!Number.isFinite(result.loss))
-        notFinite.push(...loaded.microBatches.flat().map(({ row }) => rowName(rows[row] as Row)));
-      sum.loss += result.loss * result.labelledTokens;
-      sum.labelled += result.labelledTokens;
-      sum.correct += result.correctTokens;
+      for (const { result, batch } of await this.#evaluateBatch(loaded.microBatches.flat(), rows)) {
+        if (!Number.isFinite(result.loss)) notFinite.push(...batch.map(({ row }) => rowName(rows[row] as Row)));
+        sum.loss += result.loss * result.labelledTokens;
+        sum.labelled += result.labelledTokens;
+        sum.correct += result.correctTokens;
+      }
     }
     const result = { loss: sum.loss / sum.labelled, labelledTokens: sum.labelled, correctTokens: sum.correct };
     if (notFinite.length > 0) {
@@ -555,6 +555,30 @@ class Trainer {
       ...answers,
     });
     this.#mark.time += now - started; // evaluation does not count as training speed
+  }
+
+  /** The rows of one batch; in halves where the memory runs out, and so from then on. */
+  async #evaluateBatch(whole: LoadedRow[], rows: Row[]): Promise<{ result: EvalResult; batch: LoadedRow[] }[]> {
+    const { signal } = this.#control;
+    const done: { result: EvalResult; batch: LoadedRow[] }[] = [];
+    let waiting = parts(whole, this.#evalRowLimit);
+    for (let batch = waiting.shift(); batch; batch = waiting.shift()) {
+      const { args, buffers } = this.#job([batch], rows);
+      try {
+        done.push({ result: (await this.#engine.call('train.evaluate', args, { buffers, signal })).result, batch });
+      } catch (error) {
+        const short = error instanceof MartletError && error.code === 'ERR_MARTLET_OUT_OF_MEMORY';
+        if (!short || batch.length <= 1) throw error;
+        this.#evalRowLimit = Math.ceil(batch.length / 2);
+        await this.#engine.call('emptyCache', {}, { signal });
+        await this.#warn(
+          `evaluation at step ${this.#step}: out of memory with ${batch.length} rows at a time. Going on with ${this.#evalRowLimit}.`,
+          { step: this.#step, rows: this.#evalRowLimit },
+        );
+        waiting = parts([batch, ...waiting].flat(), this.#evalRowLimit);
+      }
+    }
+    return done;
   }
 
   /** Keeps the best value of metric_for_best_model. */
