@@ -44,6 +44,15 @@ export async function loadModel(dirOrId: string, options: LoadModelOptions = {})
     ...(signal && { signal }),
     onProgress: ({ done, total, bytes }) => onProgress?.({ done, total, bytes }),
   });
+  if (typeof options.adapters === 'string') {
+    throw new MartletError(
+      'ERR_MARTLET_USAGE',
+      `adapters names each folder: { default: ${JSON.stringify(options.adapters)} }.`,
+      {
+        field: 'adapters',
+      },
+    );
+  }
   const adapters = Object.entries(options.adapters ?? {});
   for (const [name, dir] of adapters) await checkAdapterDir(name, dir);
   const saved = await readAdapterArgs(adapters[0]?.[1] ?? modelDir);

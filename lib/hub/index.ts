@@ -1,6 +1,6 @@
 /** Finds a model: a local folder, else a cache of the Hugging Face hub or of ModelScope, else downloaded from the hub. */
 import { resolve } from 'node:path';
-import { MartletError } from '../errors.js';
+import { MartletError, requireText } from '../errors.js';
 import { exists, isDirectory } from '../files.js';
 import { findInHuggingFaceCache, findInModelScopeCache, huggingFaceCache, modelScopeCaches } from './cache.js';
 import { type DownloadProgress, downloadModel, hubEndpoint } from './download.js';
@@ -26,9 +26,10 @@ const HUB_ID = /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*$/;
 
 /**
  * The folder of a model given as a folder or a hub id. Rejects with `ERR_MARTLET_MODEL_NOT_FOUND` (naming every place searched),
- * `ERR_MARTLET_HUB` (network, access, damaged download) or `_ABORTED`.
+ * `ERR_MARTLET_HUB` (network, access, damaged download), `_USAGE` (no text) or `_ABORTED`.
  */
 export async function resolveModel(given: string, options: ResolveOptions = {}): Promise<string> {
+  requireText(given, 'model');
   const local = resolve(given);
   const dirOrId = publishedId(given);
   if (await isDirectory(local)) {

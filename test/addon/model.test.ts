@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
-import { loadModel, type Model } from '../../lib/index.js';
+import { convertCheckpoint, loadModel, type Model, mergeAdapter, quantizeModel } from '../../lib/index.js';
 import { expectedJson, expectedPixels, getCase, llava, maxDifference } from '../support/fixtures.js';
 
 const MODEL = join(llava, 'model-4x');
@@ -188,6 +188,23 @@ test('messages that are none are refused by name, as programs without types give
     [[{ role: 'user', content: 'x' }, { role: 'assistant' }], 'messages.1.content'],
   ] as const) {
     await assert.rejects(ask(messages), (error: Error & { code: string; details: { field: string } }) => {
+      assert.deepEqual([error.code, error.details.field], ['ERR_MARTLET_USAGE', field]);
+      return true;
+    });
+  }
+});
+
+test('paths that are left out are refused by name', async () => {
+  const nothing = {} as never;
+  for (const [work, field] of [
+    [() => loadModel(undefined as never), 'model'],
+    [() => loadModel(MODEL, { adapters: 'out' as never }), 'adapters'],
+    [() => mergeAdapter(nothing), 'adapter'],
+    [() => mergeAdapter({ adapter: 'out' } as never), 'outputDir'],
+    [() => convertCheckpoint(nothing), 'outputDir'],
+    [() => quantizeModel(nothing), 'outputDir'],
+  ] as const) {
+    await assert.rejects(work, (error: Error & { code: string; details: { field: string } }) => {
       assert.deepEqual([error.code, error.details.field], ['ERR_MARTLET_USAGE', field]);
       return true;
     });
