@@ -86,7 +86,7 @@ const OPTIONS: OptionSpecs = {
     kind: 'value',
     aliases: ['val_dataset'],
     placeholder: 'FILE',
-    help: 'a JSONL file, one item a line: {"image", "text"} or {"messages", "images", "videos"};\nprints one line of JSON an item; an item that fails gives a line with "error"',
+    help: 'a JSONL file, one item a line: {"image", "text"} or {"messages", "images", "videos"};\nprints one line of JSON an item; an item that fails gives a line with "error",\none whose messages end with an answer has it as "reference"',
   },
   system: { kind: 'value', placeholder: 'TEXT', help: 'system prompt' },
   template: { kind: 'value', placeholder: 'default|ms-swift', help: "chat template; the adapter's own by default" },
@@ -134,6 +134,8 @@ interface Question {
   messages: ChatMessage[];
   images: ImageSource[];
   videos: VideoSource[];
+  /** The answer that a row of training data ends with: printed beside the model's, not asked about. */
+  reference?: ChatMessage['content'];
 }
 
 async function run({ options, positionals, io }: Invocation): Promise<number> {
@@ -273,7 +275,12 @@ function toQuestion(item: unknown, where: string): Question {
     });
   }
   const question = { images: sources, videos: clips as string[][] };
-  if (Array.isArray(messages)) return { messages: messages as ChatMessage[], ...question };
+  if (Array.isArray(messages)) {
+    const asked = messages as ChatMessage[];
+    const last = asked.at(-1);
+    if (last?.role !== 'assistant') return { messages: asked, ...question };
+    return { messages: asked.slice(0, -1), ...question, reference: last.content };
+  }
   if (typeof text !== 'string') throw usageError(`${where}: "text" is missing.`, { field: 'text' });
   return { messages: [userMessage(text, sources.length, clips.length)], ...question };
 }
@@ -312,11 +319,12 @@ async function batch(model: Model, file: string, settings: Settings, io: CliIo):
       line++;
       if (content.trim() === '') continue;
       try {
-        const question = toQuestion(parseLine(content, file, line), `${file} line ${line}`);
+        const { reference, ...question } = toQuestion(parseLine(content, file, line), `${file} line ${line}`);
         const beside = (paths: ImageSource[]) => Promise.all(paths.map((path) => besideFile(path as string, file)));
         const images = await beside(question.images);
         const videos = await Promise.all(question.videos.map((clip) => beside(clip as ImageSource[])));
-        printJson(io, outcome(await model.generate({ ...settings, ...question, images, videos })));
+        const result = outcome(await model.generate({ ...settings, ...question, images, videos }));
+        printJson(io, { ...result, ...(reference !== undefined && { reference }) });
       } catch (error) {
         if (!(error instanceof MartletError) || error.code === 'ERR_MARTLET_ABORTED') throw error;
         failed++;
