@@ -107,15 +107,24 @@ export function contradictions(config: Config, origin: Map<string, string>): Pro
     refuse('truncation_strategy', `: ${config.truncation_strategy} needs max_length`);
   }
 
-  const evaluates = config.val_dataset.length > 0 || config.split_dataset_ratio > 0;
-  if (!evaluates) {
-    for (const [key, given] of [
-      ['predict_with_generate', config.predict_with_generate],
-      ['early_stop_interval', config.early_stop_interval !== null],
-      ['metric_for_best_model', config.metric_for_best_model !== 'loss'],
-      ['load_best_model_at_end', config.load_best_model_at_end],
-    ] as const) {
-      if (given) refuse(key, ' needs evaluation rows: give val_dataset or split_dataset_ratio');
+  const rows = config.val_dataset.length > 0 || config.split_dataset_ratio > 0;
+  const evaluates = rows && (config.eval_strategy ?? config.save_strategy) !== 'no';
+  for (const [key, given] of [
+    ['predict_with_generate', config.predict_with_generate],
+    ['early_stop_interval', config.early_stop_interval !== null],
+    ['metric_for_best_model', config.metric_for_best_model !== 'loss'],
+  ] as const) {
+    if (!given || evaluates) continue;
+    refuse(
+      key,
+      rows
+        ? ' needs evaluations: set eval_strategy to steps or epoch'
+        : ' needs evaluation rows: give val_dataset or split_dataset_ratio',
+    );
+  }
+  if (!rows) {
+    if (config.load_best_model_at_end) {
+      refuse('load_best_model_at_end', ' needs evaluation rows: give val_dataset or split_dataset_ratio');
     }
   } else if (config.load_best_model_at_end) {
     const evaluations = config.eval_strategy ?? config.save_strategy;

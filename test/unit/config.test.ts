@@ -173,6 +173,10 @@ test('contradictions are errors, agreements are not', () => {
     ['sft_type: full\nadapters: out', /adapters are not trained by sft_type: full/],
     ['sft_type: full\nuse_rslora: true', /use_rslora belongs to adapters/],
     ['sft_type: full\nlora_bias: all', /lora_bias belongs to adapters/],
+    ['val_dataset: v\neval_strategy: no\npredict_with_generate: true', /predict_with_generate needs evaluations/],
+    ['val_dataset: v\nsave_strategy: no\nearly_stop_interval: 2', /early_stop_interval needs evaluations/],
+    ['early_stop_interval: 2', /early_stop_interval needs evaluation rows/],
+    ['load_best_model_at_end: true', /load_best_model_at_end needs evaluation rows/],
     ['non_finite: rollback\nsave_only_model: true', /save_only_model: non_finite: rollback goes back to checkpoints/],
   ] as const)
     assert.match(problems(`${BASE}${keys}\n`).join(), message);
