@@ -370,7 +370,8 @@ class Trainer {
       steps: this.#smoothed.steps + 1,
     };
     if (result.overflow) {
-      await this.#countSkipped();
+      // the scale looks for its level, as torch's GradScaler does; at 1 native code calls the gradient not finite
+      this.#skippedSteps += 1;
       await this.#warn(
         `step ${step.step}: the gradients overflowed float16 at loss scale ${result.lossScale}; the step is skipped, the scale halved.`,
         { step: step.step, lossScale: result.lossScale },
@@ -381,18 +382,11 @@ class Trainer {
     await this.#advise(this.#advice.add(result.loss));
   }
 
-  async #countSkipped(error?: MartletError): Promise<void> {
+  /** A step left out for its loss or gradients; too many of them end the run. */
+  #countSkipped(error: MartletError): void {
     this.#skippedSteps += 1;
     this.#skippedInARow += 1;
-    if (this.#skippedInARow < MAX_SKIPPED_IN_A_ROW) return;
-    throw (
-      error ??
-      new MartletError(
-        'ERR_MARTLET_NON_FINITE',
-        `${this.#skippedInARow} steps in a row overflowed float16. Use torch_dtype: bfloat16 or float32, or lower the learning rate.`,
-        { step: this.#step },
-      )
-    );
+    if (this.#skippedInARow >= MAX_SKIPPED_IN_A_ROW) throw error;
   }
 
   /** One optimiser step; undefined when it was left out because its loss or gradients were not finite. */
@@ -442,7 +436,7 @@ class Trainer {
     const { config } = this.#setup;
     const named = this.#withSamples(error, step, microBatches);
     if (config.non_finite === 'stop') throw named;
-    await this.#countSkipped(named);
+    this.#countSkipped(named);
     const checkpoint = config.non_finite === 'rollback' ? this.#lastCheckpoint : undefined;
     if (checkpoint) {
       await this.#engine.call('train.loadState', { dir: checkpoint.dir }, { signal: this.#control.signal });

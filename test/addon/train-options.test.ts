@@ -734,6 +734,19 @@ describe('runs', () => {
     const curve = losses(events);
     assert.equal(curve[0] !== undefined && Number.isFinite(curve[0]), true);
     assert.ok((curve.at(-1) as number) < (curve[0] as number));
+
+    // more halvings than non_finite allows of steps in a row
+    const large = modelWithLargeHead(join(await folder(), 'model'), 640);
+    const far = await train(
+      smallConfig(await folder(), {
+        ...fast,
+        model: large,
+        torch_dtype: 'float16',
+        max_steps: 16,
+        learning_rate: 1e-6,
+      }),
+    );
+    assert.ok(far.result.skippedSteps > 10 && far.result.skippedSteps < 16, String(far.result.skippedSteps));
   });
 
   test('advice: a flat loss, rows without pictures, a rate out of the usual range, pictures that change nothing', async () => {
