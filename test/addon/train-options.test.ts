@@ -243,6 +243,13 @@ describe('what is trained', () => {
       code: 'ERR_MARTLET_CONFIG',
       message: /v_proj/,
     });
+    await assert.rejects(train(smallConfig(await folder(), { ...fast, target_modules: ['lm_head'] })), {
+      code: 'ERR_MARTLET_CONFIG',
+      message: /lm_head gets no adapter: .* modules_to_save trains it as a whole/,
+    });
+    const beside = await train(smallConfig(await folder(), { ...fast, target_modules: ['q_proj', 'embed_tokens'] }));
+    assert.match(warnings(beside.events), /embed_tokens gets no adapter/);
+    assert.doesNotMatch(warnings(beside.events), /matches nothing/);
     await assert.rejects(train(smallConfig(await folder(), { ...fast, modules_to_save: ['lm_haed'] })), {
       code: 'ERR_MARTLET_CONFIG',
       message: /lm_head/,
@@ -318,7 +325,9 @@ describe('what is trained', () => {
     assert.match(warnings(events), /aligner_lr has no effect: nothing of the projector is trained/);
     const warm = async (changes: Record<string, unknown>) => {
       const config = smallConfig(await folder(), { ...fast, max_steps: 1, adapters: join(dir, 'out'), ...changes });
-      return warnings((await train(config)).events);
+      const warmed = await train(config);
+      assert.equal(start(warmed.events).targets, 21, 'the modules of the adapter');
+      return warnings(warmed.events);
     };
     assert.match(
       await warm({ lora_rank: 16, use_dora: true, modules_to_save: ['lm_head'], target_modules: ['q_proj'] }),
