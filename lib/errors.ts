@@ -44,3 +44,15 @@ export class MartletError extends Error {
     return { code: this.code, message: this.message, details: this.details };
   }
 }
+
+/** A path or a name, which a program without types may leave out. */
+export function requireText(value: unknown, field: string): void {
+  if (typeof value === 'string' && value !== '') return;
+  throw new MartletError(
+    'ERR_MARTLET_USAGE',
+    `${field} must be a text that is not empty, not ${JSON.stringify(value)}.`,
+    {
+      field,
+    },
+  );
+}

@@ -2,6 +2,7 @@
 import { readFile } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 import { load } from 'js-yaml';
+import type { TrainConfig } from '../config/index.js';
 import { MartletError } from '../errors.js';
 import { exists } from '../files.js';
 import { checkVisionOptions, type VisionOptions, visionOptionsFromKeys } from '../processing/vision-options.js';
@@ -92,4 +93,42 @@ export async function adapterBaseModel(adapterDir: string): Promise<string> {
   throw new MartletError('ERR_MARTLET_ADAPTER', `${path} does not name its base model: give it as \`model\`.`, {
     path,
   });
+}
+
+/** `adapter_config.json`'s names of what an adapter settles. */
+const SETTLED = {
+  lora_rank: 'r',
+  lora_alpha: 'lora_alpha',
+  use_rslora: 'use_rslora',
+  use_dora: 'use_dora',
+  lora_bias: 'bias',
+} as const;
+
+/** Options that a run from an adapter takes from the adapter, where the config says otherwise: `given` are the keys that it sets. */
+export async function warmStartWarnings(config: TrainConfig, given: ReadonlySet<string>): Promise<string[]> {
+  const [dir] = config.adapters;
+  if (dir === undefined) return [];
+  let own: Record<string, unknown>;
+  try {
+    own = JSON.parse(await readFile(join(dir, 'adapter_config.json'), 'utf8')) as Record<string, unknown>;
+  } catch {
+    return []; // loading it says what is wrong
+  }
+  const list = (value: unknown) => (Array.isArray(value) ? [...(value as string[])].sort() : value);
+  const saved = (own.modules_to_save ?? []) as string[];
+  const differs = [
+    ...(Object.entries(SETTLED) as [keyof typeof SETTLED, string][]).filter(
+      ([key, name]) => own[name] !== undefined && own[name] !== config[key],
+    ),
+    ...(config.target_modules === 'all-linear' ||
+    JSON.stringify(list(config.target_modules)) === JSON.stringify(list(own.target_modules))
+      ? []
+      : [['target_modules']]),
+    ...(config.modules_to_save.every((name) => saved.includes(name)) ? [] : [['modules_to_save']]),
+    ...(config.sft_type === 'lora_llm' && saved.length === 0 ? [['sft_type']] : []),
+    ...(config.trainable_parameters.length > 0 ? [['trainable_parameters']] : []),
+    ...(config.trainable_parameters_regex !== null ? [['trainable_parameters_regex']] : []),
+  ].flatMap(([key]) => (given.has(key as string) ? [key] : []));
+  if (differs.length === 0) return [];
+  return [`${differs.join(', ')}: without effect, what is trained is what the adapter in ${dir} holds.`];
 }

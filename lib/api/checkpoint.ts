@@ -1,10 +1,10 @@
 /** Training checkpoints: `checkpoint-N` folders and the state that continues a run from one. */
 import { readFile, rename, rm } from 'node:fs/promises';
-import { join } from 'node:path';
+import { basename, join, resolve } from 'node:path';
 import { MartletError } from '../errors.js';
 import { copyFileAtomic, exists, ioError, listDir, writeFileAtomic } from '../files.js';
 import type { LogRecord } from '../report/run-log.js';
-import { type Checkpoint, listCheckpoints } from './output-dir.js';
+import { listCheckpoints } from './output-dir.js';
 import type { SchedulePlan } from './train-schedule.js';
 
 const STATE_FILE = 'trainer_state.json';
@@ -55,6 +55,15 @@ export interface LogInterval {
 
 export async function readTrainerState(dir: string): Promise<TrainerState> {
   const path = join(dir, STATE_FILE);
+  if (!(await exists(dir))) {
+    throw new MartletError(
+      'ERR_MARTLET_IO',
+      `there is no checkpoint ${dir}. Give resume_from_checkpoint: true or the path of one.`,
+      {
+        path: dir,
+      },
+    );
+  }
   for (const name of [STATE_FILE, OPTIMIZER_FILE]) {
     if (await exists(join(dir, name))) continue;
     throw new MartletError(
@@ -88,15 +97,21 @@ export async function writeTrainerState(dir: string, state: TrainerState): Promi
   await writeFileAtomic(join(dir, STATE_FILE), `${JSON.stringify(state, null, 2)}\n`);
 }
 
-/** Keeps the newest `limit` checkpoints, the best one among them; removes the others whole. */
-export async function removeOldCheckpoints(outputDir: string, limit: number, best: string | null): Promise<void> {
+/**
+ * Keeps `limit` checkpoints: the one just written, the best, then the newest before it; removes the others whole. Those of later steps are of a run
+ * that was continued from before them, and go first.
+ */
+export async function removeOldCheckpoints(
+  outputDir: string,
+  limit: number,
+  { newest, best }: { newest: string; best: string | null },
+): Promise<void> {
   const checkpoints = await listCheckpoints(outputDir);
-  const kept = new Set<Checkpoint>();
-  const bestOne = checkpoints.find((checkpoint) => checkpoint.dir === best);
-  if (bestOne) kept.add(bestOne);
-  for (const checkpoint of checkpoints.reverse()) {
-    // the newest one always stays: a run must be able to continue
-    if (kept.size < limit || kept.size === (bestOne ? 1 : 0)) kept.add(checkpoint);
+  const written = checkpoints.find(({ dir }) => dir === newest)?.step ?? Number.POSITIVE_INFINITY;
+  // a run must be able to continue, and to take its best weights at the end: these two stay whatever the limit
+  const kept = new Set(checkpoints.filter(({ dir }) => dir === newest || dir === best));
+  for (const checkpoint of [...checkpoints].reverse()) {
+    if (checkpoint.step < written && kept.size < limit) kept.add(checkpoint);
   }
   for (const checkpoint of checkpoints) {
     if (kept.has(checkpoint)) continue;
@@ -109,6 +124,13 @@ export async function removeOldCheckpoints(outputDir: string, limit: number, bes
       throw ioError(error, 'remove', checkpoint.dir);
     }
   }
+}
+
+/** Names of checkpoints in `outputDir` that a run continued from `dir` leaves behind it: they are of the run before. */
+export async function laterCheckpoints(outputDir: string, dir: string): Promise<string[]> {
+  const checkpoints = await listCheckpoints(outputDir);
+  const from = checkpoints.find((checkpoint) => checkpoint.dir === resolve(dir));
+  return from === undefined ? [] : checkpoints.filter(({ step }) => step > from.step).map(({ dir }) => basename(dir));
 }
 
 /** Puts a checkpoint's weights into `outputDir` in place of those there. */

@@ -1,3 +1,4 @@
+import { requireText } from '../errors.js';
 import { resolveModel } from '../hub/index.js';
 import { Engine } from '../native/engine.js';
 import { abortedError, throwIfAborted } from './abort.js';
@@ -14,6 +15,7 @@ import type { ConvertOptions, ConvertReport } from './types.js';
 export async function convertCheckpoint(options: ConvertOptions): Promise<ConvertReport> {
   const started = performance.now();
   const { outputDir, dtype, overwrite, signal, onProgress } = options;
+  requireText(outputDir, 'outputDir');
   throwIfAborted(signal);
   const maxShardSize = parseSize(options.maxShardSize ?? DEFAULT_SHARD_SIZE, 'maxShardSize');
   const modelDir = await resolveModel(options.model, { signal });

@@ -1,6 +1,6 @@
 import { join } from 'node:path';
 import { dump } from 'js-yaml';
-import { MartletError } from '../errors.js';
+import { MartletError, requireText } from '../errors.js';
 import { exists, writeFileAtomic } from '../files.js';
 import { resolveModel } from '../hub/index.js';
 import type { MergeArgs } from '../native/binding.js';
@@ -21,6 +21,8 @@ import type { MergeOptions, MergeReport } from './types.js';
 export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> {
   const started = performance.now();
   const { adapter, outputDir, signal, onProgress } = options;
+  requireText(adapter, 'adapter');
+  requireText(outputDir, 'outputDir');
   throwIfAborted(signal);
   const maxShardSize = parseSize(options.maxShardSize ?? DEFAULT_SHARD_SIZE, 'maxShardSize');
   if (!(await exists(join(adapter, 'adapter_config.json')))) {

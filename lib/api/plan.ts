@@ -5,6 +5,7 @@ import { loadTrainConfig, quantizationOf, type TrainConfig, type TrainConfigInpu
 import { MartletError } from '../errors.js';
 import { exists, isDirectory } from '../files.js';
 import { findInHuggingFaceCache, findInModelScopeCache } from '../hub/cache.js';
+import { publishedId } from '../hub/index.js';
 import type { Recompute } from '../native/binding.js';
 import {
   describeModel,
@@ -190,11 +191,12 @@ function gpuSize(size: number | string): number | string {
 async function localModel(model: string): Promise<string> {
   const local = resolve(model);
   if ((await isDirectory(local)) && (await exists(resolve(local, 'config.json')))) return local;
-  const cached = (await findInHuggingFaceCache(model)) ?? (await findInModelScopeCache(model));
+  const id = publishedId(model);
+  const cached = (await findInHuggingFaceCache(id)) ?? (await findInModelScopeCache(id));
   if (cached !== undefined) return cached;
   throw new MartletError(
     'ERR_MARTLET_MODEL_NOT_FOUND',
-    `there is no folder ${local} with a config.json, and ${model} is in no cache. A plan needs config.json alone: put it into a folder and give that as model.`,
+    `there is no folder ${local} with a config.json, and ${id} is in no cache. A plan needs config.json alone: put it into a folder and give that as model.`,
     { model, searched: [local] },
   );
 }

@@ -1,5 +1,5 @@
 /** A model folder whose language model is quantised, in the form that transformers with bitsandbytes reads too. */
-import { MartletError } from '../errors.js';
+import { MartletError, requireText } from '../errors.js';
 import { resolveModel } from '../hub/index.js';
 import type { Dtype, ModelDescription } from '../native/binding.js';
 import { Engine } from '../native/engine.js';
@@ -17,6 +17,7 @@ import type { QuantizeOptions, QuantizeReport } from './types.js';
 export async function quantizeModel(options: QuantizeOptions): Promise<QuantizeReport> {
   const started = performance.now();
   const { outputDir, signal, onProgress, quantization, dtype = 'bfloat16', doubleQuantization = true } = options;
+  requireText(outputDir, 'outputDir');
   throwIfAborted(signal);
   if (quantization !== 'nf4' && quantization !== 'int8') {
     throw new MartletError('ERR_MARTLET_USAGE', `quantization must be nf4 or int8, not ${String(quantization)}.`, {

@@ -77,21 +77,28 @@ async function trainingProcessor(config: TrainConfig, modelDir: string): Promise
   }
 }
 
-/** Sets a random share of the rows aside for evaluation; both parts keep the order of the file. */
+/** Sets a random share of the rows aside for evaluation, a row's pieces together; both parts keep the order of the file. */
 function split({ rows, lengths }: RowSet, share: number, seed: number): { train: RowSet; evaluation: RowSet } {
-  const count = share === 0 ? 0 : Math.max(1, Math.round(rows.length * share));
-  if (count > 0 && count >= rows.length) {
+  let whole = -1;
+  const wholeRow = rows.map(({ source, piece }, i) => {
+    const before = rows[i - 1];
+    const goesOn = piece !== undefined && before?.piece !== undefined && before.source === source;
+    return goesOn ? whole : ++whole;
+  });
+  const total = whole + 1;
+  const count = share === 0 ? 0 : Math.max(1, Math.round(total * share));
+  if (count > 0 && count >= total) {
     throw new MartletError(
       'ERR_MARTLET_CONFIG',
-      `split_dataset_ratio: ${share} of ${rows.length} rows leaves none to train on. Lower it.`,
-      { path: 'split_dataset_ratio', rows: rows.length },
+      `split_dataset_ratio: ${share} of ${total} rows leaves none to train on. Lower it.`,
+      { path: 'split_dataset_ratio', rows: total },
     );
   }
-  const aside = new Set(new Rng(seed, SPLIT_STREAM).permutation(rows.length).slice(0, count));
-  const part = (wanted: boolean): RowSet => ({
-    rows: rows.filter((_, i) => aside.has(i) === wanted),
-    lengths: lengths.filter((_, i) => aside.has(i) === wanted),
-  });
+  const aside = new Set(new Rng(seed, SPLIT_STREAM).permutation(total).slice(0, count));
+  const part = (wanted: boolean): RowSet => {
+    const chosen = (_: unknown, i: number) => aside.has(wholeRow[i] as number) === wanted;
+    return { rows: rows.filter(chosen), lengths: lengths.filter(chosen) };
+  };
   return { train: part(false), evaluation: part(true) };
 }
 
@@ -291,6 +298,13 @@ export function trainingWarnings(config: TrainConfig, data: TrainData, plan: Tra
     warnings.push({
       message: `${data.skipped.length} row(s) are left out; the first: ${first.file} row ${first.row}: ${first.message}`,
       details: { skipped: data.skipped },
+    });
+  }
+  const cut = data.train.rows.filter(({ piece }) => piece !== undefined).length;
+  if (cut > 0) {
+    warnings.push({
+      message: `${cut} of ${rows} rows are pieces of rows longer than max_length ${config.max_length} (truncation_strategy: ${config.truncation_strategy}); a picture that a cut goes through is left out.`,
+      details: { pieces: cut },
     });
   }
   if (rows < 100) {

@@ -1,10 +1,11 @@
 import { resolve } from 'node:path';
 import { loadTrainConfig, type TrainConfig, type TrainConfigInput } from '../config/index.js';
 import { isDirectory, removeUnfinished } from '../files.js';
-import { type ResolveOptions, resolveModel } from '../hub/index.js';
+import { publishedId, type ResolveOptions, resolveModel } from '../hub/index.js';
 import { loadAddon } from '../native/load.js';
 import { bytes } from '../report/format.js';
 import { abortedError, throwIfAborted } from './abort.js';
+import { warmStartWarnings } from './adapter-args.js';
 import { checkOutputDir, lockOutputDir } from './output-dir.js';
 import { type RunControl, startRun } from './train-run.js';
 import { loadTrainingData } from './train-setup.js';
@@ -67,8 +68,13 @@ export async function resolveTraining(
   options: Pick<TrainOptions, 'overrides'>,
   resolving: ResolveOptions = {},
 ): Promise<{ config: TrainConfig; modelDir: string; warnings: string[] }> {
-  const { config, warnings } = await loadTrainConfig(input, { overrides: options.overrides });
+  const { config, warnings, given } = await loadTrainConfig(input, { overrides: options.overrides });
   const local = await isDirectory(config.model);
   const modelDir = await resolveModel(config.model, resolving);
-  return { config: { ...config, model: local ? modelDir : config.model }, modelDir, warnings };
+  const model = local ? modelDir : publishedId(config.model);
+  return {
+    config: { ...config, model },
+    modelDir,
+    warnings: [...warnings, ...(await warmStartWarnings(config, given))],
+  };
 }

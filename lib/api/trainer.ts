@@ -14,6 +14,7 @@ import { ARGS_FILE } from './adapter-args.js';
 import {
   copyCheckpointWeights,
   type LogInterval,
+  laterCheckpoints,
   removeOldCheckpoints,
   type TrainerState,
   writeTrainerState,
@@ -50,6 +51,8 @@ import type { TrainEvent, TrainResult } from './types.js';
 const PREFETCH_ROWS = 16;
 /** Decoded pictures that wait ahead of the step that runs, in bytes. */
 const PREFETCH_BYTES = 512 * 2 ** 20;
+/** Rows that a warning names; its details hold all. */
+const SHOWN_ROWS = 5;
 const EMPTY_INTERVAL: LogInterval = { steps: 0, loss: 0, labelledTokens: 0, correctTokens: 0, rows: 0 };
 /** Steps in a row that may change nothing before the run ends. */
 const MAX_SKIPPED_IN_A_ROW = 10;
@@ -63,6 +66,14 @@ export interface TrainerInput {
   data: TrainData;
   /** From reading the config. */
   warnings: string[];
+}
+
+/** Of all evaluation rows. */
+interface Evaluated {
+  /** Mean over the labelled tokens; NaN if a row has no finite loss. */
+  loss: number;
+  labelledTokens: number;
+  correctTokens: number;
 }
 
 /** All that is fixed when the first step begins. */
@@ -106,7 +117,17 @@ export async function runTrainer(input: TrainerInput, control: RunControl): Prom
       tensorboard: config.report_to.includes('tensorboard'),
     });
     try {
-      const warnings = [...input.warnings.map((message) => ({ message })), ...trainingWarnings(config, data, plan)];
+      const warnings: TrainWarning[] = [
+        ...input.warnings.map((message) => ({ message })),
+        ...trainingWarnings(config, data, plan),
+      ];
+      const later = resume ? await laterCheckpoints(outputDir, resume.dir) : [];
+      if (later.length > 0) {
+        warnings.push({
+          message: `${later.join(', ')} are of the run before: until this one has passed them, resume_from_checkpoint: true would go on from the last of them.`,
+          details: { checkpoints: later },
+        });
+      }
       const setup: TrainSetup = { ...input, ...plan, data, fingerprint, resume, loaded, begun, warnings };
       return await new Trainer(setup, control, engine, log).run();
     } catch (error) {
@@ -160,6 +181,7 @@ class Trainer {
   #skippedSteps: number;
   #skippedInARow = 0;
   #rowLimit: number;
+  #evalRowLimit = Number.POSITIVE_INFINITY;
   readonly #advice: LossAdvice = new LossAdvice();
   #lastCheckpoint: { step: number; dir: string } | undefined;
   /** Over the steps of this process. */
@@ -249,6 +271,15 @@ class Trainer {
       await this.#warn(`${name} matches nothing in this model.${near}`, { name, nearest });
     }
     for (const message of begun.warnings) await this.#warn(message);
+    for (const [key, part] of [
+      ['vit_lr', 'vision'],
+      ['aligner_lr', 'projector'],
+    ] as const) {
+      if (config[key] !== null && parts[part] === 0)
+        await this.#warn(
+          `${key} has no effect: nothing of the ${part === 'vision' ? 'vision tower' : part} is trained.`,
+        );
+    }
     for (const { message, details } of warnings) await this.#warn(message, details);
     if (!this.#setup.resume) await this.#checkPictures();
   }
@@ -273,7 +304,8 @@ class Trainer {
       const { result } = await this.#engine.call('train.evaluate', args, { buffers: job.buffers, signal });
       losses.push(result.loss);
     }
-    if (losses[0] === losses[1]) {
+    // of a loss that is not finite the step over the row speaks
+    if (Number.isFinite(losses[0]) && losses[0] === losses[1]) {
       await this.#warn(
         `the answer of ${rowName(row)} does not depend on its picture (the loss with a grey one is the same): check the template and that the row marks the picture with <image>.`,
         { row: rowName(row), loss: losses[0] },
@@ -338,7 +370,8 @@ class Trainer {
       steps: this.#smoothed.steps + 1,
     };
     if (result.overflow) {
-      await this.#countSkipped();
+      // the scale looks for its level, as torch's GradScaler does; at 1 native code calls the gradient not finite
+      this.#skippedSteps += 1;
       await this.#warn(
         `step ${step.step}: the gradients overflowed float16 at loss scale ${result.lossScale}; the step is skipped, the scale halved.`,
         { step: step.step, lossScale: result.lossScale },
@@ -349,18 +382,11 @@ class Trainer {
     await this.#advise(this.#advice.add(result.loss));
   }
 
-  async #countSkipped(error?: MartletError): Promise<void> {
+  /** A step left out for its loss or gradients; too many of them end the run. */
+  #countSkipped(error: MartletError): void {
     this.#skippedSteps += 1;
     this.#skippedInARow += 1;
-    if (this.#skippedInARow < MAX_SKIPPED_IN_A_ROW) return;
-    throw (
-      error ??
-      new MartletError(
-        'ERR_MARTLET_NON_FINITE',
-        `${this.#skippedInARow} steps in a row overflowed float16. Use torch_dtype: bfloat16 or float32, or lower the learning rate.`,
-        { step: this.#step },
-      )
-    );
+    if (this.#skippedInARow >= MAX_SKIPPED_IN_A_ROW) throw error;
   }
 
   /** One optimiser step; undefined when it was left out because its loss or gradients were not finite. */
@@ -410,7 +436,7 @@ class Trainer {
     const { config } = this.#setup;
     const named = this.#withSamples(error, step, microBatches);
     if (config.non_finite === 'stop') throw named;
-    await this.#countSkipped(named);
+    this.#countSkipped(named);
     const checkpoint = config.non_finite === 'rollback' ? this.#lastCheckpoint : undefined;
     if (checkpoint) {
       await this.#engine.call('train.loadState', { dir: checkpoint.dir }, { signal: this.#control.signal });
@@ -493,19 +519,23 @@ class Trainer {
     const started = performance.now();
     const prefetcher = this.#prefetch(rows, evalSchedule.from(1));
     const sum = { loss: 0, labelled: 0, correct: 0 };
+    const notFinite: string[] = [];
     for (let loaded = await prefetcher.next(); loaded; loaded = await prefetcher.next()) {
       if (loaded.microBatches.length === 0) continue;
-      const { args, buffers } = this.#job(loaded.microBatches, rows);
-      const { result } = await this.#engine.call('train.evaluate', args, { buffers, signal: this.#control.signal });
-      sum.loss += result.loss * result.labelledTokens;
-      sum.labelled += result.labelledTokens;
-      sum.correct += result.correctTokens;
+      for (const { result, batch } of await this.#evaluateBatch(loaded.microBatches.flat(), rows)) {
+        if (!Number.isFinite(result.loss)) notFinite.push(...batch.map(({ row }) => rowName(rows[row] as Row)));
+        sum.loss += result.loss * result.labelledTokens;
+        sum.labelled += result.labelledTokens;
+        sum.correct += result.correctTokens;
+      }
     }
-    const result: EvalResult = {
-      loss: sum.loss / sum.labelled,
-      labelledTokens: sum.labelled,
-      correctTokens: sum.correct,
-    };
+    const result = { loss: sum.loss / sum.labelled, labelledTokens: sum.labelled, correctTokens: sum.correct };
+    if (notFinite.length > 0) {
+      await this.#warn(
+        `evaluation at step ${this.#step}: the loss is not finite in ${notFinite.slice(0, SHOWN_ROWS).join(', ')}${notFinite.length > SHOWN_ROWS ? ` and ${notFinite.length - SHOWN_ROWS} more rows` : ''}. Use torch_dtype: bfloat16 or float32, or correct the rows.`,
+        { step: this.#step, rows: notFinite },
+      );
+    }
     const answers = this.#setup.config.predict_with_generate ? await this.#answerRows(rows) : undefined;
     await this.#judge(result, answers);
     const now = performance.now();
@@ -521,8 +551,32 @@ class Trainer {
     this.#mark.time += now - started; // evaluation does not count as training speed
   }
 
+  /** The rows of one batch; in halves where the memory runs out, and so from then on. */
+  async #evaluateBatch(whole: LoadedRow[], rows: Row[]): Promise<{ result: EvalResult; batch: LoadedRow[] }[]> {
+    const { signal } = this.#control;
+    const done: { result: EvalResult; batch: LoadedRow[] }[] = [];
+    let waiting = parts(whole, this.#evalRowLimit);
+    for (let batch = waiting.shift(); batch; batch = waiting.shift()) {
+      const { args, buffers } = this.#job([batch], rows);
+      try {
+        done.push({ result: (await this.#engine.call('train.evaluate', args, { buffers, signal })).result, batch });
+      } catch (error) {
+        const short = error instanceof MartletError && error.code === 'ERR_MARTLET_OUT_OF_MEMORY';
+        if (!short || batch.length <= 1) throw error;
+        this.#evalRowLimit = Math.ceil(batch.length / 2);
+        await this.#engine.call('emptyCache', {}, { signal });
+        await this.#warn(
+          `evaluation at step ${this.#step}: out of memory with ${batch.length} rows at a time. Going on with ${this.#evalRowLimit}.`,
+          { step: this.#step, rows: this.#evalRowLimit },
+        );
+        waiting = parts([batch, ...waiting].flat(), this.#evalRowLimit);
+      }
+    }
+    return done;
+  }
+
   /** Keeps the best value of metric_for_best_model. */
-  async #judge(result: EvalResult, answers: TextScores | undefined): Promise<void> {
+  async #judge(result: Evaluated, answers: TextScores | undefined): Promise<void> {
     const { metric_for_best_model: name } = this.#setup.config;
     const metric = {
       loss: result.loss,
@@ -537,8 +591,9 @@ class Trainer {
     this.#lastEval = { step: this.#step, metric };
   }
 
-  /** By metric_for_best_model; anything is better than nothing. */
+  /** By metric_for_best_model; any number is better than nothing. */
   #isBetter(metric: number, than: number | undefined): boolean {
+    if (Number.isNaN(metric)) return false;
     return than === undefined || (this.#setup.config.metric_for_best_model === 'loss' ? metric < than : metric > than);
   }
 
@@ -547,7 +602,9 @@ class Trainer {
     const { config, data, outputDir } = this.#setup;
     const { signal } = this.#control;
     const lines: { id?: string; row: string; answer: string; reference: string }[] = [];
-    for (const row of rows) {
+    // a row that was split is asked once, whole
+    const whole = rows.filter(({ source, piece }, i) => piece === undefined || rows[i - 1]?.source !== source);
+    for (const row of whole) {
       const last = row.messages.at(-1) as Row['messages'][0];
       const { source: _, id: __, piece: ___, ...input } = row;
       const sample = await data.processor.encode(
@@ -608,7 +665,7 @@ class Trainer {
     });
     this.#lastCheckpoint = { step: this.#step, dir };
     if (config.save_total_limit !== null) {
-      await removeOldCheckpoints(outputDir, config.save_total_limit, this.#best?.dir ?? null);
+      await removeOldCheckpoints(outputDir, config.save_total_limit, { newest: dir, best: this.#best?.dir ?? null });
     }
     await this.#emit({ type: 'checkpoint', step: this.#step, dir });
     this.#mark.time += performance.now() - started;

@@ -155,6 +155,7 @@ export type TrainEvent =
       step: number;
       epoch: number;
       loss: number;
+      /** before clipping; NaN in a float16 step that overflowed (null in JSON) */
       gradNorm: number;
       learningRate: number;
       /** labelled tokens predicted right, 0–1 */

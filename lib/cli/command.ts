@@ -24,6 +24,8 @@ export interface Command {
   footer?: string;
   /** Resolves to the exit code. */
   run(invocation: Invocation): Promise<number>;
+  /** Goes on when nobody reads its output any more. */
+  outlivesReader?: boolean;
 }
 
 /** Options that every verb has. */

@@ -89,7 +89,7 @@ const OPTIONS: OptionSpecs = {
     kind: 'value',
     aliases: ['val_dataset'],
     placeholder: 'FILE',
-    help: 'a JSONL file, one item a line: {"image", "text"} or {"messages", "images", "videos"};\nprints one line of JSON an item; an item that fails gives a line with "error"',
+    help: 'a JSONL file, one item a line: {"image", "text"} or {"messages", "images", "videos"};\nprints one line of JSON an item; an item that fails gives a line with "error",\none whose messages end with an answer has it as "reference"',
   },
   system: { kind: 'value', placeholder: 'TEXT', help: 'system prompt' },
   template: { kind: 'value', placeholder: 'default|ms-swift', help: "chat template; the adapter's own by default" },
@@ -138,6 +138,8 @@ interface Question extends Pick<PromptOptions, 'objects' | (keyof VisionOptions 
   messages: ChatMessage[];
   images: ImageSource[];
   videos: VideoSource[];
+  /** The answer that a row of training data ends with: printed beside the model's, not asked about. */
+  reference?: ChatMessage['content'];
 }
 
 async function run({ options, positionals, io }: Invocation): Promise<number> {
@@ -296,8 +298,13 @@ function toQuestion(item: unknown, where: string): Question {
       typeof row.system === 'string' && row.system !== '' ? [{ role: 'system', content: row.system }] : [];
     if (Array.isArray(row.messages)) {
       const messages = row.messages.flatMap((message, i) => parseMessage(message, `messages.${i}`));
-      if (messages.at(-1)?.role === 'assistant') messages.pop();
-      return { messages: messages[0]?.role === 'system' ? messages : [...system, ...messages], ...beside };
+      // The right answer, which the model is not to see.
+      const reference = messages.at(-1)?.role === 'assistant' ? messages.pop()?.content : undefined;
+      return {
+        messages: messages[0]?.role === 'system' ? messages : [...system, ...messages],
+        ...beside,
+        ...(reference !== undefined && { reference }),
+      };
     }
     if (typeof row.text !== 'string') throw usageError(`${where}: "text" is missing.`, { field: 'text' });
     return { messages: [...system, userMessage(row.text, images.length, videos.length)], ...beside };
@@ -341,7 +348,7 @@ async function batch(model: Model, file: string, settings: Settings, io: CliIo):
       line++;
       if (content.trim() === '') continue;
       try {
-        const question = toQuestion(parseLine(content, file, line), `${file} line ${line}`);
+        const { reference, ...question } = toQuestion(parseLine(content, file, line), `${file} line ${line}`);
         const beside = (paths: ImageSource[]) => Promise.all(paths.map((path) => besideFile(path as string, file)));
         const images = await beside(question.images);
         const videos = await Promise.all(
@@ -349,7 +356,8 @@ async function batch(model: Model, file: string, settings: Settings, io: CliIo):
             Array.isArray(clip) ? beside(clip) : { ...clip, frames: await beside(clip.frames) },
           ),
         );
-        printJson(io, outcome(await model.generate({ ...settings, ...question, images, videos })));
+        const result = outcome(await model.generate({ ...settings, ...question, images, videos }));
+        printJson(io, { ...result, ...(reference !== undefined && { reference }) });
       } catch (error) {
         if (!(error instanceof MartletError) || error.code === 'ERR_MARTLET_ABORTED') throw error;
         failed++;

@@ -104,6 +104,7 @@ async function main(argv: string[], io: CliIo): Promise<number> {
     return 0;
   }
   const parsed = parseCommandLine(rest, { ...(await command.options()), ...COMMON_OPTIONS });
+  outlivesReader = command.outlivesReader === true;
   return command.run({ options: new Options(parsed), positionals: parsed.positionals, io });
 }
 
@@ -122,11 +123,15 @@ function report(error: unknown, json: boolean): number {
   return exitCode(shown);
 }
 
-// a reader that goes away (`martlet infer … | head`) is no failure
-process.stdout.on('error', (error: NodeJS.ErrnoException) => {
-  if (error.code === 'EPIPE') process.exit(0);
-  throw error;
-});
+let outlivesReader = false;
+
+// a reader that goes away (`martlet infer … | head`) is no failure; a training run goes on without it: its files hold what it would have read
+for (const stream of [process.stdout, process.stderr]) {
+  stream.on('error', (error: NodeJS.ErrnoException) => {
+    if (error.code !== 'EPIPE' && error.code !== 'ERR_STREAM_DESTROYED') throw error;
+    if (!outlivesReader) process.exit(0);
+  });
+}
 
 const argv = process.argv.slice(2);
 main(argv, process).then(

@@ -35,6 +35,7 @@ export const command: Command = {
   description: `Fine-tunes a vision-language model (alias: sft). Every key of the config is an option too: --learning_rate 1e-4.
 
 Ctrl-C finishes the step, saves and ends with exit code 0; a second Ctrl-C ends at once.`,
+  outlivesReader: true,
   options: () => ({ ...OWN_OPTIONS, ...CONFIG_OPTIONS }),
   footer: `Examples:
   martlet train --config lora.yaml

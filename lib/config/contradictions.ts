@@ -20,6 +20,9 @@ export function contradictions(config: Config, origin: Map<string, string>): Pro
       ['use_dora', config.use_dora],
       ['modules_to_save', config.modules_to_save.length > 0],
       ['lorap_lr_ratio', config.lorap_lr_ratio !== null],
+      ['use_rslora', config.use_rslora],
+      ['lora_bias', config.lora_bias !== 'none'],
+      ['lora_dtype', config.lora_dtype !== null],
     ] as const) {
       if (given) refuse(key, ' belongs to adapters and means nothing with sft_type: full. Leave it out');
     }
@@ -36,6 +39,18 @@ export function contradictions(config: Config, origin: Map<string, string>): Pro
         );
       }
     }
+  }
+  if (!adapters && config.adapters.length > 0) {
+    refuse(
+      'adapters',
+      ' are not trained by sft_type: full. Merge them first (martlet export) and give that folder as model',
+    );
+  }
+  if (config.non_finite === 'rollback' && config.save_only_model) {
+    refuse(
+      'save_only_model',
+      ': non_finite: rollback goes back to checkpoints with their optimiser. Leave one of them out',
+    );
   }
   const pissa = String(config.init_weights).startsWith('pissa');
   if (pissa && config.use_dora) refuse('init_weights', ': pissa cannot be combined with use_dora. Keep one of them');
@@ -92,15 +107,24 @@ export function contradictions(config: Config, origin: Map<string, string>): Pro
     refuse('truncation_strategy', `: ${config.truncation_strategy} needs max_length`);
   }
 
-  const evaluates = config.val_dataset.length > 0 || config.split_dataset_ratio > 0;
-  if (!evaluates) {
-    for (const [key, given] of [
-      ['predict_with_generate', config.predict_with_generate],
-      ['early_stop_interval', config.early_stop_interval !== null],
-      ['metric_for_best_model', config.metric_for_best_model !== 'loss'],
-      ['load_best_model_at_end', config.load_best_model_at_end],
-    ] as const) {
-      if (given) refuse(key, ' needs evaluation rows: give val_dataset or split_dataset_ratio');
+  const rows = config.val_dataset.length > 0 || config.split_dataset_ratio > 0;
+  const evaluates = rows && (config.eval_strategy ?? config.save_strategy) !== 'no';
+  for (const [key, given] of [
+    ['predict_with_generate', config.predict_with_generate],
+    ['early_stop_interval', config.early_stop_interval !== null],
+    ['metric_for_best_model', config.metric_for_best_model !== 'loss'],
+  ] as const) {
+    if (!given || evaluates) continue;
+    refuse(
+      key,
+      rows
+        ? ' needs evaluations: set eval_strategy to steps or epoch'
+        : ' needs evaluation rows: give val_dataset or split_dataset_ratio',
+    );
+  }
+  if (!rows) {
+    if (config.load_best_model_at_end) {
+      refuse('load_best_model_at_end', ' needs evaluation rows: give val_dataset or split_dataset_ratio');
     }
   } else if (config.load_best_model_at_end) {
     const evaluations = config.eval_strategy ?? config.save_strategy;

@@ -1,7 +1,6 @@
 /** Two dialects in, flat keys out: the tutorial's nested YAML, and ms-swift's flat keys under any of their names. */
 import { join } from 'node:path';
 import type { z } from 'zod';
-import { MODEL_ALIASES } from '../hub/index.js';
 import { VISION_OPTIONS, WITHOUT_EFFECT } from '../processing/vision-options.js';
 import { nearest } from '../suggest.js';
 import { ALIASES, IGNORED, TRAIN_CONFIG_KEYS, type TrainConfig, trainConfigSchema, UNSUPPORTED } from './schema.js';
@@ -210,8 +209,6 @@ function jsonOr(text: string): unknown {
 /** Spellings of a value: names of dtypes, one item for a list, the tutorial's dataset section. */
 function convert(key: string, value: unknown, path: string, flat: FlatConfig): unknown {
   switch (key) {
-    case 'model':
-      return typeof value === 'string' ? spelling(MODEL_ALIASES, value) : value;
     case 'torch_dtype': {
       if (value === null) return 'auto';
       // the tutorial: quantised weights, and with them qlora

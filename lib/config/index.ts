@@ -17,6 +17,8 @@ export interface LoadedConfig {
   config: TrainConfig;
   /** Keys without effect, and the like. */
   warnings: string[];
+  /** Keys that the file or the overrides set. */
+  given: ReadonlySet<string>;
   file?: string;
 }
 
@@ -120,6 +122,7 @@ export function resolveTrainConfig(raw: unknown, where: Where = {}, options: Loa
   return {
     config: complete(parsed.data),
     warnings: [...flat.warnings, ...set.warnings],
+    given: new Set(flat.origin.keys()),
     ...(where.file !== undefined && { file: where.file }),
   };
 }

@@ -1,6 +1,6 @@
 /** Finds a model: a local folder, else a cache of the Hugging Face hub or of ModelScope, else downloaded from the hub. */
 import { resolve } from 'node:path';
-import { MartletError } from '../errors.js';
+import { MartletError, requireText } from '../errors.js';
 import { exists, isDirectory } from '../files.js';
 import { findInHuggingFaceCache, findInModelScopeCache, huggingFaceCache, modelScopeCaches } from './cache.js';
 import { type DownloadProgress, downloadModel, hubEndpoint } from './download.js';
@@ -14,18 +14,24 @@ export interface ResolveOptions {
 }
 
 /** Ids that tutorials use → those that are published. */
-export const MODEL_ALIASES: Record<string, string> = { 'qwen/Qwen-VL-Chat-7B': 'Qwen/Qwen-VL-Chat' };
+const MODEL_ALIASES: Record<string, string> = { 'qwen/Qwen-VL-Chat-7B': 'Qwen/Qwen-VL-Chat' };
+
+/** The published id of a model, whatever a tutorial calls it. */
+export function publishedId(id: string): string {
+  return (Object.hasOwn(MODEL_ALIASES, id) && MODEL_ALIASES[id]) || id;
+}
 
 /** `organisation/name`, as hubs name models. */
 const HUB_ID = /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*$/;
 
 /**
  * The folder of a model given as a folder or a hub id. Rejects with `ERR_MARTLET_MODEL_NOT_FOUND` (naming every place searched),
- * `ERR_MARTLET_HUB` (network, access, damaged download) or `_ABORTED`.
+ * `ERR_MARTLET_HUB` (network, access, damaged download), `_USAGE` (no text) or `_ABORTED`.
  */
 export async function resolveModel(given: string, options: ResolveOptions = {}): Promise<string> {
+  requireText(given, 'model');
   const local = resolve(given);
-  const dirOrId = (Object.hasOwn(MODEL_ALIASES, given) && MODEL_ALIASES[given]) || given;
+  const dirOrId = publishedId(given);
   if (await isDirectory(local)) {
     if (await exists(resolve(local, 'config.json'))) return local;
     const adapter = await exists(resolve(local, 'adapter_config.json'));

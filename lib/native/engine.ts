@@ -66,7 +66,7 @@ export class Engine {
     try {
       const { result, buffers: out } = await Promise.race([job.promise, leftQueue]);
       if (thrown) throw thrown.error;
-      return { result: JSON.parse(result), buffers: out };
+      return { result: JSON.parse(result, notFinite), buffers: out };
     } catch (error) {
       if (thrown) throw thrown.error;
       throw translate(error, here, signal, this.closed);
@@ -97,4 +97,9 @@ function translate(error: unknown, here: Error, signal: AbortSignal | undefined,
   const out = new MartletError(native.code, native.message, details);
   out.stack = `${out.name}: ${out.message}\n${here.stack?.split('\n').slice(2).join('\n') ?? ''}`;
   return out;
+}
+
+/** JSON has no NaN and no infinity: native code's arrive as null. */
+function notFinite(key: string, value: unknown): unknown {
+  return value === null && (key === 'loss' || key === 'gradNorm') ? Number.NaN : value;
 }

@@ -35,7 +35,8 @@ export function createProgressRenderer(stream: ProgressStream): ProgressRenderer
     handle(event) {
       if (event.type === 'start') totalSteps = event.steps;
       if (event.type === 'step' && live) {
-        bar = stepBar(event, totalSteps, stream.columns ?? 80);
+        // a terminal that does not know its size says 0
+        bar = stepBar(event, totalSteps, stream.columns || 80);
         stream.write(CLEAR_LINE + bar);
         return;
       }

@@ -141,6 +141,7 @@ export class RunLog {
       'train/samples_per_second': event.samplesPerSecond,
       'train/data_wait': event.dataWait,
       ...(event.lossScale !== 1 && { 'train/loss_scale': event.lossScale }),
+      ...(event.skippedSteps > 0 && { 'train/skipped_steps': event.skippedSteps }),
       ...(event.modelFlopUtilisation !== undefined && { 'train/MFU': event.modelFlopUtilisation }),
     });
   }
@@ -171,6 +172,7 @@ export class RunLog {
     await this.#scalars(step, {
       'eval/loss': loss,
       'eval/token_acc': tokenAccuracy,
+      'eval/runtime': event.seconds,
       ...Object.fromEntries(Object.entries(answers).map(([key, value]) => [`eval/${key}`, value])),
     });
   }

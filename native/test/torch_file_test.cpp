@@ -250,6 +250,7 @@ TEST("a pickle that is not one of torch.save is refused") {
   check_pickle_refused("\x80\x02}N" + tensor(4, 0, {4}, {1}) + "s.", "no text");
   check_pickle_refused(dict("\x8a\x09" + std::string(9, 'a')), "64 bits");
   check_pickle_refused("\x80\x02}X\xff\xff\xff\xff", "cut short", "a text of 4 GB");
+  check_pickle_refused("\x80\x02}" + text("w\xff") + "Ns.", "not UTF-8", "a name of other bytes");
   check_pickle_refused("\x80\x02}c" + std::string(100000, 'a') + "\nb\n.", "without an end", "an endless name");
   check_pickle_refused(
       "\x80\x02}" + text("w") + tensor(4, 0, {4}, {1}) + "s" + text("w") + tensor(4, 0, {4}, {1}) + "s.", "twice");

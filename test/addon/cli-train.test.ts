@@ -1,10 +1,12 @@
 import assert from 'node:assert/strict';
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
 import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { mkdir, mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
-import { cli, jsonLines } from '../support/cli.js';
+import { cli, jsonLines, MAIN } from '../support/cli.js';
 import { smallConfig } from '../support/train.js';
 
 let root: string;
@@ -172,4 +174,17 @@ test('a run that is killed leaves its finished checkpoints, and its folder free'
     readdirSync(out).filter((name) => name.startsWith('.')),
     [],
   );
+});
+
+test('a run goes on when nobody reads its output any more, and saves', async () => {
+  for (const stream of ['stdout', 'stderr'] as const) {
+    const { file, out } = await project({ max_steps: 30, save_strategy: 'no' });
+    const args = [MAIN, 'train', '--config', file, ...(stream === 'stdout' ? ['--json'] : [])];
+    const child = spawn(process.execPath, args, { stdio: ['ignore', 'pipe', 'pipe'] });
+    child[stream].once('data', () => child[stream].destroy());
+    const [code] = (await once(child, 'close')) as [number];
+    assert.equal(code, 0);
+    assert.ok(existsSync(join(out, 'adapter_model.safetensors')), stream);
+    assert.match(readFileSync(join(out, 'logs', 'train.log'), 'utf8'), /done after 30 steps/);
+  }
 });

@@ -109,15 +109,19 @@ test('infer --input: one line an item, a failing item does not stop the others, 
     '',
     JSON.stringify({ messages: messages.slice(0, 1) }),
     JSON.stringify({ image: 'beside.png' }),
+    JSON.stringify({ messages: messages.slice(0, 2) }),
   ];
   await writeFile(file, lines.join('\n'));
   const { code, stdout } = await cli(['infer', '--model', MODEL, ...GREEDY, '--input', file]);
   assert.equal(code, 1);
   const items = jsonLines(stdout) as unknown as {
     tokenIds?: number[];
+    reference?: string;
     error?: { code: string; details: { line: number } };
   }[];
-  assert.equal(items.length, 5);
+  assert.equal(items.length, 6);
+  assert.deepEqual(items[5]?.tokenIds, items[3]?.tokenIds, 'the answer of a row is not shown to the model');
+  assert.deepEqual([items[5]?.reference, items[3]?.reference], [messages[1]?.content, undefined]);
   assert.deepEqual(items[0]?.tokenIds, expectedJson.greedy.single);
   assert.deepEqual([items[1]?.error?.code, items[1]?.error?.details.line], ['ERR_MARTLET_IMAGE', 2]);
   assert.deepEqual([items[2]?.error?.code, items[2]?.error?.details.line], ['ERR_MARTLET_DATASET', 3]);

@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
-import { loadModel, type Model } from '../../lib/index.js';
+import { convertCheckpoint, loadModel, type Model, mergeAdapter, quantizeModel } from '../../lib/index.js';
 import { expectedJson, expectedPixels, getCase, llava, maxDifference } from '../support/fixtures.js';
 
 const MODEL = join(llava, 'model-4x');
@@ -175,6 +175,40 @@ test('a missing image and a wrong number of images are named, and the model goes
     [...(await model.generate({ ...question('single'), ...greedy })).tokenIds],
     expectedJson.greedy.single,
   );
+});
+
+test('messages that are none are refused by name, as programs without types give them', async () => {
+  const ask = (messages: unknown) => model.generate({ messages } as Parameters<typeof model.generate>[0]);
+  for (const [messages, field] of [
+    [undefined, 'messages'],
+    [[], 'messages'],
+    ['hello', 'messages'],
+    [[null], 'messages.0.role'],
+    [[{ role: 'bot', content: 'x' }], 'messages.0.role'],
+    [[{ role: 'user', content: 'x' }, { role: 'assistant' }], 'messages.1.content'],
+  ] as const) {
+    await assert.rejects(ask(messages), (error: Error & { code: string; details: { field: string } }) => {
+      assert.deepEqual([error.code, error.details.field], ['ERR_MARTLET_USAGE', field]);
+      return true;
+    });
+  }
+});
+
+test('paths that are left out are refused by name', async () => {
+  const nothing = {} as never;
+  for (const [work, field] of [
+    [() => loadModel(undefined as never), 'model'],
+    [() => loadModel(MODEL, { adapters: 'out' as never }), 'adapters'],
+    [() => mergeAdapter(nothing), 'adapter'],
+    [() => mergeAdapter({ adapter: 'out' } as never), 'outputDir'],
+    [() => convertCheckpoint(nothing), 'outputDir'],
+    [() => quantizeModel(nothing), 'outputDir'],
+  ] as const) {
+    await assert.rejects(work, (error: Error & { code: string; details: { field: string } }) => {
+      assert.deepEqual([error.code, error.details.field], ['ERR_MARTLET_USAGE', field]);
+      return true;
+    });
+  }
 });
 
 test('a prompt that fills the model is refused; a long answer ends where the positions end', async () => {

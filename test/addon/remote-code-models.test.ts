@@ -351,6 +351,8 @@ test("the tutorial's whole way: its YAML and its data unmodified, its commands",
   const out = 'output/qwen_vl_lora';
   for (const name of ['adapter_model.safetensors', 'adapter_config.json', 'args.yaml', 'logs/train.log', 'runs'])
     assert.ok(existsSync(join(dir, out, name)), name);
+  const { base_model_name_or_path: base } = JSON.parse(readFileSync(join(dir, out, 'adapter_config.json'), 'utf8'));
+  assert.equal(base, 'Qwen/Qwen-VL-Chat', 'the id that is published');
 
   const inputs = JSON.stringify({ image: 'custom_data/images/cat.jpg', text: '这只猫是什么颜色?' });
   const common = ['--model_id', 'qwen/Qwen-VL-Chat-7B', '--adapter_name_or_path', out, '--max_new_tokens', '4'];
@@ -362,4 +364,10 @@ test("the tutorial's whole way: its YAML and its data unmodified, its commands",
   assert.equal(merged.code, 0, merged.stderr);
   assert.equal(JSON.parse(merged.stdout).mergedTensors, 2);
   assert.ok(existsSync(join(dir, 'merged/modeling_remote.py')));
+
+  // a folder of the name that the config gives comes before any cache
+  cpSync(models.qwen_vl_chat, join(dir, 'qwen/Qwen-VL-Chat-7B'), { recursive: true });
+  const local = await run(['train', '--config', 'qwen_vl_lora.yaml', '--dry_run', '--output_dir', 'other', '--json']);
+  assert.equal(local.code, 0, local.stderr);
+  assert.equal(JSON.parse(local.stdout).config.model, join(dir, 'qwen/Qwen-VL-Chat-7B'));
 });

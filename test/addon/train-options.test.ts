@@ -243,6 +243,13 @@ describe('what is trained', () => {
       code: 'ERR_MARTLET_CONFIG',
       message: /v_proj/,
     });
+    await assert.rejects(train(smallConfig(await folder(), { ...fast, target_modules: ['lm_head'] })), {
+      code: 'ERR_MARTLET_CONFIG',
+      message: /lm_head gets no adapter: .* modules_to_save trains it as a whole/,
+    });
+    const beside = await train(smallConfig(await folder(), { ...fast, target_modules: ['q_proj', 'embed_tokens'] }));
+    assert.match(warnings(beside.events), /embed_tokens gets no adapter/);
+    assert.doesNotMatch(warnings(beside.events), /matches nothing/);
     await assert.rejects(train(smallConfig(await folder(), { ...fast, modules_to_save: ['lm_haed'] })), {
       code: 'ERR_MARTLET_CONFIG',
       message: /lm_head/,
@@ -309,6 +316,24 @@ describe('what is trained', () => {
         message: new RegExp(key.replace('_regex', '')),
       });
     }
+  });
+
+  test('a run from an adapter says which options the adapter settles; rates of frozen parts are said to do nothing', async () => {
+    const dir = await folder();
+    const { events } = await train(smallConfig(dir, { ...fast, max_steps: 1, vit_lr: 1e-5, aligner_lr: 1e-5 }));
+    assert.match(warnings(events), /vit_lr has no effect: nothing of the vision tower is trained/);
+    assert.match(warnings(events), /aligner_lr has no effect: nothing of the projector is trained/);
+    const warm = async (changes: Record<string, unknown>) => {
+      const config = smallConfig(await folder(), { ...fast, max_steps: 1, adapters: join(dir, 'out'), ...changes });
+      const warmed = await train(config);
+      assert.equal(start(warmed.events).targets, 21, 'the modules of the adapter');
+      return warnings(warmed.events);
+    };
+    assert.match(
+      await warm({ lora_rank: 16, use_dora: true, modules_to_save: ['lm_head'], target_modules: ['q_proj'] }),
+      /lora_rank, use_dora, target_modules, modules_to_save: without effect/,
+    );
+    assert.doesNotMatch(await warm({ target_modules: 'all-linear' }), /without effect/);
   });
 
   test('lora_target: all means all-linear; a list beside it wins, as in the tutorial', async () => {
@@ -487,6 +512,52 @@ describe('data', () => {
     });
   });
 
+  test('pieces of a row are set aside together, and asked once', async () => {
+    const dir = await folder();
+    const rows = ['one', 'two', 'three', 'four'].map((id) => ({
+      id,
+      messages: [
+        { role: 'user', content: 'Count.' },
+        { role: 'assistant', content: `${id} `.repeat(30) },
+      ],
+    }));
+    writeFileSync(join(dir, 'long.json'), JSON.stringify(rows));
+    const { events } = await train(
+      smallConfig(dir, {
+        ...fast,
+        max_steps: 1,
+        eval_strategy: 'steps',
+        eval_steps: 1,
+        dataset: join(dir, 'long.json'),
+        max_length: 24,
+        truncation_strategy: 'split',
+        split_dataset_ratio: 0.25,
+        predict_with_generate: true,
+        max_new_tokens: 2,
+      }),
+    );
+    assert.ok(start(events).rows > 6, String(start(events).rows));
+    assert.match(warnings(events), new RegExp(`${start(events).rows} of ${start(events).rows} rows are pieces`));
+    const answers = readFileSync(join(dir, 'out', 'predict.jsonl'), 'utf8')
+      .trim()
+      .split('\n');
+    assert.equal(answers.length, 1);
+    const { id } = JSON.parse(answers[0] as string);
+    // the rows that are left are the pieces of the other three
+    const other = await folder();
+    writeFileSync(join(other, 'long.json'), JSON.stringify(rows.filter((row) => row.id !== id)));
+    const rest = await train(
+      smallConfig(other, {
+        ...fast,
+        max_steps: 1,
+        dataset: join(other, 'long.json'),
+        max_length: 24,
+        truncation_strategy: 'split',
+      }),
+    );
+    assert.equal(start(rest.events).rows, start(events).rows);
+  });
+
   test('group_by_length runs every row', async () => {
     const { events } = await train(
       smallConfig(await folder(), { ...fast, group_by_length: true, max_steps: -1, num_train_epochs: 1 }),
@@ -630,6 +701,35 @@ describe('runs', () => {
     }
   });
 
+  test('an evaluation row without a finite loss: named, and never the best', async () => {
+    const names = [...cases.keys()];
+    const dir = await folder();
+    const model = modelWithBadToken(join(dir, 'model'), tokenOnlyIn('single', names));
+    const other = join(dir, 'other.json');
+    writeFileSync(other, JSON.stringify([row('chinese'), row('text-only')]));
+    writeFileSync(join(dir, 'val.json'), JSON.stringify([row('chinese'), row('single')]));
+    const { result, events } = await train(
+      smallConfig(dir, {
+        ...fast,
+        model,
+        dataset: other,
+        val_dataset: join(dir, 'val.json'),
+        save_strategy: 'steps',
+        save_steps: 1,
+      }),
+    );
+    const evals = events.filter((event) => event.type === 'eval');
+    assert.equal(evals.length, 3);
+    assert.ok(evals.every(({ loss }) => Number.isNaN(loss)));
+    assert.match(warnings(events), /evaluation at step 1: the loss is not finite in val\.json row 1\./);
+    assert.equal(result.bestCheckpoint, undefined);
+    const trained = await train(
+      smallConfig(await folder(), { ...fast, model, dataset: join(dir, 'val.json'), max_steps: 1, non_finite: 'skip' }),
+    );
+    assert.equal(trained.result.skippedSteps, 1);
+    assert.doesNotMatch(warnings(trained.events), /does not depend on its picture/, 'two losses that are not numbers');
+  });
+
   test('float16: planted overflows are skipped, counted and said; the scale falls until the run learns', async () => {
     const model = modelWithLargeHead(join(await folder(), 'model'), 40);
     const { result, events } = await train(
@@ -639,9 +739,23 @@ describe('runs', () => {
     assert.match(warnings(events), /overflowed float16 at loss scale 65536/);
     const scales = steps(events).map(({ lossScale }) => lossScale);
     assert.equal(scales.at(-1), 65536 / 2 ** result.skippedSteps);
+    assert.ok(Number.isNaN(steps(events)[0]?.gradNorm), 'no norm rather than a wrong one');
     const curve = losses(events);
     assert.equal(curve[0] !== undefined && Number.isFinite(curve[0]), true);
     assert.ok((curve.at(-1) as number) < (curve[0] as number));
+
+    // more halvings than non_finite allows of steps in a row
+    const large = modelWithLargeHead(join(await folder(), 'model'), 640);
+    const far = await train(
+      smallConfig(await folder(), {
+        ...fast,
+        model: large,
+        torch_dtype: 'float16',
+        max_steps: 16,
+        learning_rate: 1e-6,
+      }),
+    );
+    assert.ok(far.result.skippedSteps > 10 && far.result.skippedSteps < 16, String(far.result.skippedSteps));
   });
 
   test('advice: a flat loss, rows without pictures, a rate out of the usual range, pictures that change nothing', async () => {

@@ -1,6 +1,6 @@
 /** Shortage of memory, simulated by a ceiling on CPU tensors (MARTLET_CPU_MEMORY_LIMIT). */
 import assert from 'node:assert/strict';
-import { mkdir, mkdtemp, rm } from 'node:fs/promises';
+import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
@@ -59,4 +59,34 @@ test('a step that does not fit is done in halves, with the same loss; one row th
   assert.equal(none.last.code, 'ERR_MARTLET_OUT_OF_MEMORY');
   assert.match(none.last.message, /one row at a time/);
   assert.match(none.last.message, /gradient_checkpointing: layer saves about/);
+});
+
+test('an evaluation that does not fit is done in halves, with the same loss', async () => {
+  const changes = {
+    per_device_train_batch_size: 1,
+    gradient_checkpointing: true,
+    max_steps: 1,
+    eval_strategy: 'steps',
+    eval_steps: 1,
+    per_device_eval_batch_size: 64,
+  };
+  const dir = join(root, 'rows');
+  await mkdir(dir);
+  const row = {
+    messages: [
+      { role: 'user', content: 'Count.' },
+      { role: 'assistant', content: 'one two '.repeat(40) },
+    ],
+  };
+  await writeFile(join(dir, 'val.json'), JSON.stringify(Array.from({ length: 64 }, () => row)));
+  const evaluate = { ...changes, val_dataset: join(dir, 'val.json') };
+  const most = (events: TrainEvent[]) =>
+    Math.max(...events.flatMap((event) => (event.type === 'step' ? [event.memoryAllocated] : [])));
+  const loss = (events: TrainEvent[]) => events.find((event) => event.type === 'eval')?.loss as number;
+  const free = await run('eval-free', 1e12, evaluate);
+  const tight = await run('eval-tight', Math.round(2 * most(free.events)), evaluate);
+  assert.equal(tight.code, 0, JSON.stringify(tight.last));
+  const said = tight.events.flatMap((event) => (event.type === 'warning' ? [event.message] : [])).join('\n');
+  assert.match(said, /evaluation at step 1: out of memory with 64 rows at a time\. Going on with 32\./);
+  assert.ok(Math.abs(loss(free.events) - loss(tight.events)) < 1e-4, `${loss(free.events)} ${loss(tight.events)}`);
 });

@@ -40,7 +40,7 @@ test("the tutorial's file, unmodified", async () => {
   const wanted: Partial<TrainConfig> = {
     experiment_name: 'qwen_vl_7b_lora',
     model_type: 'qwen-vl-chat',
-    model: 'Qwen/Qwen-VL-Chat', // the id that is published
+    model: 'qwen/Qwen-VL-Chat-7B', // a folder of this name comes before the id that is published
     torch_dtype: 'float16', // fp16 twice, which is no contradiction
     device: 'auto',
     dataset: [{ path: 'custom_data/data.json', dataset_root: './custom_data', image_folder: 'images' }],
@@ -169,6 +169,17 @@ test('contradictions are errors, agreements are not', () => {
     problems('model: m\ndataset: { train: a, eval: b }\nval_dataset: c\n').join(),
     /contradicts dataset\.eval/,
   );
+  for (const [keys, message] of [
+    ['sft_type: full\nadapters: out', /adapters are not trained by sft_type: full/],
+    ['sft_type: full\nuse_rslora: true', /use_rslora belongs to adapters/],
+    ['sft_type: full\nlora_bias: all', /lora_bias belongs to adapters/],
+    ['val_dataset: v\neval_strategy: no\npredict_with_generate: true', /predict_with_generate needs evaluations/],
+    ['val_dataset: v\nsave_strategy: no\nearly_stop_interval: 2', /early_stop_interval needs evaluations/],
+    ['early_stop_interval: 2', /early_stop_interval needs evaluation rows/],
+    ['load_best_model_at_end: true', /load_best_model_at_end needs evaluation rows/],
+    ['non_finite: rollback\nsave_only_model: true', /save_only_model: non_finite: rollback goes back to checkpoints/],
+  ] as const)
+    assert.match(problems(`${BASE}${keys}\n`).join(), message);
 });
 
 test('what is not supported is refused unless its value changes nothing', () => {

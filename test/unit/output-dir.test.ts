@@ -5,7 +5,7 @@ import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promis
 import { hostname, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
-import { findCheckpoint, readTrainerState, removeOldCheckpoints } from '../../lib/api/checkpoint.js';
+import { findCheckpoint, laterCheckpoints, readTrainerState, removeOldCheckpoints } from '../../lib/api/checkpoint.js';
 import { checkOutputDir, listCheckpoints, lockOutputDir, removeRun } from '../../lib/api/output-dir.js';
 import { removeUnfinished, writeDirAtomic, writeFileAtomic } from '../../lib/files.js';
 
@@ -111,13 +111,31 @@ test('checkpoints are found and thinned out: the newest and the best stay', asyn
   const left = async () => (await listCheckpoints(dir)).map(({ step }) => step);
   assert.deepEqual(await left(), [5, 10, 15, 20, 100]);
   assert.equal(await findCheckpoint(dir, true), join(dir, 'checkpoint-100'));
-  await removeOldCheckpoints(dir, 3, join(dir, 'checkpoint-5'));
+  const newest = join(dir, 'checkpoint-100');
+  await removeOldCheckpoints(dir, 3, { newest, best: join(dir, 'checkpoint-5') });
   assert.deepEqual(await left(), [5, 20, 100]);
-  await removeOldCheckpoints(dir, 1, join(dir, 'checkpoint-5'));
+  await removeOldCheckpoints(dir, 1, { newest, best: join(dir, 'checkpoint-5') });
   assert.deepEqual(await left(), [5, 100]);
-  await removeOldCheckpoints(dir, 1, null);
-  assert.deepEqual(await left(), [100]);
+  await removeOldCheckpoints(dir, 1, { newest, best: newest });
+  assert.deepEqual(await left(), [100], 'the newest is the best: one is enough');
   await assert.rejects(findCheckpoint(await folder(['x']), true), { code: 'ERR_MARTLET_IO' });
+});
+
+test('continued from before the last checkpoint, a run keeps its own and lets the later ones go', async () => {
+  const dir = await folder([2, 4, 6].map((step) => `checkpoint-${step}/x`));
+  assert.deepEqual(await laterCheckpoints(dir, join(dir, 'checkpoint-2')), ['checkpoint-4', 'checkpoint-6']);
+  assert.deepEqual(await laterCheckpoints(dir, join(dir, 'checkpoint-6')), []);
+  assert.deepEqual(await laterCheckpoints(dir, join(root, 'elsewhere', 'checkpoint-2')), []);
+  await mkdir(join(dir, 'checkpoint-3'));
+  await removeOldCheckpoints(dir, 2, { newest: join(dir, 'checkpoint-3'), best: null });
+  assert.deepEqual(
+    (await listCheckpoints(dir)).map(({ step }) => step),
+    [2, 3],
+  );
+  await assert.rejects(readTrainerState(join(dir, 'checkpoint-9')), {
+    code: 'ERR_MARTLET_IO',
+    message: /there is no checkpoint/,
+  });
 });
 
 test('a checkpoint without its state is refused with the way to use its weights', async () => {

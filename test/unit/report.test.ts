@@ -86,6 +86,11 @@ test('on a terminal the bar is redrawn in place and keeps within the width', () 
     assert.ok(!drawn.includes('\n'), 'no new line');
     assert.ok(drawn.length - '\r\x1b[2K'.length < columns, `fits into ${columns} columns`);
   }
+  const unknown = new Screen(true, 0);
+  const plain = createProgressRenderer(unknown);
+  plain.handle(start);
+  plain.handle(step);
+  assert.ok(unknown.text.includes('46/189'), 'a terminal that does not know its width shows a bar too');
   const wide = new Screen(true, 140);
   const progress = createProgressRenderer(wide);
   progress.handle(start);

@@ -285,6 +285,16 @@ void Machine::reduce() {
   }
 }
 
+// Names become JSON, which takes nothing else.
+bool is_utf8(const std::string& text) {
+  try {
+    (void)json(text).dump();
+    return true;
+  } catch (const json::type_error&) {
+    return false;
+  }
+}
+
 void Machine::step(uint8_t opcode) {
   switch (opcode) {
     case kEmptyDict:
@@ -308,6 +318,7 @@ void Machine::step(uint8_t opcode) {
     case kBinUnicode: {
       const size_t size = number(4);
       push(Value::kText).text = take(size);
+      if (!is_utf8(top().text)) broken("its pickle holds a text that is not UTF-8");
       break;
     }
     case kBinInt:

@@ -213,18 +213,30 @@ TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std
                            ", which stays frozen because " + freeze_flag(part) + " is true; set " + freeze_flag(part) +
                            ": false to train them.");
   }
+  std::string without_pairs;
   for (const std::string& name : names) {
-    if (!matched_names.count(name)) out.unmatched.emplace_back(name, nearest_names(name, last_names));
+    if (matched_names.count(name)) continue;
+    if (std::any_of(all.begin(), all.end(), [&](const std::string& path) { return matches_name(path, name); })) {
+      without_pairs =
+          name + " gets no adapter: only linear modules other than the head do. modules_to_save trains it as a whole.";
+      out.warnings.push_back(without_pairs);
+    } else {
+      out.unmatched.emplace_back(name, nearest_names(name, last_names));
+    }
   }
   if (out.linears.empty()) {
     const std::string asked = regex.empty() ? joined(names) : regex;
     const std::vector<std::string> known(last_names.begin(), last_names.end());
+    std::string hint = without_pairs.empty() ? "" : " " + without_pairs;
+    if (asked == "all-linear")
+      hint = " Every part with such modules is frozen or trained as a whole; sft_type: full trains a projector alone.";
     fail(code::kConfig,
          "target_modules matched no module that may be trained (asked for: " + asked +
              "). The model's linear modules are: " + joined(known) +
              (refused.empty()
                   ? "."
-                  : "; the modules that did match are in a frozen part (see freeze_vit, freeze_aligner, freeze_llm)."),
+                  : "; the modules that did match are in a frozen part (see freeze_vit, freeze_aligner, freeze_llm).") +
+             hint,
          {{"path", "target_modules"}, {"asked", asked}, {"known", known}});
   }
   describe_for_peft(out, all);

@@ -133,7 +133,10 @@ void Trainer::begin_lora(std::vector<TrainedParameter>& trained, GroupBuilder& g
   if (!options_.adapter_dir.empty()) {
     adapter_ = attach_adapter(model_, read_adapter(options_.adapter_dir, family_.canonical_key), is_unused, at::kFloat,
                               device_, options_.adapter_dir);
-    for (auto& [path, layer] : adapter_.layers) layer.dropout = options_.lora.lora_dropout;
+    for (auto& [path, layer] : adapter_.layers) {
+      layer.dropout = options_.lora.lora_dropout;
+      targets_.linears.emplace_back(path, linears.at(path));
+    }
     adapter_.config.lora_dropout = options_.lora.lora_dropout;
     if (whole_projector) {
       // Where the adapter does not bring it along, it begins as it is in the model.
