@@ -368,7 +368,6 @@ class LoadedModel implements Model {
     this.#checkOpen();
     const { messages, images = [], videos, objects, signal } = options;
     throwIfAborted(signal);
-    checkMessages(messages);
     try {
       return await this.#processorOf(options.adapter).encode(
         { messages, images, videos, objects, vision: pickVisionOptions(options) },
@@ -477,27 +476,6 @@ function stopStrings(stop: string | string[] | undefined): string[] {
 }
 
 type Settings = Record<'maxNewTokens' | 'temperature' | 'topP' | 'topK' | 'repetitionPenalty' | 'seed', number>;
-
-const ROLES = ['system', 'user', 'assistant'];
-
-/** What a program without types may give. */
-function checkMessages(messages: unknown): void {
-  const wrong = (message: string, field: string) => {
-    throw new MartletError('ERR_MARTLET_USAGE', message, { field });
-  };
-  if (!Array.isArray(messages) || messages.length === 0)
-    wrong('messages must be a list of at least one { role, content }.', 'messages');
-  for (const [i, message] of (messages as ({ role?: unknown; content?: unknown } | null)[]).entries()) {
-    const { role, content } = message ?? {};
-    if (!ROLES.includes(role as string))
-      wrong(`messages[${i}].role must be ${ROLES.join(', ')}, not ${JSON.stringify(role)}.`, `messages.${i}.role`);
-    if (typeof content !== 'string' && !Array.isArray(content))
-      wrong(
-        `messages[${i}].content must be a text or a list of parts, not ${JSON.stringify(content)}.`,
-        `messages.${i}.content`,
-      );
-  }
-}
 
 function checkSettings(settings: Settings): void {
   const rules: Record<keyof Settings, [(value: number) => boolean, string]> = {

@@ -183,7 +183,7 @@ test('messages that are none are refused by name, as programs without types give
     [undefined, 'messages'],
     [[], 'messages'],
     ['hello', 'messages'],
-    [[null], 'messages.0.role'],
+    [[null], 'messages.0'],
     [[{ role: 'bot', content: 'x' }], 'messages.0.role'],
     [[{ role: 'user', content: 'x' }, { role: 'assistant' }], 'messages.1.content'],
   ] as const) {
