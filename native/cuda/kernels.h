@@ -62,6 +62,14 @@ struct Int8 {
   Type type;
 };
 
+struct CrossEntropy {
+  void* logits;            // [rows, columns], contiguous
+  const int64_t* targets;  // [rows], each in [0, columns)
+  int64_t rows;
+  int32_t columns;
+  Type type;
+};
+
 struct Kernels {
   // y = x · rstd rounded to 16 bits, times the weight; rstd (float32, [rows]) may be null.
   Status (*rms_norm)(const RmsNorm& op, double eps, void* y, float* rstd, void* stream);
@@ -80,13 +88,17 @@ struct Kernels {
   // gradients in place of gate_up, and what the forward gave in place of dy.
   Status (*swiglu_halves)(const void* gate_up, void* out, int64_t rows, int32_t columns, Type type, void* stream);
   Status (*swiglu_halves_backward)(void* gate_up, void* dy, int64_t rows, int32_t columns, Type type, void* stream);
+  // Each row's (1 − smoothing) · −log p(target) + smoothing · the mean of −log p over its columns, float32, and whether
+  // the target is the first of its largest logits. With `gradient`, scale · the gradient is put in place of the logits.
+  Status (*cross_entropy)(const CrossEntropy& op, float scale, float smoothing, bool gradient, float* losses,
+                          bool* correct, void* stream);
   Status (*nf4_dequantize)(const Nf4& op, void* out, void* stream);
   Status (*int8_dequantize)(const Int8& op, void* out, void* stream);
   DecodeKernels decode;
 };
 
 // The only symbol of the library; its name changes with the struct, so that an old library is never called wrongly.
-inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_4";
+inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_5";
 using EntryPoint = const Kernels* (*)();
 
 }  // namespace martlet::cuda

@@ -93,6 +93,8 @@ Status swiglu_backward(const void* gate, const void* up, const void* dy, void* d
                        void* stream);
 Status swiglu_halves(const void* gate_up, void* out, int64_t rows, int32_t columns, Type type, void* stream);
 Status swiglu_halves_backward(void* gate_up, void* dy, int64_t rows, int32_t columns, Type type, void* stream);
+Status cross_entropy(const CrossEntropy& op, float scale, float smoothing, bool gradient, float* losses, bool* correct,
+                     void* stream);
 Status nf4_dequantize(const Nf4& op, void* out, void* stream);
 Status int8_dequantize(const Int8& op, void* out, void* stream);
 extern const DecodeKernels decode_kernels;

@@ -12,6 +12,7 @@
 #include "core/nn/norm.h"
 #include "core/nn/rope.h"
 #include "core/quant/quantized_tensor.h"
+#include "core/train/loss.h"
 #include "core/vision/image_ops.h"
 #include "cuda/gpu.h"
 
@@ -200,6 +201,47 @@ TEST("SwiGLU of halves of rows and its gradients in place") {
       check_near(actual[1], expected[1], 2, 1, what + ", gradients");
     }
   }
+}
+
+TEST("cross-entropy of 16-bit logits: losses, first largest logit and gradient, one chunk and several") {
+  for (const at::ScalarType type : kTypes) {
+    // An identity of a head: the logits are the hidden states themselves, ties and all, so only the rows' own
+    // arithmetic differs. Odd widths take the scalar path.
+    for (const auto& [rows, vocab] :
+         std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {33, 7}, {5, 264}, {130, 2049}, {600, 4096}}) {
+      const at::Tensor logits = (4 * randn({rows, vocab}, 1)).to(type), head = at::eye(vocab).to(type);
+      at::Tensor targets = at::arange(rows, at::kLong).remainder(vocab);
+      targets.narrow(0, 0, rows / 2).copy_(logits.narrow(0, 0, rows / 2).argmax(1));
+      for (const double smoothing : {0.0, 0.1}) {
+        const double scale = 3.0 / static_cast<double>(rows);
+        const auto run = [&](at::Device device) {
+          const at::Tensor hidden = logits.to(device).requires_grad_(true), weight = head.to(device);
+          const LossOutput out = chunked_cross_entropy(hidden, weight, targets.to(device), scale, smoothing);
+          const at::Tensor grad = torch::autograd::grad({out.loss}, {hidden})[0];
+          const at::NoGradGuard no_grad;
+          return Tensors{out.loss.detach().cpu(), out.correct.cpu(),
+                         target_logprobs(hidden, weight, targets.to(device)).cpu(), grad.cpu()};
+        };
+        const Tensors expected = run(at::kCPU), actual = run(gpu());
+        const std::string what = std::to_string(rows) + "×" + std::to_string(vocab);
+        EXPECT_CLOSE(actual[0], expected[0], 2e-6 * std::max(1.0, expected[0].item<double>()));
+        EXPECT_EQ(actual[1].item<int64_t>(), expected[1].item<int64_t>());
+        EXPECT_CLOSE(actual[2], expected[2], 1e-5 * std::max(1.0, expected[2].abs().max().item<double>()));
+        check_near(actual[3], expected[3], 2, 1e-3 * scale, "cross-entropy of " + what + ", gradient");
+      }
+    }
+  }
+  // Several chunks: 2^26 / 2^18 = 256 rows at a time.
+  const at::Tensor hidden = randn({600, 8}, 1).to(at::kBFloat16), head = randn({1 << 18, 8}, 2).to(at::kBFloat16),
+                   targets = at::arange(600, at::kLong);
+  const auto run = [&](at::Device device) {
+    const at::Tensor leaf = hidden.to(device).requires_grad_(true);
+    const LossOutput out = chunked_cross_entropy(leaf, head.to(device), targets.to(device), 1.0 / 600);
+    return Tensors{out.loss.detach().cpu(), torch::autograd::grad({out.loss}, {leaf})[0].cpu()};
+  };
+  const Tensors expected = run(at::kCPU), actual = run(gpu());
+  EXPECT_CLOSE(actual[0], expected[0], 1e-3);
+  check_near(actual[1], expected[1], 4, expected[1].abs().max().item<double>() / 4, "cross-entropy in chunks");
 }
 
 TEST("SwiGLU and its gradients") {

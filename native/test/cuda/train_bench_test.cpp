@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "core/base/memory.h"
+#include "core/train/loss.h"
 #include "cuda/gpu.h"
 #include "layer_case.h"
 
@@ -123,4 +124,43 @@ TEST("train-bench: milliseconds of a layer, forward and backward") {
   measure(grouped, 8);
   measure(two, 8);
   measure(two, 2);
+}
+
+TEST("train-bench: milliseconds of the loss, forward and backward") {
+  const auto measure = [](int64_t rows, int64_t hidden_size, int64_t vocab) {
+    const at::TensorOptions options = at::TensorOptions().dtype(at::kBFloat16).device(gpu());
+    const at::Tensor hidden = at::empty({rows, hidden_size}, options).normal_().requires_grad_(true),
+                     weight = at::empty({vocab, hidden_size}, options).normal_(0, 0.02),
+                     targets = at::arange(rows, options.dtype(at::kLong));
+    const auto timed = [](const auto& step) {
+      for (int i = 0; i < 3; ++i) step();
+      synchronize(gpu());
+      reset_peak_memory(gpu());
+      const int64_t before = memory_stats(gpu()).allocated;
+      constexpr int kRepeats = 10;
+      const auto start = std::chrono::steady_clock::now();
+      for (int i = 0; i < kRepeats; ++i) step();
+      synchronize(gpu());
+      const std::chrono::duration<double, std::milli> all = std::chrono::steady_clock::now() - start;
+      return std::pair(all.count() / kRepeats,
+                       static_cast<double>(memory_stats(gpu()).peak_allocated - before) / (1 << 20));
+    };
+    const auto [own, own_memory] = timed([&] {
+      torch::autograd::backward({chunked_cross_entropy(hidden, weight, targets, 1.0 / 4096).loss});
+      hidden.mutable_grad().reset();
+    });
+    const auto [products, unused] = timed([&] {
+      const at::NoGradGuard no_grad;
+      for (int64_t start = 0; start < rows; start += 1024) {
+        const int64_t count = std::min<int64_t>(1024, rows - start);
+        at::mm(at::mm(hidden.narrow(0, start, count), weight.t()), weight);
+      }
+    });
+    std::printf("  loss of %d rows, %d x %d: %.3f ms (its two products alone %.3f), peak %.0f MiB\n",
+                static_cast<int>(rows), static_cast<int>(hidden_size), static_cast<int>(vocab), own, products,
+                own_memory);
+    (void)unused;
+  };
+  measure(3584, 4096, 32064);
+  measure(3584, 1536, 151936);
 }
