@@ -1,6 +1,6 @@
 #include "cuda/vector.cuh"
 
-extern "C" __attribute__((visibility("default"))) const martlet::cuda::Kernels* martlet_cuda_kernels_5() {
+extern "C" __attribute__((visibility("default"))) const martlet::cuda::Kernels* martlet_cuda_kernels_6() {
   using namespace martlet::cuda;
   static const Kernels kernels = {
       rms_norm,       rms_norm_backward, add_rms_norm,  rms_norm_backward_add,  rotary,

@@ -170,10 +170,14 @@ void Decoder::place(DecoderPass& pass, const at::Tensor& positions, const std::v
 
 void Decoder::stack_weights() {
   for (const auto& layer : layers) {
-    stack_layer_weights(*layer);
+    stack_layer_weights(*layer, pair_form(embed_tokens.weight.device()));
     // What was stacked from is of another size: without this the allocator would hold it beside the stacks.
     empty_cache(embed_tokens.weight.device());
   }
+}
+
+void Decoder::refresh_pairs() {
+  for (const auto& layer : layers) refresh_layer_pairs(*layer);
 }
 
 at::Tensor Decoder::forward(at::Tensor hidden, const DecoderPass& pass) const {

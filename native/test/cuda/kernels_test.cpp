@@ -162,6 +162,46 @@ TEST("RMSNorm for a backward of one's own: of a sum, and its gradient with anoth
   }
 }
 
+TEST("RMSNorm and SwiGLU into rows that lie further apart, from such rows: the same bits, and nothing between them") {
+  const at::NoGradGuard no_grad;
+  for (const at::ScalarType type : kTypes) {
+    for (const auto& [columns, gap] :
+         std::vector<std::pair<int64_t, int64_t>>{{7, 1}, {128, 3}, {128, 64}, {4096, 64}}) {
+      constexpr int64_t kRows = 33;
+      const auto drawn = [&](uint64_t seed, int64_t width) { return randn({kRows, width}, seed).to(type).to(gpu()); };
+      const auto apart = [&, gap = gap](const at::Tensor& x) {
+        at::Tensor rows = at::full({kRows, x.size(1) + gap}, 7, x.options());
+        rows.narrow(1, 0, x.size(1)).copy_(x);
+        return rows.narrow(1, 0, x.size(1));
+      };
+      const auto check = [&, gap = gap](const at::Tensor& actual, const at::Tensor& expected) {
+        EXPECT_SAME(actual.contiguous().cpu(), expected.cpu());
+        const at::Tensor between = actual.as_strided({kRows, gap}, actual.strides(), actual.size(1));
+        EXPECT(between.eq(7).all().item<bool>());
+      };
+      RmsNorm norm(columns, 1e-6);
+      norm.weight.value = (1 + 0.1 * randn({columns}, 5)).to(type).to(gpu());
+      const at::Tensor x = drawn(1, columns), dy = drawn(2, columns), residual = drawn(3, columns);
+      const auto empty = [&, columns = columns] { return apart(at::zeros({kRows, columns}, x.options())); };
+      RmsNorm::Scales scales, again;
+      check(norm.forward(x, again, empty()), norm.forward(x, scales));
+      at::Tensor sum = residual.clone(), other = residual.clone();
+      check(norm.add_forward(sum, x, scales, empty()), norm.add_forward(other, x, again));
+      at::Tensor grad = dy.clone(), grad_apart = dy.clone();
+      check(norm.backward_add(sum, scales, grad_apart, apart(residual), empty()),
+            norm.backward_add(sum, scales, grad, residual));
+      EXPECT_SAME(grad_apart.cpu(), grad.cpu());
+      at::Tensor both = drawn(4, 2 * columns), both_apart = apart(both);
+      check(swiglu_halves(both_apart, empty()), swiglu_halves(both));
+      at::Tensor product = dy.clone(), product_apart = dy.clone();
+      swiglu_halves_backward(both_apart, product_apart);
+      swiglu_halves_backward(both, product);
+      check(both_apart, both);
+      EXPECT_SAME(product_apart.cpu(), product.cpu());
+    }
+  }
+}
+
 TEST("rotary embedding in place and between tensors of other strides: the same bits") {
   const at::NoGradGuard no_grad;
   for (const at::ScalarType type : kTypes) {

@@ -45,7 +45,7 @@ struct Shape {
   int64_t layers;  // of the test, one after the other
 };
 
-void measure(const Shape& shape, int64_t rows) {
+void measure(const Shape& shape, int64_t rows, PairForm form) {
   LayerOptions options;
   options.config.hidden_size = shape.hidden;
   options.config.intermediate_size = shape.intermediate;
@@ -58,6 +58,7 @@ void measure(const Shape& shape, int64_t rows) {
   options.dtype = options.pair_dtype = at::kBFloat16;
   options.device = gpu();
   options.drawn_on_device = true;
+  options.form = form;
   std::vector<std::unique_ptr<LayerCase>> layers;
   for (int64_t i = 0; i < shape.layers; ++i) layers.push_back(std::make_unique<LayerCase>(options));
   // As in a run: gradients are there and are added to.
@@ -69,6 +70,7 @@ void measure(const Shape& shape, int64_t rows) {
   }
   const at::Tensor x = layers[0]->x.detach().requires_grad_(true);
   for (const bool written_out : {false, true}) {
+    if (!written_out && form == PairForm::kAugmented) continue;
     for (const Recompute recompute : {Recompute::kNone, Recompute::kMlp, Recompute::kLayer}) {
       const auto step = [&] {
         at::Tensor hidden = x;
@@ -95,14 +97,21 @@ void measure(const Shape& shape, int64_t rows) {
       synchronize(gpu());
       constexpr int kRepeats = 10;
       const auto start = std::chrono::steady_clock::now();
-      for (int i = 0; i < kRepeats; ++i) step();
+      for (int i = 0; i < kRepeats; ++i) {
+        // Once an optimiser step.
+        for (const auto& layer : layers) refresh_layer_pairs(*layer->layer);
+        step();
+      }
       const std::chrono::duration<double, std::milli> host = std::chrono::steady_clock::now() - start;
       synchronize(gpu());
       const std::chrono::duration<double, std::milli> all = std::chrono::steady_clock::now() - start;
       const double per_layer = static_cast<double>(kRepeats * shape.layers);
       std::printf(
           "  %s, %2d x 1024, %s, recompute %s: %.3f ms a layer, host %.3f ms, %3.0f operators, peak %.0f MiB a layer\n",
-          shape.name, static_cast<int>(rows), written_out ? "written out" : "autograd   ",
+          shape.name, static_cast<int>(rows),
+          !written_out                 ? "autograd   "
+          : form == PairForm::kInPlace ? "in place   "
+                                       : "augmented  ",
           recompute == Recompute::kNone  ? "none "
           : recompute == Recompute::kMlp ? "mlp  "
                                          : "layer",
@@ -119,11 +128,13 @@ void measure(const Shape& shape, int64_t rows) {
 TEST("train-bench: milliseconds of a layer, forward and backward") {
   const Shape seven = {"7B", 4096, 11008, 32, 32, false, 4},
               grouped = {"7B, grouped heads", 3584, 18944, 28, 4, true, 4}, two = {"2B", 1536, 8960, 12, 2, true, 8};
-  measure(seven, 8);
-  measure(seven, 2);
-  measure(grouped, 8);
-  measure(two, 8);
-  measure(two, 2);
+  for (const PairForm form : {PairForm::kInPlace, PairForm::kAugmented}) {
+    measure(seven, 8, form);
+    measure(seven, 2, form);
+    measure(grouped, 8, form);
+    measure(two, 8, form);
+    measure(two, 2, form);
+  }
 }
 
 TEST("train-bench: milliseconds of the loss, forward and backward") {
