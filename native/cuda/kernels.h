@@ -15,12 +15,14 @@ enum class Type : int32_t { kHalf = 0, kBFloat16 = 1 };
 // All functions enqueue on `stream` (a cudaStream_t of the current device) and return null, or what CUDA says is wrong.
 using Status = const char*;
 
-// Rows are contiguous; y and dx may not overlap their inputs.
+// y and dx may not overlap their inputs, but for those that are named.
 struct RmsNorm {
-  const void *x, *weight;  // [rows, columns], [columns]
+  const void *x, *weight;  // [rows, columns] without gaps, [columns]
   int64_t rows;
   int32_t columns;
   Type type;
+  int64_t out_pitch;           // of the rows of y, or of dx in the backward
+  int64_t residual_pitch = 0;  // of those of residual
 };
 
 struct Rotary {
@@ -62,6 +64,14 @@ struct Int8 {
   Type type;
 };
 
+struct CrossEntropy {
+  void* logits;            // [rows, columns], contiguous
+  const int64_t* targets;  // [rows], each in [0, columns)
+  int64_t rows;
+  int32_t columns;
+  Type type;
+};
+
 struct Kernels {
   // y = x · rstd rounded to 16 bits, times the weight; rstd (float32, [rows]) may be null.
   Status (*rms_norm)(const RmsNorm& op, double eps, void* y, float* rstd, void* stream);
@@ -76,17 +86,23 @@ struct Kernels {
   Status (*swiglu)(const void* gate, const void* up, void* out, int64_t n, Type type, void* stream);
   Status (*swiglu_backward)(const void* gate, const void* up, const void* dy, void* dgate, void* dup, int64_t n,
                             Type type, void* stream);
-  // The same of halves of rows: gate_up is [rows, 2 · columns], out and dy are [rows, columns]. The backward puts both
-  // gradients in place of gate_up, and what the forward gave in place of dy.
-  Status (*swiglu_halves)(const void* gate_up, void* out, int64_t rows, int32_t columns, Type type, void* stream);
-  Status (*swiglu_halves_backward)(void* gate_up, void* dy, int64_t rows, int32_t columns, Type type, void* stream);
+  // The same of halves of rows: gate_up is [rows, 2 · columns], out and dy are [rows, columns], rows `pitch` and
+  // `out_pitch` apart. The backward puts both gradients in place of gate_up, and what the forward gave in place of dy.
+  Status (*swiglu_halves)(const void* gate_up, int64_t pitch, void* out, int64_t out_pitch, int64_t rows,
+                          int32_t columns, Type type, void* stream);
+  Status (*swiglu_halves_backward)(void* gate_up, int64_t pitch, void* dy, int64_t out_pitch, int64_t rows,
+                                   int32_t columns, Type type, void* stream);
+  // Each row's (1 − smoothing) · −log p(target) + smoothing · the mean of −log p over its columns, float32, and whether
+  // the target is the first of its largest logits. With `gradient`, scale · the gradient is put in place of the logits.
+  Status (*cross_entropy)(const CrossEntropy& op, float scale, float smoothing, bool gradient, float* losses,
+                          bool* correct, void* stream);
   Status (*nf4_dequantize)(const Nf4& op, void* out, void* stream);
   Status (*int8_dequantize)(const Int8& op, void* out, void* stream);
   DecodeKernels decode;
 };
 
 // The only symbol of the library; its name changes with the struct, so that an old library is never called wrongly.
-inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_5";
+inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_7";
 using EntryPoint = const Kernels* (*)();
 
 }  // namespace martlet::cuda

@@ -13,11 +13,11 @@ constexpr int rows_of_block = kThreads == 32 ? kWarpRows : 1;
 // With `sum`: of sum + x, which is put into sum.
 template <typename T, int kThreads, int N, bool kAdd>
 __global__ void forward(const T* __restrict__ x, const T* __restrict__ weight, T* sum, T* __restrict__ y,
-                        float* __restrict__ rstd, int64_t rows, int columns, float eps) {
+                        float* __restrict__ rstd, int64_t rows, int columns, int64_t out_pitch, float eps) {
   const int64_t row = int64_t{blockIdx.x} * rows_of_block<kThreads> + threadIdx.y;
   if (row >= rows) return;
   x += row * columns;
-  y += row * columns;
+  y += row * out_pitch;
   float squares = 0;
   for (int i = threadIdx.x * N; i < columns; i += kThreads * N) {
     auto in = load<N>(x + i);
@@ -43,12 +43,13 @@ __global__ void forward(const T* __restrict__ x, const T* __restrict__ weight, T
 // y in place of dy. Without it dy is only read.
 template <typename T, int kThreads, int N, bool kAdd>
 __global__ void backward(const T* __restrict__ x, const T* __restrict__ weight, T* dy, const float* __restrict__ rstd,
-                         const T* residual, T* dx, int64_t rows, int columns) {
+                         const T* residual, T* dx, int64_t rows, int columns, int64_t out_pitch,
+                         int64_t residual_pitch) {
   const int64_t row = int64_t{blockIdx.x} * rows_of_block<kThreads> + threadIdx.y;
   if (row >= rows) return;
   x += row * columns;
   dy += row * columns;
-  dx += row * columns;
+  dx += row * out_pitch;
   const float scale = rstd[row];
   float products = 0;
   for (int i = threadIdx.x * N; i < columns; i += kThreads * N) {
@@ -64,7 +65,7 @@ __global__ void backward(const T* __restrict__ x, const T* __restrict__ weight, 
       out.v[j] = from_float<T>(scale * (g - to_float(in.v[j]) * scale * mean));
     }
     if constexpr (kAdd) {
-      const auto before = load<N>(residual + row * columns + i);
+      const auto before = load<N>(residual + row * residual_pitch + i);
       Vector<T, N> y;
       for (int j = 0; j < N; ++j) {
         out.v[j] = from_float<T>(to_float(before.v[j]) + to_float(out.v[j]));
@@ -98,14 +99,15 @@ void with_shape(int32_t columns, bool vectors, const Fn& fn) {
 template <bool kAdd>
 Status enqueue_forward(const RmsNorm& op, void* sum, double eps, void* y, float* rstd, void* stream) {
   if (op.rows == 0) return nullptr;
-  const bool vectors = op.columns % kVector == 0 && aligned(op.x) && aligned(op.weight) && aligned(sum) && aligned(y);
+  const bool vectors = op.columns % kVector == 0 && op.out_pitch % kVector == 0 && aligned(op.x) &&
+                       aligned(op.weight) && aligned(sum) && aligned(y);
   with_type(op.type, [&]<typename T>(T) {
     with_shape(op.columns, vectors, [&](auto threads, auto n) {
       constexpr int rows = rows_of_block<threads.value>;
       forward<T, threads.value, n.value, kAdd>
           <<<blocks_for(op.rows, rows), dim3(threads.value, rows), 0, static_cast<cudaStream_t>(stream)>>>(
               static_cast<const T*>(op.x), static_cast<const T*>(op.weight), static_cast<T*>(sum), static_cast<T*>(y),
-              rstd, op.rows, op.columns, static_cast<float>(eps));
+              rstd, op.rows, op.columns, op.out_pitch, static_cast<float>(eps));
     });
   });
   return status();
@@ -114,15 +116,16 @@ Status enqueue_forward(const RmsNorm& op, void* sum, double eps, void* y, float*
 template <bool kAdd>
 Status enqueue_backward(const RmsNorm& op, void* dy, const float* rstd, const void* residual, void* dx, void* stream) {
   if (op.rows == 0) return nullptr;
-  const bool vectors = op.columns % kVector == 0 && aligned(op.x) && aligned(op.weight) && aligned(dy) &&
-                       aligned(residual) && aligned(dx);
+  const bool vectors = op.columns % kVector == 0 && op.out_pitch % kVector == 0 && op.residual_pitch % kVector == 0 &&
+                       aligned(op.x) && aligned(op.weight) && aligned(dy) && aligned(residual) && aligned(dx);
   with_type(op.type, [&]<typename T>(T) {
     with_shape(op.columns, vectors, [&](auto threads, auto n) {
       constexpr int rows = rows_of_block<threads.value>;
       backward<T, threads.value, n.value, kAdd>
           <<<blocks_for(op.rows, rows), dim3(threads.value, rows), 0, static_cast<cudaStream_t>(stream)>>>(
               static_cast<const T*>(op.x), static_cast<const T*>(op.weight), static_cast<T*>(dy), rstd,
-              static_cast<const T*>(residual), static_cast<T*>(dx), op.rows, op.columns);
+              static_cast<const T*>(residual), static_cast<T*>(dx), op.rows, op.columns, op.out_pitch,
+              op.residual_pitch);
     });
   });
   return status();

@@ -44,26 +44,28 @@ __global__ void backward(const T* __restrict__ gate, const T* __restrict__ up, c
   store<N>(dup + i, du);
 }
 
-// Halves of rows: gate [columns], up [columns]. One thread does N elements of each half; `items`: rows · columns / N.
+// Halves of rows: gate [columns], up [columns], the next row `pitch` further. One thread does N elements of each half;
+// `items`: rows · columns / N.
 template <typename T, int N>
-__global__ void forward_halves(const T* __restrict__ gate_up, T* __restrict__ out, uint32_t items, uint32_t columns) {
+__global__ void forward_halves(const T* __restrict__ gate_up, int64_t pitch, T* __restrict__ out, int64_t out_pitch,
+                               uint32_t items, uint32_t columns) {
   const uint32_t item = blockIdx.x * kThreads + threadIdx.x;
   if (item >= items) return;
   const uint32_t per_row = columns / N, row = item / per_row, column = item % per_row * N;
-  const T* gate = gate_up + int64_t{row} * 2 * columns + column;
+  const T* gate = gate_up + row * pitch + column;
   const auto g = load<N>(gate), u = load<N>(gate + columns);
   Vector<T, N> y;
   for (int j = 0; j < N; ++j) y.v[j] = product(g.v[j], u.v[j]);
-  store<N>(out + int64_t{row} * columns + column, y);
+  store<N>(out + row * out_pitch + column, y);
 }
 
 template <typename T, int N>
-__global__ void backward_halves(T* gate_up, T* dy, uint32_t items, uint32_t columns) {
+__global__ void backward_halves(T* gate_up, int64_t pitch, T* dy, int64_t out_pitch, uint32_t items, uint32_t columns) {
   const uint32_t item = blockIdx.x * kThreads + threadIdx.x;
   if (item >= items) return;
   const uint32_t per_row = columns / N, row = item / per_row, column = item % per_row * N;
-  T* gate = gate_up + int64_t{row} * 2 * columns + column;
-  dy += int64_t{row} * columns + column;
+  T* gate = gate_up + row * pitch + column;
+  dy += row * out_pitch + column;
   const auto g = load<N>(gate), u = load<N>(gate + columns), grad = load<N>(dy);
   Vector<T, N> y, dg, du;
   for (int j = 0; j < N; ++j) {
@@ -126,22 +128,26 @@ Status swiglu_backward(const void* gate, const void* up, const void* dy, void* d
   return status();
 }
 
-Status swiglu_halves(const void* gate_up, void* out, int64_t rows, int32_t columns, Type type, void* stream) {
-  const bool vectors = columns % kVector == 0 && aligned(gate_up) && aligned(out);
+Status swiglu_halves(const void* gate_up, int64_t pitch, void* out, int64_t out_pitch, int64_t rows, int32_t columns,
+                     Type type, void* stream) {
+  const bool vectors =
+      columns % kVector == 0 && pitch % kVector == 0 && out_pitch % kVector == 0 && aligned(gate_up) && aligned(out);
   return with_halves(rows, columns, vectors, [&](auto n, uint32_t items) {
     with_type(type, [&]<typename T>(T) {
       forward_halves<T, n.value><<<blocks_for(items, kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-          static_cast<const T*>(gate_up), static_cast<T*>(out), items, columns);
+          static_cast<const T*>(gate_up), pitch, static_cast<T*>(out), out_pitch, items, columns);
     });
   });
 }
 
-Status swiglu_halves_backward(void* gate_up, void* dy, int64_t rows, int32_t columns, Type type, void* stream) {
-  const bool vectors = columns % kVector == 0 && aligned(gate_up) && aligned(dy);
+Status swiglu_halves_backward(void* gate_up, int64_t pitch, void* dy, int64_t out_pitch, int64_t rows, int32_t columns,
+                              Type type, void* stream) {
+  const bool vectors =
+      columns % kVector == 0 && pitch % kVector == 0 && out_pitch % kVector == 0 && aligned(gate_up) && aligned(dy);
   return with_halves(rows, columns, vectors, [&](auto n, uint32_t items) {
     with_type(type, [&]<typename T>(T) {
       backward_halves<T, n.value><<<blocks_for(items, kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-          static_cast<T*>(gate_up), static_cast<T*>(dy), items, columns);
+          static_cast<T*>(gate_up), pitch, static_cast<T*>(dy), out_pitch, items, columns);
     });
   });
 }

@@ -37,6 +37,7 @@ struct LayerOptions {
   at::Device device = at::kCPU;
   bool drawn_on_device = false;  // for large layers; other values
   bool input_grad = true;
+  PairForm form = PairForm::kInPlace;
 };
 
 // Output "y" and gradients: of "x", "q_proj.lora_A", …
@@ -77,7 +78,8 @@ struct LayerCase {
       pair.scaling = 1.75;
       linear->lora = &pair;
     });
-    stack_layer_weights(*layer);
+    stack_layer_weights(*layer, o.form);
+    refresh_layer_pairs(*layer);
     rows = SequenceLengths::from_lengths(o.lengths, o.device);
     x = drawn({rows.total(), o.config.hidden_size}, 1, 0, o.dtype);
     dy = drawn({rows.total(), o.config.hidden_size}, 1, 0, o.dtype);

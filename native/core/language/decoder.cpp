@@ -170,7 +170,7 @@ void Decoder::place(DecoderPass& pass, const at::Tensor& positions, const std::v
 
 void Decoder::stack_weights() {
   for (const auto& layer : layers) {
-    stack_layer_weights(*layer);
+    stack_layer_weights(*layer, pair_form(embed_tokens.weight.device()));
     // What was stacked from is of another size: without this the allocator would hold it beside the stacks.
     empty_cache(embed_tokens.weight.device());
   }
@@ -205,6 +205,10 @@ std::optional<DecodeForm> Decoder::decode_form(at::ScalarType) const {
   if (embed_positions) form.learned_positions = &*embed_positions;
   form.final_norm = norm.get();
   return form;
+}
+
+void Decoder::refresh_pairs() {
+  for (const auto& layer : layers) refresh_layer_pairs(*layer);
 }
 
 at::Tensor Decoder::forward(at::Tensor hidden, const DecoderPass& pass) const {

@@ -83,6 +83,7 @@ class Decoder : public LanguageModel {
              at::ScalarType dtype) const override;
   at::Tensor forward(at::Tensor hidden, const DecoderPass& pass) const override;
   void stack_weights() override;
+  void refresh_pairs() override;
   at::Tensor head_input(const at::Tensor& states, const ForwardOptions&) const override {
     return norm->forward(states);
   }

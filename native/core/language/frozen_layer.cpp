@@ -1,6 +1,7 @@
 #include "core/language/frozen_layer.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -67,6 +68,7 @@ c10::intrusive_ptr<FrozenLayer> FrozenLayer::of(const DecoderLayer& layer, const
   const auto stack = [&](const std::vector<const Linear*>& linears) {
     return LinearStack::of(linears, x.scalar_type(), options.dropout);
   };
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
   std::vector<const Linear*> projections;
   for (const auto& linear : attention.qkv) projections.push_back(linear.get());
   auto qkv = stack(projections), o = stack({&attention.o_proj}), gate_up = stack({&mlp->gate_proj, &mlp->up_proj}),
@@ -92,8 +94,9 @@ c10::intrusive_ptr<FrozenLayer> FrozenLayer::of(const DecoderLayer& layer, const
 }
 
 at::Tensor FrozenLayer::attend() {
-  const at::Tensor normed = input_norm_->forward(x_, input_scales_);
-  qkv_rows_ = qkv_.forward(normed, qkv_low_);
+  const int64_t tokens = x_.size(0);
+  const at::Tensor normed = input_norm_->forward(x_, input_scales_, qkv_.empty_input(tokens));
+  qkv_rows_ = qkv_.forward(normed, qkv_low_, qkv_.empty_output(tokens));
   const int64_t q_heads = num_heads_, kv_heads = num_kv_heads_;
   at::Tensor q = heads(qkv_rows_, 0, q_heads), k = heads(qkv_rows_, q_heads, kv_heads);
   const at::Tensor v = heads(qkv_rows_, q_heads + kv_heads, kv_heads);
@@ -109,14 +112,15 @@ at::Tensor FrozenLayer::attend() {
   }
   attention_ = AttentionPass(q, k, v, *rows_);
   sum_ = o_.forward(attention_.out().flatten(1), o_low_);
-  return post_attention_norm_->add_forward(sum_, x_, sum_scales_);
+  return post_attention_norm_->add_forward(sum_, x_, sum_scales_, gate_up_.empty_input(tokens));
 }
 
 at::Tensor FrozenLayer::forward(const at::Tensor& x) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;  // some µs less for each operation
   x_ = x.detach();
   const at::Tensor normed = attend();
-  gate_up_rows_ = gate_up_.forward(normed, gate_up_low_);
-  at::Tensor y = down_.forward(swiglu_halves(gate_up_rows_), down_low_);
+  gate_up_rows_ = gate_up_.forward(normed, gate_up_low_, gate_up_.empty_output(x.size(0)));
+  at::Tensor y = down_.forward(swiglu_halves(gate_up_rows_, down_.empty_input(x.size(0))), down_low_);
   y.add_(sum_);
   if (recompute_ == Recompute::kMlp || recompute_ == Recompute::kLayer) gate_up_rows_.reset();
   if (recompute_ == Recompute::kLayer) {
@@ -147,11 +151,13 @@ void FrozenLayer::attention_backward(const at::Tensor& dmixed) {
 }
 
 at::Tensor FrozenLayer::backward(const at::Tensor& dy, bool input_grad) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const int64_t tokens = dy.size(0);
   at::Tensor normed;
   if (recompute_ == Recompute::kLayer) normed = attend();
   if (!gate_up_rows_.defined()) {
-    if (!normed.defined()) normed = post_attention_norm_->forward(sum_, sum_scales_);
-    gate_up_rows_ = gate_up_.forward(normed, gate_up_low_);
+    if (!normed.defined()) normed = post_attention_norm_->forward(sum_, sum_scales_, gate_up_.empty_input(tokens));
+    gate_up_rows_ = gate_up_.forward(normed, gate_up_low_, gate_up_.empty_output(tokens));
     normed.reset();
   }
   // From gate_up_rows_ on, gradients lie where the values were.
@@ -161,7 +167,7 @@ at::Tensor FrozenLayer::backward(const at::Tensor& dy, bool input_grad) {
   product.reset();
   at::Tensor dnormed = gate_up_.backward(gate_up_rows_, gate_up_low_);
   gate_up_rows_.reset();
-  const at::Tensor dsum = post_attention_norm_->backward_add(sum_, sum_scales_, dnormed, dy);
+  const at::Tensor dsum = post_attention_norm_->backward_add(sum_, sum_scales_, dnormed, dy, o_.empty_output(tokens));
   sum_.reset();
   gate_up_.backward_a(gate_up_low_, dnormed);
   {
@@ -173,7 +179,8 @@ at::Tensor FrozenLayer::backward(const at::Tensor& dy, bool input_grad) {
   qkv_rows_.reset();
   at::Tensor dx;
   if (input_grad) {
-    dx = input_norm_->backward_add(x_, input_scales_, dnormed, dsum);
+    // As the layer before, which is like this one, wants it.
+    dx = input_norm_->backward_add(x_, input_scales_, dnormed, dsum, down_.empty_output(tokens));
   } else {
     dnormed = input_norm_->forward(x_, input_scales_);
   }
@@ -192,7 +199,11 @@ struct FrozenLayerFunction : public torch::autograd::Function<FrozenLayerFunctio
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto layer = c10::static_intrusive_pointer_cast<FrozenLayer>(ctx->saved_data["layer"].toCapsule());
     layer->check_cancelled();
-    return {layer->backward(grads[0].contiguous(), ctx->saved_data["input_grad"].toBool()), at::Tensor(), at::Tensor()};
+    // Rows further apart than they are long come from the layer after this one.
+    const at::Tensor& dy = grads[0];
+    const bool rows = dy.stride(1) == 1 && dy.stride(0) >= dy.size(1);
+    return {layer->backward(rows ? dy : dy.contiguous(), ctx->saved_data["input_grad"].toBool()), at::Tensor(),
+            at::Tensor()};
   }
 };
 
@@ -207,11 +218,33 @@ std::optional<at::Tensor> run_frozen_layer(const DecoderLayer& layer, const Deco
   return FrozenLayerFunction::apply(x.requires_grad() ? x : x.detach().requires_grad_(true), own, x.requires_grad());
 }
 
-void stack_layer_weights(DecoderLayer& layer) {
+namespace {
+
+// Those of one input each.
+std::vector<std::vector<Linear*>> stacks_of(DecoderLayer& layer) {
   std::vector<Linear*> projections;
   for (const auto& linear : layer.self_attn.qkv) projections.push_back(linear.get());
-  stack_weights(projections);
-  if (auto* mlp = dynamic_cast<GatedMlp*>(layer.mlp.get())) stack_weights({&mlp->gate_proj, &mlp->up_proj});
+  std::vector<std::vector<Linear*>> stacks = {projections, {&layer.self_attn.o_proj}};
+  if (auto* mlp = dynamic_cast<GatedMlp*>(layer.mlp.get())) {
+    stacks.push_back({&mlp->gate_proj, &mlp->up_proj});
+    stacks.push_back({&mlp->down_proj});
+  }
+  return stacks;
+}
+
+}  // namespace
+
+void stack_layer_weights(DecoderLayer& layer, PairForm form) {
+  for (const auto& linears : stacks_of(layer)) stack_weights(linears, form);
+}
+
+void refresh_layer_pairs(DecoderLayer& layer) {
+  for (const auto& linears : stacks_of(layer)) {
+    const at::Tensor& weight = linears[0]->weight.value;
+    if (!weight.defined()) continue;
+    const auto stack = LinearStack::of({linears.begin(), linears.end()}, weight.scalar_type(), /*dropout=*/nullptr);
+    if (stack) stack->refresh_pairs();
+  }
 }
 
 }  // namespace martlet

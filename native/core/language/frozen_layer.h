@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "core/language/decoder.h"
+#include "core/lora/linear_stack.h"
 
 namespace martlet {
 
@@ -17,7 +18,9 @@ namespace martlet {
 std::optional<at::Tensor> run_frozen_layer(const DecoderLayer& layer, const DecoderConfig& config, const at::Tensor& x,
                                            const DecoderPass& pass);
 
-// Of the layer's linears, so that run_frozen_layer() takes them.
-void stack_layer_weights(DecoderLayer& layer);
+// Of the layer's linears, so that run_frozen_layer() takes them; after that, and after each change of the pairs,
+// refresh_layer_pairs().
+void stack_layer_weights(DecoderLayer& layer, PairForm form);
+void refresh_layer_pairs(DecoderLayer& layer);
 
 }  // namespace martlet

@@ -92,7 +92,10 @@ class LanguageModel : public Module {
   virtual void place(DecoderPass& pass, const at::Tensor& positions, const std::vector<Row>& rows,
                      at::ScalarType dtype) const = 0;
   // Before training with frozen weights: lets linears that read one input share one product (see lora/linear_stack.h).
+  // Again after it, without pairs: rows of weights lie without gaps.
   virtual void stack_weights() {}
+  // After each change of the pairs between these.
+  virtual void refresh_pairs() {}
   // hidden: [T, hidden] → the decoder's states, [T, hidden] ([D, hidden] of an encoder-decoder), before the final norm.
   virtual at::Tensor forward(at::Tensor hidden, const DecoderPass& pass) const = 0;
   // Some of these states → what the head reads.

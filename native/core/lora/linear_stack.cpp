@@ -3,40 +3,119 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <cstdlib>
+#include <string>
+
+#include "core/base/error.h"
+
 namespace martlet {
 namespace {
 
-// The tensors as one, if their rows lie one after the other in one memory; else undefined.
+constexpr PairForm kCudaForm = PairForm::kInPlace;  // until train-bench has shown the other to be faster
+
+// Tensor cores want extents of a multiple of 8 numbers, and rows that begin at a multiple of 128 bytes.
+constexpr int64_t kExtent = 8, kRowBytes = 128;
+
+int64_t aligned(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+int64_t pitch_of(int64_t columns, at::ScalarType dtype) {
+  return aligned(columns, kRowBytes / static_cast<int64_t>(c10::elementSize(dtype)));
+}
+
+at::Tensor empty_rows(int64_t rows, int64_t columns, int64_t spare, const at::TensorOptions& options) {
+  const int64_t pitch = pitch_of(columns + spare, c10::typeMetaToScalarType(options.dtype()));
+  return at::empty({rows, pitch}, options).narrow(1, 0, columns);
+}
+
+// The whole memory of what empty_rows() gave, and nothing else: its tail may be written.
+bool has_tail(const at::Tensor& x, int64_t spare) {
+  const int64_t pitch = pitch_of(x.size(1) + spare, x.scalar_type());
+  return x.stride(1) == 1 && x.stride(0) == pitch && x.storage_offset() == 0 &&
+         x.storage().nbytes() == static_cast<size_t>(x.size(0) * pitch) * x.element_size();
+}
+
+at::Tensor with_tail(const at::Tensor& x, int64_t spare) {
+  return x.as_strided({x.size(0), x.size(1) + spare}, x.strides());
+}
+
+// The tensors as one, if their rows lie one after the other in one memory, at one distance; else undefined.
 at::Tensor joined(const std::vector<at::Tensor>& parts) {
   int64_t rows = 0, place = parts[0].storage_offset();
+  const int64_t pitch = parts[0].stride(0);
   for (const at::Tensor& part : parts) {
-    if (!part.is_contiguous() || !part.storage().is_alias_of(parts[0].storage()) || part.storage_offset() != place)
+    if (part.stride(0) != pitch || part.stride(-1) != 1 || !part.storage().is_alias_of(parts[0].storage()) ||
+        part.storage_offset() != place)
       return at::Tensor();
     rows += part.size(0);
-    place += part.numel();
+    place += part.size(0) * pitch;
   }
   std::vector<int64_t> sizes = parts[0].sizes().vec();
   sizes[0] = rows;
   return parts[0].detach().as_strided(sizes, parts[0].strides());
 }
 
+// Room beside the weights that the pairs of `linears` need in kAugmented.
+struct Room {
+  int64_t ranks = 0, columns = 0;  // `columns`: ranks, and a whole extent for the bias
+};
+// Nothing where they do not fit that form.
+std::optional<Room> room_for(const std::vector<const Linear*>& linears) {
+  int64_t ranks = 0;
+  for (const Linear* linear : linears) {
+    const LoraLayer* lora = linear->lora;
+    if (lora == nullptr) continue;
+    if (lora->magnitude.defined() || lora->dropout > 0 || lora->a.scalar_type() != linear->weight.value.scalar_type() ||
+        lora->b.scalar_type() != lora->a.scalar_type())
+      return std::nullopt;
+    ranks += lora->a.size(0);
+  }
+  if (ranks == 0) return std::nullopt;
+  ranks = aligned(ranks, kExtent);
+  return Room{ranks, ranks + (linears[0]->bias.value.defined() ? kExtent : 0)};
+}
+
+// What stack_weights() made for that room, else undefined. `weight`: the stacked one.
+at::Tensor buffer_of(const at::Tensor& weight, const Room& room) {
+  const int64_t rows = weight.size(0) + room.ranks,
+                pitch = pitch_of(weight.size(1) + room.columns, weight.scalar_type());
+  if (weight.stride(0) != pitch || weight.storage_offset() != 0 ||
+      weight.storage().nbytes() != static_cast<size_t>(rows * pitch) * weight.element_size())
+    return at::Tensor();
+  return weight.as_strided({rows, weight.size(1) + room.columns}, weight.strides());
+}
+
 }  // namespace
 
-void stack_weights(const std::vector<Linear*>& linears) {
-  if (linears.size() < 2) return;
+PairForm pair_form(at::Device device) {
+  static const std::optional<PairForm> wanted = []() -> std::optional<PairForm> {
+    const char* name = std::getenv("MARTLET_LORA_FORM");
+    if (name == nullptr) return std::nullopt;
+    if (std::string(name) == "in-place") return PairForm::kInPlace;
+    if (std::string(name) == "augmented") return PairForm::kAugmented;
+    fail(code::kConfig,
+         std::string("MARTLET_LORA_FORM is \"") + name + "\": set it to in-place or augmented, or not at all.");
+  }();
+  return wanted.value_or(device.is_cuda() ? kCudaForm : PairForm::kInPlace);
+}
+
+void stack_weights(const std::vector<Linear*>& linears, PairForm form) {
   const at::NoGradGuard no_grad;
-  for (Parameter Linear::* const member : {&Linear::weight, &Linear::bias}) {
-    std::vector<at::Tensor> parts;
-    for (const Linear* linear : linears) {
-      const Parameter& parameter = linear->*member;
-      if (!parameter.value.defined() || parameter.value.requires_grad() || parameter.replaced) return;
-      if (!parts.empty() && (parameter.value.options().device() != parts[0].device() ||
-                             parameter.value.scalar_type() != parts[0].scalar_type()))
+  std::vector<at::Tensor> weights, biases;
+  for (const Linear* linear : linears) {
+    for (const auto& [parameter, parts] : {std::pair(&linear->weight, &weights), std::pair(&linear->bias, &biases)}) {
+      const at::Tensor& value = parameter->value;
+      if (!value.defined()) {
+        if (parameter->quantized != nullptr || parts == &weights) return;
+        continue;
+      }
+      if (value.requires_grad() || parameter->replaced) return;
+      if (value.options().device() != linears[0]->weight.value.device() ||
+          value.scalar_type() != linears[0]->weight.value.scalar_type())
         return;
-      parts.push_back(parameter.value);
+      parts->push_back(value);
     }
-    if (joined(parts).defined()) continue;
-    const at::Tensor all = at::cat(parts);
+  }
+  if (!biases.empty() && biases.size() != linears.size()) return;
+  const auto place = [&](Parameter Linear::* member, const at::Tensor& all) {
     int64_t row = 0;
     for (Linear* linear : linears) {
       at::Tensor& value = (linear->*member).value;
@@ -44,7 +123,25 @@ void stack_weights(const std::vector<Linear*>& linears) {
       value = all.narrow(0, row, rows);
       row += rows;
     }
+  };
+  if (!biases.empty() && !joined(biases).defined()) place(&Linear::bias, at::cat(biases));
+  std::optional<Room> room;
+  if (form == PairForm::kAugmented) room = room_for({linears.begin(), linears.end()});
+  if (!room) {
+    const at::Tensor all = joined(weights);
+    if (!all.defined() || !all.is_contiguous()) place(&Linear::weight, at::cat(weights));
+    return;
   }
+  int64_t out = 0;
+  for (const at::Tensor& part : weights) out += part.size(0);
+  const int64_t in = weights[0].size(1);
+  const at::Tensor buffer =
+      at::zeros({out + room->ranks, pitch_of(in + room->columns, weights[0].scalar_type())}, weights[0].options());
+  at::Tensor all = buffer.narrow(0, 0, out).narrow(1, 0, in);
+  at::cat_out(all, weights);
+  place(&Linear::weight, all);
+  // Beside a column of x that is 1; its neighbours are zeros.
+  if (!biases.empty()) buffer.narrow(0, 0, out).select(1, in + room->ranks).copy_(at::cat(biases));
 }
 
 std::optional<LinearStack> LinearStack::of(const std::vector<const Linear*>& linears, at::ScalarType dtype,
@@ -75,14 +172,61 @@ std::optional<LinearStack> LinearStack::of(const std::vector<const Linear*>& lin
   stack.weight_ = joined(weights);
   if (!biases.empty()) stack.bias_ = joined(biases);
   if (!stack.weight_.defined() || (!biases.empty() && !stack.bias_.defined())) return std::nullopt;
-  if (!a.empty()) stack.a_ = a.size() == 1 ? a[0] : at::cat(a);
+  if (a.empty()) return stack;
+  if (const auto room = room_for(linears)) {
+    stack.buffer_ = buffer_of(stack.weight_, *room);
+    if (stack.buffer_.defined()) {
+      stack.ranks_ = room->ranks;
+      stack.columns_ = room->columns;
+      stack.a_ = stack.buffer_.narrow(0, row, room->ranks).narrow(1, 0, stack.in());
+      stack.scaled_b_ = stack.buffer_.narrow(0, 0, row).narrow(1, stack.in(), room->ranks);
+      return stack;
+    }
+  }
+  stack.a_ = a.size() == 1 ? a[0] : at::cat(a);
   return stack;
 }
 
-at::Tensor LinearStack::forward(const at::Tensor& x, at::Tensor& low) const {
-  at::Tensor y = at::linear(x, weight_, bias_.defined() ? std::optional(bias_) : std::nullopt);
+void LinearStack::refresh_pairs() const {
+  if (!buffer_.defined()) return;
+  const at::NoGradGuard no_grad;
+  for (const Pair& pair : pairs_) {
+    a_.narrow(0, pair.rank_begin, pair.rank()).copy_(pair.lora->a);
+    at::Tensor b = scaled_b_.narrow(0, pair.row, pair.rows).narrow(1, pair.rank_begin, pair.rank());
+    at::mul_out(b, pair.lora->b, at::scalar_tensor(pair.lora->scaling, at::kDouble));
+  }
+}
+
+at::Tensor LinearStack::empty_input(int64_t rows) const {
+  return buffer_.defined() ? empty_rows(rows, in(), columns_, weight_.options())
+                           : at::empty({rows, in()}, weight_.options());
+}
+
+at::Tensor LinearStack::empty_output(int64_t rows) const {
+  return buffer_.defined() ? empty_rows(rows, out(), ranks_, weight_.options())
+                           : at::empty({rows, out()}, weight_.options());
+}
+
+at::Tensor LinearStack::forward(const at::Tensor& x, at::Tensor& low, at::Tensor y) const {
+  if (buffer_.defined() && has_tail(x, columns_)) {
+    const at::Tensor all = with_tail(x, columns_);
+    at::Tensor tail = all.narrow(1, in(), ranks_);
+    at::mm_out(tail, x, a_.t());
+    if (bias_.defined()) all.narrow(1, in() + ranks_, columns_ - ranks_).fill_(1);
+    low = tail.contiguous();  // x need not be kept for it
+    const at::Tensor weights = buffer_.narrow(0, 0, out()).t();
+    return y.defined() ? at::mm_out(y, all, weights) : at::mm(all, weights);
+  }
+  if (!y.defined()) {
+    y = at::linear(x, weight_, bias_.defined() ? std::optional(bias_) : std::nullopt);
+  } else if (bias_.defined()) {
+    at::addmm_out(y, bias_, x, weight_.t());
+  } else {
+    at::mm_out(y, x, weight_.t());
+  }
   if (pairs_.empty()) return y;
   low = at::mm(x.to(a_.scalar_type()), a_.t());
+  if (buffer_.defined()) return y.addmm_(low, scaled_b_.t());
   for (const Pair& pair : pairs_) {
     at::Tensor part = y.narrow(1, pair.row, pair.rows);
     const at::Tensor h = low.narrow(1, pair.rank_begin, pair.rank()), b = pair.lora->b.detach();
@@ -96,20 +240,33 @@ at::Tensor LinearStack::forward(const at::Tensor& x, at::Tensor& low) const {
 }
 
 at::Tensor LinearStack::backward(const at::Tensor& dy, at::Tensor& low) const {
+  if (pairs_.empty()) return at::mm(dy, weight_);
+  for (const Pair& pair : pairs_) {
+    const at::Tensor part = dy.narrow(1, pair.row, pair.rows).to(low.scalar_type()),
+                     h = low.narrow(1, pair.rank_begin, pair.rank());
+    if (at::Tensor& grad = pair.lora->b.mutable_grad(); grad.defined()) {
+      grad.addmm_(part.t(), h, 1, pair.lora->scaling);
+    } else {
+      grad = at::mm(part.t(), h).mul_(pair.lora->scaling);
+    }
+  }
+  if (buffer_.defined() && has_tail(dy, ranks_)) {
+    const at::Tensor all = with_tail(dy, ranks_);
+    at::Tensor tail = all.narrow(1, out(), ranks_);
+    at::mm_out(tail, dy, scaled_b_);
+    low.copy_(tail);  // dy need not be kept for it
+    return at::mm(all, buffer_.narrow(1, 0, in()));
+  }
   at::Tensor dx = at::mm(dy, weight_);
-  if (pairs_.empty()) return dx;
+  if (buffer_.defined()) {
+    at::mm_out(low, dy, scaled_b_);
+    return dx.addmm_(low, a_);
+  }
   const at::Tensor dlow = at::empty_like(low);
   for (const Pair& pair : pairs_) {
-    const at::Tensor dy_low = dy.narrow(1, pair.row, pair.rows).to(low.scalar_type());
-    const at::Tensor b = pair.lora->b.detach();
     at::Tensor dh = dlow.narrow(1, pair.rank_begin, pair.rank());
-    at::addmm_out(dh, dh, dy_low, b, /*beta=*/0, /*alpha=*/pair.lora->scaling);
-    const at::Tensor h = low.narrow(1, pair.rank_begin, pair.rank());
-    if (at::Tensor& grad = pair.lora->b.mutable_grad(); grad.defined()) {
-      grad.addmm_(dy_low.t(), h, 1, pair.lora->scaling);
-    } else {
-      grad = at::mm(dy_low.t(), h).mul_(pair.lora->scaling);
-    }
+    at::addmm_out(dh, dh, dy.narrow(1, pair.row, pair.rows).to(low.scalar_type()), pair.lora->b.detach(), /*beta=*/0,
+                  /*alpha=*/pair.lora->scaling);
   }
   if (a_.scalar_type() == dx.scalar_type()) {
     dx.addmm_(dlow, a_);

@@ -9,10 +9,21 @@
 
 namespace martlet {
 
+// How the products of the pairs reach the outputs of the frozen weights.
+enum class PairForm {
+  kInPlace,  // added to them: y = x Wᵀ, then y += s (x Aᵀ) Bᵀ; dx = dy W, then dx += (s dy B) A
+  // As columns more of one product: y = [x, x Aᵀ] [W, s B]ᵀ and dx = [dy, s dy B] [W; A]. W, s B and A lie in one
+  // buffer; x and dy are best written by their makers where there is room beside them (empty_input(), empty_output()).
+  kAugmented,
+};
+// What is taken on a device: MARTLET_LORA_FORM (in-place or augmented, to measure the two) where it is set.
+PairForm pair_form(at::Device device);
+
 // Makes the weights of linears of one input views of one tensor, rows one after the other, and their biases too; so the
-// stack is one product, and each goes on under its name. Leaves them alone where one is quantised or trained. Needs
-// room for one more copy while it runs.
-void stack_weights(const std::vector<Linear*>& linears);
+// stack is one product, and each goes on under its name. kAugmented: with room for the pairs that are switched on, a
+// few columns and rows more, where these fit that form. Without pairs rows lie without gaps again. Leaves the weights
+// alone where one is quantised or trained. Needs room for one more copy while it runs.
+void stack_weights(const std::vector<Linear*>& linears, PairForm form);
 
 class LinearStack {
  public:
@@ -21,14 +32,23 @@ class LinearStack {
   static std::optional<LinearStack> of(const std::vector<const Linear*>& linears, at::ScalarType dtype,
                                        const DropoutSource* dropout);
 
-  // x: [T, in] → [T, Σ out]. `low`: x Aᵀ, [T, Σ r]; the backward needs it.
-  at::Tensor forward(const at::Tensor& x, at::Tensor& low) const;
+  // Where the input and the output (whose gradient will take its place) are best written: [rows, in], [rows, Σ out].
+  // Either may also be any other tensor.
+  at::Tensor empty_input(int64_t rows) const;
+  at::Tensor empty_output(int64_t rows) const;
+
+  // x: [T, in] → [T, Σ out], into y where it is given. `low`: x Aᵀ, [T, Σ r or more]; the backward needs it.
+  at::Tensor forward(const at::Tensor& x, at::Tensor& low, at::Tensor y = {}) const;
   // Adds the gradients of B to their .grad, puts what those of A need into low's place, and gives that of x.
   at::Tensor backward(const at::Tensor& dy, at::Tensor& low) const;
   // Adds the gradients of A to their .grad. `dlow`: low after backward(). Apart, so that x can be made after it.
   void backward_a(const at::Tensor& dlow, const at::Tensor& x) const;
 
+  // Copies the pairs to where they lie beside the weights. After each change of theirs; nothing to do in kInPlace.
+  void refresh_pairs() const;
+
   bool has_pairs() const { return !pairs_.empty(); }
+  PairForm form() const { return buffer_.defined() ? PairForm::kAugmented : PairForm::kInPlace; }
 
  private:
   struct Pair {
@@ -37,9 +57,17 @@ class LinearStack {
     int64_t rank_begin;  // of the stacked A
     int64_t rank() const { return lora->a.size(0); }
   };
+  int64_t in() const { return weight_.size(1); }
+  int64_t out() const { return weight_.size(0); }
+
   at::Tensor weight_, bias_;  // [Σ out, in], [Σ out]
-  at::Tensor a_;              // [Σ r, in]
+  at::Tensor a_;              // [Σ r, in]; of a buffer: with its rows of zeros
   std::vector<Pair> pairs_;
+  // kAugmented: [Σ out + ranks_, in + columns_]; columns in.. are s B (each pair's rows only) and the bias, rows out..
+  // are A.
+  at::Tensor buffer_;
+  at::Tensor scaled_b_;  // of it: [Σ out, ranks_]
+  int64_t ranks_ = 0, columns_ = 0;
 };
 
 }  // namespace martlet

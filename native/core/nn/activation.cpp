@@ -77,23 +77,27 @@ at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) {
   return recorded ? SwigluFunction::apply(gate, up) : swiglu_forward(gate, up);
 }
 
-at::Tensor swiglu_halves(const at::Tensor& gate_up) {
+at::Tensor swiglu_halves(const at::Tensor& gate_up, at::Tensor out) {
   const int64_t rows = gate_up.size(0), n = gate_up.size(1) / 2;
-  const cuda::Kernels* kernels = gate_up.is_contiguous() ? cuda_kernels(gate_up) : nullptr;
-  if (kernels == nullptr) return at::silu(gate_up.narrow(1, 0, n)).mul_(gate_up.narrow(1, n, n));
-  at::Tensor out = at::empty({rows, n}, gate_up.options());
-  check_cuda(kernels->swiglu_halves(gate_up.const_data_ptr(), out.mutable_data_ptr(), rows, static_cast<int32_t>(n),
-                                    cuda_type(gate_up.scalar_type()), cuda_stream(gate_up)));
+  const cuda::Kernels* kernels = gate_up.stride(1) == 1 ? cuda_kernels(gate_up) : nullptr;
+  if (kernels == nullptr) {
+    const at::Tensor product = at::silu(gate_up.narrow(1, 0, n)).mul_(gate_up.narrow(1, n, n));
+    return out.defined() ? out.copy_(product) : product;
+  }
+  if (!out.defined()) out = at::empty({rows, n}, gate_up.options());
+  check_cuda(kernels->swiglu_halves(gate_up.const_data_ptr(), gate_up.stride(0), out.mutable_data_ptr(), out.stride(0),
+                                    rows, static_cast<int32_t>(n), cuda_type(gate_up.scalar_type()),
+                                    cuda_stream(gate_up)));
   return out;
 }
 
 void swiglu_halves_backward(at::Tensor& gate_up, at::Tensor& dy) {
   const int64_t rows = gate_up.size(0), n = gate_up.size(1) / 2;
-  const cuda::Kernels* kernels = gate_up.is_contiguous() && dy.is_contiguous() ? cuda_kernels(gate_up) : nullptr;
+  const cuda::Kernels* kernels = gate_up.stride(1) == 1 && dy.stride(1) == 1 ? cuda_kernels(gate_up) : nullptr;
   if (kernels != nullptr) {
-    check_cuda(kernels->swiglu_halves_backward(gate_up.mutable_data_ptr(), dy.mutable_data_ptr(), rows,
-                                               static_cast<int32_t>(n), cuda_type(gate_up.scalar_type()),
-                                               cuda_stream(gate_up)));
+    check_cuda(kernels->swiglu_halves_backward(gate_up.mutable_data_ptr(), gate_up.stride(0), dy.mutable_data_ptr(),
+                                               dy.stride(0), rows, static_cast<int32_t>(n),
+                                               cuda_type(gate_up.scalar_type()), cuda_stream(gate_up)));
     return;
   }
   at::Tensor gate = gate_up.narrow(1, 0, n), up = gate_up.narrow(1, n, n);

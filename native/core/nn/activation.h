@@ -18,7 +18,8 @@ at::Tensor activate(const at::Tensor& x, Activation activation);
 at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up);
 
 // For callers with a backward of their own, gate and up side by side: [rows, 2 · n] → [rows, n].
-at::Tensor swiglu_halves(const at::Tensor& gate_up);
+// Into `out` where it is given. Rows of gate_up and of out may lie further apart than they are long.
+at::Tensor swiglu_halves(const at::Tensor& gate_up, at::Tensor out = {});
 // Puts the gradients in place of gate_up, and swiglu_halves(gate_up) in place of dy.
 void swiglu_halves_backward(at::Tensor& gate_up, at::Tensor& dy);
 

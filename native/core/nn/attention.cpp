@@ -108,6 +108,25 @@ at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::
   return at::empty(q.sizes(), q.options()).index_copy(0, at::cat(places), at::cat(parts));
 }
 
+namespace {
+
+// Recording, for callers that have left autograd (AutoDispatchBelowADInplaceOrView) too.
+class Recorded {
+ public:
+  Recorded() : keys_(keys()), mode_(true) {}
+
+ private:
+  static c10::impl::LocalDispatchKeySet keys() {
+    c10::impl::LocalDispatchKeySet own = c10::impl::tls_local_dispatch_key_set();
+    own.excluded_ = own.excluded_ - c10::autograd_dispatch_keyset_with_ADInplaceOrView;
+    return own;
+  }
+  c10::impl::ForceDispatchKeyGuard keys_;
+  at::AutoGradMode mode_;
+};
+
+}  // namespace
+
 AttentionPass::AttentionPass(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceLengths& rows)
     : inputs_{q, k, v}, cu_seqlens_(rows.cu_seqlens), max_length_(rows.max_length) {
   if (uses_flash(q, {})) {
@@ -116,7 +135,7 @@ AttentionPass::AttentionPass(const at::Tensor& q, const at::Tensor& k, const at:
         /*return_debug_mask=*/false);
     return;
   }
-  const at::AutoGradMode enable(true);
+  const Recorded recorded;
   for (at::Tensor& input : inputs_) input = input.detach().requires_grad_(true);
   recorded_ = packed_attention(inputs_[0], inputs_[1], inputs_[2], rows, /*causal=*/true);
   out_ = recorded_.detach();
@@ -129,6 +148,7 @@ std::array<at::Tensor, 3> AttentionPass::backward(const at::Tensor& dout) {
                                                             /*is_causal=*/true, rng_state_, unused_);
     return {dq, dk, dv};
   }
+  const Recorded recorded;
   const auto grads = torch::autograd::grad({recorded_}, {inputs_.begin(), inputs_.end()}, {dout});
   recorded_.reset();
   return {grads[0], grads[1], grads[2]};

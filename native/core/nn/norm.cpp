@@ -17,15 +17,22 @@ RmsNorm::RmsNorm(int64_t dim, double eps) : eps_(eps) { register_parameter(weigh
 namespace {
 
 cuda::RmsNorm describe(const at::Tensor& x, const at::Tensor& weight) {
-  return {x.const_data_ptr(), weight.const_data_ptr(), x.numel() / x.size(-1), static_cast<int32_t>(x.size(-1)),
-          cuda_type(x.scalar_type())};
+  return {x.const_data_ptr(),         weight.const_data_ptr(),
+          x.numel() / x.size(-1),     static_cast<int32_t>(x.size(-1)),
+          cuda_type(x.scalar_type()), x.size(-1)};
 }
 
+bool has_plain_rows(const at::Tensor& x) { return x.stride(-1) == 1 && (x.is_contiguous() || x.dim() == 2); }
+int64_t row_pitch(const at::Tensor& x) { return x.is_contiguous() ? x.size(-1) : x.stride(0); }
+
 // One kernel each way; the weight gets no gradient. `rstd`, float32 [rows], is written where it is defined.
-at::Tensor rms_norm_kernel(const at::Tensor& x, const at::Tensor& weight, double eps, const at::Tensor& rstd) {
-  at::Tensor y = at::empty_like(x);
+at::Tensor rms_norm_kernel(const at::Tensor& x, const at::Tensor& weight, double eps, const at::Tensor& rstd,
+                           at::Tensor y = {}) {
+  if (!y.defined()) y = at::empty_like(x);
+  cuda::RmsNorm op = describe(x, weight);
+  op.out_pitch = row_pitch(y);
   float* scales = rstd.defined() ? rstd.mutable_data_ptr<float>() : nullptr;
-  check_cuda(cuda_kernels(x)->rms_norm(describe(x, weight), eps, y.mutable_data_ptr(), scales, cuda_stream(x)));
+  check_cuda(cuda_kernels(x)->rms_norm(op, eps, y.mutable_data_ptr(), scales, cuda_stream(x)));
   return y;
 }
 
@@ -68,26 +75,30 @@ const cuda::Kernels* rms_norm_kernels(const at::Tensor& x, const at::Tensor& wei
   return x.is_contiguous() && weight.scalar_type() == x.scalar_type() ? cuda_kernels(x) : nullptr;
 }
 
+at::Tensor placed(const at::Tensor& y, at::Tensor& out) { return out.defined() ? out.copy_(y) : y; }
+
 at::Tensor empty_scales(const at::Tensor& x) {
   return at::empty({x.numel() / x.size(-1)}, x.options().dtype(at::kFloat));
 }
 
 }  // namespace
 
-at::Tensor RmsNorm::forward(const at::Tensor& x, Scales& scales) const {
-  if (rms_norm_kernels(x, weight.value) == nullptr) return plain_rms_norm(x, weight.value, eps_);
+at::Tensor RmsNorm::forward(const at::Tensor& x, Scales& scales, at::Tensor out) const {
+  if (rms_norm_kernels(x, weight.value) == nullptr) return placed(plain_rms_norm(x, weight.value, eps_), out);
   scales = empty_scales(x);
-  return rms_norm_kernel(x, weight.value, eps_, scales);
+  return rms_norm_kernel(x, weight.value, eps_, scales, out);
 }
 
-at::Tensor RmsNorm::add_forward(at::Tensor& sum, const at::Tensor& x, Scales& scales) const {
+at::Tensor RmsNorm::add_forward(at::Tensor& sum, const at::Tensor& x, Scales& scales, at::Tensor out) const {
   const cuda::Kernels* kernels = x.is_contiguous() ? rms_norm_kernels(sum, weight.value) : nullptr;
-  if (kernels == nullptr) return plain_rms_norm(sum.add_(x), weight.value, eps_);
+  if (kernels == nullptr) return placed(plain_rms_norm(sum.add_(x), weight.value, eps_), out);
   scales = empty_scales(x);
-  at::Tensor y = at::empty_like(x);
-  check_cuda(kernels->add_rms_norm(describe(x, weight.value), sum.mutable_data_ptr(), eps_, y.mutable_data_ptr(),
+  if (!out.defined()) out = at::empty_like(x);
+  cuda::RmsNorm op = describe(x, weight.value);
+  op.out_pitch = row_pitch(out);
+  check_cuda(kernels->add_rms_norm(op, sum.mutable_data_ptr(), eps_, out.mutable_data_ptr(),
                                    scales.mutable_data_ptr<float>(), cuda_stream(x)));
-  return y;
+  return out;
 }
 
 at::Tensor RmsNorm::backward(const at::Tensor& x, const Scales& scales, const at::Tensor& dy) const {
@@ -104,18 +115,21 @@ at::Tensor RmsNorm::backward(const at::Tensor& x, const Scales& scales, const at
   return (g - unit * (g * unit).mean(-1, /*keepdim=*/true)).mul_(rstd).to(x.scalar_type());
 }
 
-at::Tensor RmsNorm::backward_add(const at::Tensor& x, const Scales& scales, at::Tensor& dy,
-                                 const at::Tensor& residual) const {
-  if (scales.defined() && dy.is_contiguous() && residual.is_contiguous()) {
-    at::Tensor dx = at::empty_like(x);
-    check_cuda(cuda_kernels(x)->rms_norm_backward_add(describe(x, weight.value), dy.mutable_data_ptr(),
-                                                      scales.const_data_ptr<float>(), residual.const_data_ptr(),
-                                                      dx.mutable_data_ptr(), cuda_stream(x)));
-    return dx;
+at::Tensor RmsNorm::backward_add(const at::Tensor& x, const Scales& scales, at::Tensor& dy, const at::Tensor& residual,
+                                 at::Tensor out) const {
+  if (scales.defined() && dy.is_contiguous() && has_plain_rows(residual)) {
+    if (!out.defined()) out = at::empty_like(x);
+    cuda::RmsNorm op = describe(x, weight.value);
+    op.out_pitch = row_pitch(out);
+    op.residual_pitch = row_pitch(residual);
+    check_cuda(cuda_kernels(x)->rms_norm_backward_add(op, dy.mutable_data_ptr(), scales.const_data_ptr<float>(),
+                                                      residual.const_data_ptr(), out.mutable_data_ptr(),
+                                                      cuda_stream(x)));
+    return out;
   }
   const at::Tensor dx = backward(x, scales, dy).add_(residual);
   dy.copy_(plain_rms_norm(x, weight.value, eps_));
-  return dx;
+  return placed(dx, out);
 }
 
 at::Tensor RmsNorm::forward(const at::Tensor& x) const {

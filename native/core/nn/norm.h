@@ -25,13 +25,15 @@ class RmsNorm : public Norm {
   // For callers with a backward of their own; nothing is recorded, and the weight gets no gradient.
   // What the backward needs besides x: float32, one a row. Undefined where it is computed anew.
   using Scales = at::Tensor;
-  at::Tensor forward(const at::Tensor& x, Scales& scales) const;
+  // Into `out` where it is given; its rows, and those of `residual`, may lie further apart than they are long.
+  at::Tensor forward(const at::Tensor& x, Scales& scales, at::Tensor out = {}) const;
   // sum += x in place; of the sum.
-  at::Tensor add_forward(at::Tensor& sum, const at::Tensor& x, Scales& scales) const;
+  at::Tensor add_forward(at::Tensor& sum, const at::Tensor& x, Scales& scales, at::Tensor out = {}) const;
   // The gradient of x.
   at::Tensor backward(const at::Tensor& x, const Scales& scales, const at::Tensor& dy) const;
   // residual + the gradient of x. Puts forward(x) in place of dy.
-  at::Tensor backward_add(const at::Tensor& x, const Scales& scales, at::Tensor& dy, const at::Tensor& residual) const;
+  at::Tensor backward_add(const at::Tensor& x, const Scales& scales, at::Tensor& dy, const at::Tensor& residual,
+                          at::Tensor out = {}) const;
 
   Parameter weight;
 

@@ -1,5 +1,6 @@
 // Cross-entropy over labelled positions without ever holding all logits: the head runs in chunks of rows, and each
-// chunk's gradient is formed at once (as Liger's fused linear cross-entropy does).
+// chunk's gradient is formed at once (as Liger's fused linear cross-entropy does), in the memory of its 16-bit logits
+// where a kernel does it.
 #pragma once
 
 #include <ATen/core/Tensor.h>

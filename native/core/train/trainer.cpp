@@ -81,11 +81,7 @@ Trainer::Trainer(VisionLanguageModel& model, const Family& family, std::string m
     begin_lora(trained, groups);
   }
   parameters_ = std::make_unique<FlatParameters>(std::move(trained), groups.groups(), device_);
-  if (!options_.full) {
-    model_.visit([](const std::string&, Module& module) {
-      if (auto* language = dynamic_cast<LanguageModel*>(&module)) language->stack_weights();
-    });
-  }
+  if (!options_.full) visit_language([](LanguageModel& language) { language.stack_weights(); });
   optimizer_ = make_optimizer(options_.optimizer, *parameters_);
   flops_.emplace(model_, options_.full, options_.full ? 0 : adapter_.numel());
   dropout_.generator = make_generator(device_);
@@ -211,6 +207,12 @@ void Trainer::begin_lora(std::vector<TrainedParameter>& trained, GroupBuilder& g
   });
 }
 
+void Trainer::visit_language(const std::function<void(LanguageModel&)>& fn) {
+  model_.visit([&fn](const std::string&, Module& module) {
+    if (auto* language = dynamic_cast<LanguageModel*>(&module)) fn(*language);
+  });
+}
+
 Trainer::~Trainer() { detach(); }
 
 // The network's slots keep plain values, and the model its own weights.
@@ -224,6 +226,12 @@ void Trainer::detach() {
     if (it != adapter_.saved.end()) it->second = parameter.value;
   });
   activate(model_, nullptr);
+  try {
+    // Without room for pairs.
+    visit_language([](LanguageModel& language) { language.stack_weights(); });
+  } catch (const c10::Error&) {
+    // No memory for a layer's copy: weights with gaps between their rows give the same.
+  }
   if (pissa_.empty()) return;
   const auto linears = linears_of(model_);
   const StoredWeights stored(model_dir_, family_);
@@ -245,9 +253,11 @@ std::optional<Adapter> Trainer::release_adapter() {
   return std::move(adapter_);
 }
 
-// DoRA: lengths of the rows with the pairs as they are now.
-void Trainer::refresh_norms() {
+// What follows from the pairs as they are now: the copies of them beside stacked weights; DoRA's lengths of rows.
+void Trainer::refresh_pairs() {
   const at::NoGradGuard no_grad;
+  if (options_.full) return;
+  visit_language([](LanguageModel& language) { language.refresh_pairs(); });
   if (!adapter_.config.use_dora) return;
   const auto linears = linears_of(model_);
   for (auto& [path, layer] : adapter_.layers) refresh_weight_norm(linears.at(path)->weight, layer);
@@ -280,7 +290,7 @@ StepResult Trainer::run(int64_t number, const std::vector<MicroBatch>& micro_bat
   const bool vision_trains = train && (trainable_.vision > 0 || trainable_.projector > 0);
   const double scale = 1.0 / static_cast<double>(labelled);
   const double loss_scale = train ? scaler_.scale() : 1.0;
-  if (train) refresh_norms();
+  if (train) refresh_pairs();
 
   at::AutoGradMode grad_mode(train);
   at::Tensor loss_sum = at::zeros({}, at::TensorOptions().dtype(at::kFloat).device(device_));
@@ -402,7 +412,7 @@ void Trainer::fail_non_finite(int64_t number, bool loss, const std::vector<Micro
 }
 
 StepResult Trainer::evaluate(const std::vector<MicroBatch>& micro_batches, JobContext& job) {
-  refresh_norms();
+  refresh_pairs();
   StepResult result = run(step_ + 1, micro_batches, /*train=*/false, job);
   result.step = step_;
   return result;

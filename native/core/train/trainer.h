@@ -2,6 +2,7 @@
 // brings rows in order.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -96,7 +97,8 @@ class Trainer {
   void begin_full(std::vector<TrainedParameter>& trained, GroupBuilder& groups);
   void begin_lora(std::vector<TrainedParameter>& trained, GroupBuilder& groups);
   at::Tensor add_noise(const at::Tensor& hidden, const PackedBatch& batch);
-  void refresh_norms();
+  void refresh_pairs();
+  void visit_language(const std::function<void(LanguageModel&)>& fn);
   std::vector<std::string> save_full(const std::string& dir, int64_t max_shard_size, JobContext& job) const;
   void detach();
   // Throws ERR_MARTLET_NON_FINITE naming the step, the rows and the first module whose output was not finite.

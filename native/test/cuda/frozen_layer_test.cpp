@@ -18,6 +18,11 @@ double cosine(const at::Tensor& a, const at::Tensor& b) {
 }
 
 void compare(const std::string& what, LayerOptions options) {
+  if (options.form == PairForm::kInPlace && options.pair_dtype == options.dtype) {
+    LayerOptions augmented = options;
+    augmented.form = PairForm::kAugmented;
+    compare(what + ", augmented", augmented);
+  }
   const LayerResult exact = LayerCase(options, at::kFloat).run(/*written_out=*/false, Recompute::kNone);
   options.device = gpu();
   LayerCase c(options);

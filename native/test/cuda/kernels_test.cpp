@@ -12,6 +12,7 @@
 #include "core/nn/norm.h"
 #include "core/nn/rope.h"
 #include "core/quant/quantized_tensor.h"
+#include "core/train/loss.h"
 #include "core/vision/image_ops.h"
 #include "cuda/gpu.h"
 
@@ -161,6 +162,46 @@ TEST("RMSNorm for a backward of one's own: of a sum, and its gradient with anoth
   }
 }
 
+TEST("RMSNorm and SwiGLU into rows that lie further apart, from such rows: the same bits, and nothing between them") {
+  const at::NoGradGuard no_grad;
+  for (const at::ScalarType type : kTypes) {
+    for (const auto& [columns, gap] :
+         std::vector<std::pair<int64_t, int64_t>>{{7, 1}, {128, 3}, {128, 64}, {4096, 64}}) {
+      constexpr int64_t kRows = 33;
+      const auto drawn = [&](uint64_t seed, int64_t width) { return randn({kRows, width}, seed).to(type).to(gpu()); };
+      const auto apart = [&, gap = gap](const at::Tensor& x) {
+        at::Tensor rows = at::full({kRows, x.size(1) + gap}, 7, x.options());
+        rows.narrow(1, 0, x.size(1)).copy_(x);
+        return rows.narrow(1, 0, x.size(1));
+      };
+      const auto check = [&, gap = gap](const at::Tensor& actual, const at::Tensor& expected) {
+        EXPECT_SAME(actual.contiguous().cpu(), expected.cpu());
+        const at::Tensor between = actual.as_strided({kRows, gap}, actual.strides(), actual.size(1));
+        EXPECT(between.eq(7).all().item<bool>());
+      };
+      RmsNorm norm(columns, 1e-6);
+      norm.weight.value = (1 + 0.1 * randn({columns}, 5)).to(type).to(gpu());
+      const at::Tensor x = drawn(1, columns), dy = drawn(2, columns), residual = drawn(3, columns);
+      const auto empty = [&, columns = columns] { return apart(at::zeros({kRows, columns}, x.options())); };
+      RmsNorm::Scales scales, again;
+      check(norm.forward(x, again, empty()), norm.forward(x, scales));
+      at::Tensor sum = residual.clone(), other = residual.clone();
+      check(norm.add_forward(sum, x, scales, empty()), norm.add_forward(other, x, again));
+      at::Tensor grad = dy.clone(), grad_apart = dy.clone();
+      check(norm.backward_add(sum, scales, grad_apart, apart(residual), empty()),
+            norm.backward_add(sum, scales, grad, residual));
+      EXPECT_SAME(grad_apart.cpu(), grad.cpu());
+      at::Tensor both = drawn(4, 2 * columns), both_apart = apart(both);
+      check(swiglu_halves(both_apart, empty()), swiglu_halves(both));
+      at::Tensor product = dy.clone(), product_apart = dy.clone();
+      swiglu_halves_backward(both_apart, product_apart);
+      swiglu_halves_backward(both, product);
+      check(both_apart, both);
+      EXPECT_SAME(product_apart.cpu(), product.cpu());
+    }
+  }
+}
+
 TEST("rotary embedding in place and between tensors of other strides: the same bits") {
   const at::NoGradGuard no_grad;
   for (const at::ScalarType type : kTypes) {
@@ -200,6 +241,47 @@ TEST("SwiGLU of halves of rows and its gradients in place") {
       check_near(actual[1], expected[1], 2, 1, what + ", gradients");
     }
   }
+}
+
+TEST("cross-entropy of 16-bit logits: losses, first largest logit and gradient, one chunk and several") {
+  for (const at::ScalarType type : kTypes) {
+    // An identity of a head: the logits are the hidden states themselves, ties and all, so only the rows' own
+    // arithmetic differs. Odd widths take the scalar path.
+    for (const auto& [rows, vocab] :
+         std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {33, 7}, {5, 264}, {130, 2049}, {600, 4096}}) {
+      const at::Tensor logits = (4 * randn({rows, vocab}, 1)).to(type), head = at::eye(vocab).to(type);
+      at::Tensor targets = at::arange(rows, at::kLong).remainder(vocab);
+      targets.narrow(0, 0, rows / 2).copy_(logits.narrow(0, 0, rows / 2).argmax(1));
+      for (const double smoothing : {0.0, 0.1}) {
+        const double scale = 3.0 / static_cast<double>(rows);
+        const auto run = [&](at::Device device) {
+          const at::Tensor hidden = logits.to(device).requires_grad_(true), weight = head.to(device);
+          const LossOutput out = chunked_cross_entropy(hidden, weight, targets.to(device), scale, smoothing);
+          const at::Tensor grad = torch::autograd::grad({out.loss}, {hidden})[0];
+          const at::NoGradGuard no_grad;
+          return Tensors{out.loss.detach().cpu(), out.correct.cpu(),
+                         target_logprobs(hidden, weight, targets.to(device)).cpu(), grad.cpu()};
+        };
+        const Tensors expected = run(at::kCPU), actual = run(gpu());
+        const std::string what = std::to_string(rows) + "×" + std::to_string(vocab);
+        EXPECT_CLOSE(actual[0], expected[0], 2e-6 * std::max(1.0, expected[0].item<double>()));
+        EXPECT_EQ(actual[1].item<int64_t>(), expected[1].item<int64_t>());
+        EXPECT_CLOSE(actual[2], expected[2], 1e-5 * std::max(1.0, expected[2].abs().max().item<double>()));
+        check_near(actual[3], expected[3], 2, 1e-3 * scale, "cross-entropy of " + what + ", gradient");
+      }
+    }
+  }
+  // Several chunks: 2^26 / 2^18 = 256 rows at a time.
+  const at::Tensor hidden = randn({600, 8}, 1).to(at::kBFloat16), head = randn({1 << 18, 8}, 2).to(at::kBFloat16),
+                   targets = at::arange(600, at::kLong);
+  const auto run = [&](at::Device device) {
+    const at::Tensor leaf = hidden.to(device).requires_grad_(true);
+    const LossOutput out = chunked_cross_entropy(leaf, head.to(device), targets.to(device), 1.0 / 600);
+    return Tensors{out.loss.detach().cpu(), torch::autograd::grad({out.loss}, {leaf})[0].cpu()};
+  };
+  const Tensors expected = run(at::kCPU), actual = run(gpu());
+  EXPECT_CLOSE(actual[0], expected[0], 1e-3);
+  check_near(actual[1], expected[1], 4, expected[1].abs().max().item<double>() / 4, "cross-entropy in chunks");
 }
 
 TEST("SwiGLU and its gradients") {
