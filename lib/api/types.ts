@@ -232,6 +232,8 @@ export interface MergeOptions {
   maxShardSize?: number | string;
   /** `quantized`: into the weights that a qlora adapter was trained against (quantised and back); the result is as large. Defaults to `original`. */
   base?: 'original' | 'quantized';
+  /** Where the sums are computed, one weight at a time. Defaults to `auto`: the first CUDA device, else the CPU. */
+  device?: 'auto' | 'cpu' | 'cuda' | `cuda:${number}`;
   /** Write into a folder that already holds files. Defaults to false. */
   overwrite?: boolean;
   signal?: AbortSignal;

@@ -300,6 +300,8 @@ export interface MergeArgs {
   outputDir: string; // exists, empty: native code writes weight shards and the index into it
   dtype?: Dtype; // absent = as stored
   maxShardSize: number; // bytes
+  /** 'auto' | 'cpu' | 'cuda' | 'cuda:N': where the sums are computed. Defaults to cpu. */
+  device?: string;
   /** Merge into the weights that this quantisation leaves, computed from `dtype`; those of a quantised checkpoint are what it holds. */
   quantization?: { method: 'int8' | 'nf4'; doubleQuantization: boolean; dtype: 'auto' | Dtype };
 }

@@ -19,6 +19,7 @@
 #include "core/base/runtime.h"
 #include "core/generate/generator.h"
 #include "core/io/checkpoint.h"
+#include "core/io/transfer.h"
 #include "core/lora/adapter.h"
 #include "core/lora/merge.h"
 #include "core/models/describe.h"
@@ -232,10 +233,15 @@ json Session::Impl::load(const json& args, JobContext& job) {
     const auto it = quantized_parts.find(name);
     return it == quantized_parts.end() ? at::Tensor() : checkpoint.tensor(it->second);
   };
+  WeightReader reader;
+  options.copy = [&](const at::Tensor& from, const at::Tensor& to, bool now) {
+    reader.read(from, to);
+    if (now) reader.wait();
+  };
   int64_t done = 0, bytes = 0;
   options.on_parameter = [&](const std::string& name, int64_t size) {
     job.check();
-    // What was read is copied: its pages of the file need not stay beside the copy, nor the temporaries of quantising.
+    // Pages that a look at the tensor brought in need not stay beside the copy, nor the temporaries of quantising.
     if (const auto it = stored.find(name); it != stored.end()) checkpoint.release(it->second);
     if (options.quantization.enabled()) trim_heap();
     bytes += size;
@@ -251,6 +257,7 @@ json Session::Impl::load(const json& args, JobContext& job) {
         return found.defined() || !tied ? found : weights(fresh->info().head_key);
       },
       options);
+  reader.wait();
   fresh->verify();
   if (fresh->has_tied_head()) used.insert(fresh->info().head_key);  // a copy of the embedding
   std::vector<std::string> unexpected;
