@@ -55,8 +55,7 @@ at::Tensor MappedFile::tensor(size_t offset, at::IntArrayRef shape, at::ScalarTy
   const char* begin = data() + offset;
   if (reinterpret_cast<uintptr_t>(begin) % c10::elementSize(dtype) != 0) {
     at::Tensor copy = at::empty(shape, dtype);
-    // An empty tensor has no memory, and memcpy takes no null pointer.
-    if (copy.numel() > 0) std::memcpy(copy.mutable_data_ptr(), begin, copy.nbytes());
+    read(copy.mutable_data_ptr(), offset, copy.nbytes());
     return copy;
   }
   // The mapping is private and never written to, so dropping const is safe.
