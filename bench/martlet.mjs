@@ -406,6 +406,7 @@ const TASKS = {
         adapterDir: join(dir, 'adapter'),
         outputDir: out,
         maxShardSize: 5e9,
+        device,
       }),
     );
     const files = readdirSync(out).filter((name) => name.endsWith('.safetensors'));

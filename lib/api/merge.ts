@@ -16,7 +16,7 @@ import type { MergeOptions, MergeReport } from './types.js';
  * Adds an adapter to its base model and writes a Hugging Face folder: merged weights shard by shard, all other files as they were.
  * `outputDir` appears whole or not at all.
  *
- * Rejects with `ERR_MARTLET_ADAPTER`, `_MODEL_NOT_FOUND`, `_WEIGHTS`, `_IO` (the folder holds files already; disk full) or `_ABORTED`.
+ * Rejects with `ERR_MARTLET_ADAPTER`, `_MODEL_NOT_FOUND`, `_WEIGHTS`, `_CUDA_UNAVAILABLE`, `_IO` (the folder holds files already; disk full) or `_ABORTED`.
  */
 export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> {
   const started = performance.now();
@@ -53,6 +53,7 @@ export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> 
           ...(options.dtype && { dtype: options.dtype }),
           ...(quantization && { quantization }),
           maxShardSize,
+          device: options.device ?? 'auto',
         },
         { signal, onEvent: (event) => onProgress?.(event as { done: number; total: number }) },
       );

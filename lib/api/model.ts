@@ -21,6 +21,7 @@ import type {
   ScoreResult,
   StreamChunk,
 } from './types.js';
+import { visionCacheArgs } from './vision-cache.js';
 
 const DEFAULT_MAX_NEW_TOKENS = 512;
 
@@ -70,6 +71,7 @@ export async function loadModel(dirOrId: string, options: LoadModelOptions = {})
         dtype: options.dtype ?? 'auto',
         imageTokenId: processor.imageTokenId,
         quantization,
+        ...visionCacheArgs({ mode: options.visionCache ?? 'memory', size: options.visionCacheSize ?? '1GB' }),
       },
       {
         signal,

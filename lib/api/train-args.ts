@@ -4,6 +4,7 @@ import { parseOptimArgs } from '../config/contradictions.js';
 import { quantizationOf, type TrainConfig } from '../config/index.js';
 import type { LoadArgs, Recompute, TrainBeginArgs } from '../native/binding.js';
 import type { TrainPlan } from './train-setup.js';
+import { visionCacheArgs } from './vision-cache.js';
 
 export function loadArgs(config: TrainConfig, modelDir: string): LoadArgs {
   return {
@@ -12,6 +13,7 @@ export function loadArgs(config: TrainConfig, modelDir: string): LoadArgs {
     dtype: config.torch_dtype,
     quantization: quantizationOf(config),
     doubleQuantization: config.bnb_4bit_use_double_quant,
+    ...visionCacheArgs({ mode: config.vision_cache, size: config.vision_cache_size, dir: config.vision_cache_dir }),
   };
 }
 

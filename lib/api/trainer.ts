@@ -296,7 +296,10 @@ class Trainer {
       throw error;
     });
     if (sample === undefined || sample.images.length === 0) return;
-    const grey = sample.images.map((image) => ({ ...image, data: new Uint8Array(image.data.length).fill(128) }));
+    const grey = sample.images.map(({ key: _, ...image }) => ({
+      ...image,
+      data: new Uint8Array(image.data.length).fill(128),
+    }));
     const losses: number[] = [];
     for (const images of [sample.images, grey]) {
       const job = new JobBuffers();
@@ -504,6 +507,7 @@ class Trainer {
       memoryAllocated: this.#memoryAllocated,
       lossScale: result.lossScale,
       skippedSteps: this.#skippedSteps,
+      ...(result.visionCache && { visionCache: result.visionCache }),
       ...(result.modelFlopUtilisation !== undefined && { modelFlopUtilisation: result.modelFlopUtilisation }),
       elapsed,
       remaining: (elapsed / doneHere) * (this.#setup.schedule.totalSteps - this.#step),
@@ -740,6 +744,7 @@ class Trainer {
       totalParams,
       skipped: this.#skipped,
       skippedSteps: this.#skippedSteps,
+      ...(this.#lastStep?.visionCache && { visionCache: this.#lastStep.visionCache }),
       stopped,
       stoppedEarly,
     };

@@ -1,5 +1,5 @@
 import type { TrainConfig } from '../config/index.js';
-import type { MemoryStats } from '../native/binding.js';
+import type { MemoryStats, VisionCacheCounts } from '../native/binding.js';
 import type {
   ChatMessage,
   GroundingObjects,
@@ -32,6 +32,10 @@ export interface LoadModelOptions extends VisionOptions {
   system?: string;
   /** Turn pictures as their EXIF orientation says. Defaults to true. */
   exifOrientation?: boolean;
+  /** Keep what pictures become in front of the language model, so that further questions about one are answered without its vision tower. Adapters that change that part are left out. Defaults to `memory`. */
+  visionCache?: 'off' | 'memory';
+  /** Bytes or `1GB`: what is kept at most; the longest unused goes first. Defaults to `1GB`. */
+  visionCacheSize?: number | string;
   signal?: AbortSignal;
   onProgress?: (progress: { done: number; total: number; bytes: number }) => void;
 }
@@ -178,6 +182,8 @@ export type TrainEvent =
       skippedSteps: number;
       /** GPU only: share of the device's measured product rate that the step's arithmetic (vision tower left out) comes to */
       modelFlopUtilisation?: number;
+      /** pictures whose features were kept or had to be computed, since the model was loaded, evaluation included; bytes kept. Absent with `vision_cache: off` */
+      visionCache?: VisionCacheCounts;
       /** seconds */
       elapsed: number;
       remaining: number;
@@ -210,6 +216,8 @@ export interface TrainResult {
   totalParams: number;
   /** Rows left out (on_bad_row: skip, or longer than max_length), each with its reason. */
   skipped: { file: string; row: number; code: string; message: string }[];
+  /** Absent with `vision_cache: off`. */
+  visionCache?: VisionCacheCounts;
   /** Steps that changed nothing: overflows in float16, losses that were not finite (non_finite: skip, rollback). */
   skippedSteps: number;
   /** True when stop() or a signal ended the run before its last step. */
@@ -236,6 +244,8 @@ export interface MergeOptions {
   maxShardSize?: number | string;
   /** `quantized`: into the weights that a qlora adapter was trained against (quantised and back); the result is as large. Defaults to `original`. */
   base?: 'original' | 'quantized';
+  /** Where the sums are computed, one weight at a time. Defaults to `auto`: the first CUDA device, else the CPU. */
+  device?: 'auto' | 'cpu' | 'cuda' | `cuda:${number}`;
   /** Write into a folder that already holds files. Defaults to false. */
   overwrite?: boolean;
   signal?: AbortSignal;

@@ -1,5 +1,6 @@
 /** Command lines: snake_case and kebab-case alike, aliases, values of booleans, lists, "did you mean". */
 import { parseArgs } from 'node:util';
+import type { LoadModelOptions } from '../api/types.js';
 import { MartletError } from '../errors.js';
 import { nearest } from '../suggest.js';
 
@@ -164,6 +165,12 @@ export class Options {
   dtype(name: string): (typeof DTYPES)[string] | undefined {
     const text = this.choice(name, Object.keys(DTYPES));
     return text === undefined ? undefined : DTYPES[text];
+  }
+
+  device(name: string): LoadModelOptions['device'] {
+    const text = this.string(name);
+    if (text === undefined || /^(auto|cpu|cuda(:\d+)?)$/.test(text)) return text as LoadModelOptions['device'];
+    throw usageError(`--${name} must be auto, cpu, cuda or cuda:N, not ${text}.`, { option: name });
   }
 
   choice<T extends string>(name: string, choices: readonly T[]): T | undefined {

@@ -27,6 +27,11 @@ const OPTIONS: OptionSpecs = {
     placeholder: 'float32|bfloat16|float16',
     help: 'as stored by default',
   },
+  device: {
+    kind: 'value',
+    placeholder: 'auto|cpu|cuda|cuda:N',
+    help: 'where the sums of merging are computed; default auto',
+  },
   max_shard_size: { kind: 'value', placeholder: 'SIZE', help: 'largest weight file, e.g. 2GB; default 5GB' },
   overwrite: { kind: 'flag', aliases: ['exist_ok'], help: 'write into a folder that already holds files' },
   base: {
@@ -73,6 +78,7 @@ async function run({ options, positionals, io }: Invocation): Promise<number> {
       outputDir: options.string('output_dir') ?? `${adapter.replace(/\/+$/, '')}-merged`,
       ...(dtype !== undefined && dtype !== 'auto' && { dtype }),
       maxShardSize: options.string('max_shard_size'),
+      device: options.device('device'),
       base: options.choice('base', ['original', 'quantized']),
       overwrite: options.flag('overwrite'),
       signal,

@@ -181,12 +181,8 @@ function loadOptions(options: Options): LoadModelOptions {
   const quantized = named === 'int8' || named === 'nf4';
   const bits = options.choice('quant_bits', ['4', '8']);
   const method = options.choice('quant_method', ['bnb']);
-  const device = options.string('device');
-  if (device !== undefined && !/^(auto|cpu|cuda(:\d+)?)$/.test(device)) {
-    throw usageError(`--device must be auto, cpu, cuda or cuda:N, not ${device}.`, { option: 'device' });
-  }
   return {
-    device: device as LoadModelOptions['device'],
+    device: options.device('device'),
     ...(quantized
       ? { quantization: named }
       : {

@@ -126,6 +126,22 @@ export const trainConfigSchema = z.strictObject({
     .enum(['error', 'skip'])
     .default('error')
     .describe('A row that cannot be used: `error` stops before training and names all of them, `skip` reports them.'),
+  vision_cache: z
+    .enum(['off', 'memory', 'disk'])
+    .default('memory')
+    .describe(
+      'Keep what pictures become in front of the language model where that part is frozen and has no dropout, so that each picture goes through the vision tower once a run (`disk`: once for all runs with these weights).',
+    ),
+  vision_cache_size: z
+    .string()
+    .regex(/^\d+(\.\d+)?\s*([KMGT]i?B|B)?$/i, 'expected a size such as 2GB')
+    .default('2GB')
+    .describe('What the cache takes at most; what was unused for longest goes first.'),
+  vision_cache_dir: z
+    .string()
+    .nullable()
+    .default(null)
+    .describe("Folder of `vision_cache: disk`. null = `vision` in martlet's cache folder."),
   exif_orientation: z.boolean().default(true).describe('Turn pictures as their EXIF orientation says.'),
   max_image_pixels: positive()
     .default(268_402_689)

@@ -78,6 +78,8 @@ export interface ImageArg {
   /** Seconds between two temporal patches, where the family's positions use it. */
   secondsPerGrid?: number;
   plan: ImagePlan;
+  /** Hexadecimal; equal only for equal pixels and plans. The features of pictures with a key are kept (`LoadArgs.visionCache`). */
+  key?: string;
 }
 
 /**
@@ -105,6 +107,8 @@ export interface LoadArgs {
   quantization?: Quantization;
   /** nf4: scales in 8 bits too. Defaults to true. */
   doubleQuantization?: boolean;
+  /** Keeps what pictures become in front of the language model, where no part of that is trained or adapted: in memory, or in files below `dir`. */
+  visionCache?: { bytes: number; dir?: string };
   /** The id that marks a picture's places, for families whose config.json does not say it. */
   imageTokenId?: number;
 }
@@ -253,6 +257,16 @@ export interface TrainStepResult {
   memory: MemoryStats;
   /** CUDA only */
   modelFlopUtilisation?: number;
+  visionCache?: VisionCacheCounts;
+}
+
+/** Of a loaded model, since it was loaded. */
+export interface VisionCacheCounts {
+  hits: number;
+  misses: number;
+  bytes: number;
+  /** Why nothing is stored any more. */
+  error?: string;
 }
 
 export interface MemoryStats {
@@ -261,6 +275,8 @@ export interface MemoryStats {
   peakAllocated: number;
   reserved: number;
   peakReserved: number;
+  /** Of the pictures' features that are kept; absent where none are. */
+  visionCache?: VisionCacheCounts;
 }
 
 export interface EvalResult {
@@ -300,6 +316,8 @@ export interface MergeArgs {
   outputDir: string; // exists, empty: native code writes weight shards and the index into it
   dtype?: Dtype; // absent = as stored
   maxShardSize: number; // bytes
+  /** 'auto' | 'cpu' | 'cuda' | 'cuda:N': where the sums are computed. Defaults to cpu. */
+  device?: string;
   /** Merge into the weights that this quantisation leaves, computed from `dtype`; those of a quantised checkpoint are what it holds. */
   quantization?: { method: 'int8' | 'nf4'; doubleQuantization: boolean; dtype: 'auto' | Dtype };
 }

@@ -1,4 +1,5 @@
 /** What every family's processor does alike: segments → ids, pictures and videos → RGB, generation_config.json, decoding. */
+import { createHash } from 'node:crypto';
 import { join } from 'node:path';
 import { MartletError } from '../errors.js';
 import type { ImagePlan } from '../native/binding.js';
@@ -126,6 +127,12 @@ export async function createProcessor<P extends MediaPlan>(
         ...(decoderLabels && { decoderLabels }),
         images: decoded.flatMap(({ data, size: { width, height, video } }, i) => {
           const { plan, slices = [], secondsPerGrid } = media[i] as MediaPlan;
+          const pixels = createHash('sha256').update(data).digest();
+          const keyOf = (view: ImagePlan) =>
+            createHash('sha256')
+              .update(pixels)
+              .update(JSON.stringify([width, height, video?.frames, view]))
+              .digest('hex');
           return [plan, ...slices].map((view) => ({
             data,
             width,
@@ -133,6 +140,7 @@ export async function createProcessor<P extends MediaPlan>(
             ...(video && { frames: video.frames }),
             ...(secondsPerGrid !== undefined && { secondsPerGrid }),
             plan: view,
+            key: keyOf(view),
           }));
         }),
         // one for each view: a picture's slices stand and fall with it

@@ -36,6 +36,8 @@ export interface RgbImage {
   /** Seconds from one temporal patch to the next, where the family's positions use it. */
   secondsPerGrid?: number;
   plan: ImagePlan;
+  /** SHA-256 of pixels and plan. */
+  key?: string;
 }
 
 /** ms-swift's `objects`: names and boxes that take the places of `<ref-object>` and `<bbox>` in the messages, each kind in its own order. */

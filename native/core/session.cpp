@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <filesystem>
@@ -19,6 +20,7 @@
 #include "core/base/runtime.h"
 #include "core/generate/generator.h"
 #include "core/io/checkpoint.h"
+#include "core/io/transfer.h"
 #include "core/lora/adapter.h"
 #include "core/lora/merge.h"
 #include "core/models/describe.h"
@@ -64,7 +66,8 @@ std::vector<int64_t> int32_buffer(const BufferView& view) {
   return out;
 }
 
-Picture parse_image(const json& image, const Args& args) {
+// `cache` null: nothing is looked up.
+Picture parse_image(const json& image, const Args& args, FeatureCache* cache = nullptr) {
   const BufferView& rgb = args.buffer(image.at("buffer"));
   const int64_t width = image.at("width").get<int64_t>(), height = image.at("height").get<int64_t>();
   const int64_t frames = image.value("frames", int64_t{1});
@@ -72,13 +75,25 @@ Picture parse_image(const json& image, const Args& args) {
       static_cast<size_t>(frames) * static_cast<size_t>(width) * static_cast<size_t>(height) * 3 != rgb.size) {
     fail(code::kImage, "A decoded picture's bytes do not fit its size.");
   }
-  Picture picture = preprocess_image(rgb.data, frames, width, height, parse_image_plan(image.at("plan")));
+  const std::string key = cache == nullptr ? "" : image.value("key", "");
+  Picture picture;
+  if (!key.empty()) {
+    if (key.find_first_not_of("0123456789abcdef") != std::string::npos)
+      fail(code::kInternal, "The key of a picture is not hexadecimal.");
+    picture.features = cache->find(key);
+  }
+  if (picture.features != nullptr) {
+    picture.grid = picture.features->grid;
+  } else {
+    picture = preprocess_image(rgb.data, frames, width, height, parse_image_plan(image.at("plan")));
+  }
+  picture.key = key;
   picture.video = image.contains("frames");
   picture.seconds_per_grid = image.value("secondsPerGrid", picture.seconds_per_grid);
   return picture;
 }
 
-Sample parse_sample(const json& value, const Args& args, const ModelInfo& model) {
+Sample parse_sample(const json& value, const Args& args, const ModelInfo& model, FeatureCache* cache) {
   Sample sample;
   sample.id = value.value("id", "");
   sample.input_ids = int32_buffer(args.buffer(value.at("inputIds")));
@@ -88,15 +103,15 @@ Sample parse_sample(const json& value, const Args& args, const ModelInfo& model)
     if (!sample.decoder_labels && sample.labels.size() != sample.input_ids.size())
       fail(code::kInternal, "labels and inputIds differ in length.");
   }
-  for (const json& image : value.at("images")) sample.images.push_back(parse_image(image, args));
+  for (const json& image : value.at("images")) sample.images.push_back(parse_image(image, args, cache));
   return sample;
 }
 
-std::vector<MicroBatch> parse_micro_batches(const Args& args, const ModelInfo& model) {
+std::vector<MicroBatch> parse_micro_batches(const Args& args, const ModelInfo& model, FeatureCache* cache) {
   std::vector<MicroBatch> out;
   for (const json& micro : args.values.at("microBatches")) {
     out.emplace_back();
-    for (const json& sample : micro) out.back().push_back(parse_sample(sample, args, model));
+    for (const json& sample : micro) out.back().push_back(parse_sample(sample, args, model, cache));
   }
   return out;
 }
@@ -130,6 +145,7 @@ struct Session::Impl {
   at::ScalarType dtype = at::kFloat;
   std::unique_ptr<VisionLanguageModel> model;
   std::map<std::string, Adapter> adapters;
+  std::optional<FeatureCache> features;
   double peak_flops = 0;             // of the device, once a run has begun
   std::unique_ptr<Trainer> trainer;  // destroyed before the model it points into
 
@@ -153,6 +169,27 @@ struct Session::Impl {
     const auto it = adapters.find(name);
     if (it == adapters.end()) fail(code::kAdapter, "No adapter named \"" + name + "\" is loaded.", {{"adapter", name}});
     activate(loaded(), &it->second);
+  }
+
+  // The cache, where a job's pictures always become the same in front of the language model.
+  FeatureCache* cache_for(const json& args, bool train) {
+    if (!features) return nullptr;
+    if (trainer) return trainer->features_are_fixed(train) ? &*features : nullptr;
+    const auto it = adapters.find(args.value("adapter", ""));
+    if (it == adapters.end()) return &*features;
+    const auto is_language = [&](const auto& entry) { return loaded().part_of(entry.first) == Part::kLanguage; };
+    const Adapter& adapter = it->second;
+    return std::all_of(adapter.layers.begin(), adapter.layers.end(), is_language) &&
+                   std::all_of(adapter.saved.begin(), adapter.saved.end(), is_language)
+               ? &*features
+               : nullptr;
+  }
+  // Reports have it where pictures are kept.
+  void add_cache_counts(json& result) const {
+    if (!features) return;
+    const FeatureCache::Counts& counts = features->counts();
+    result["visionCache"] = {{"hits", counts.hits}, {"misses", counts.misses}, {"bytes", counts.bytes}};
+    if (!counts.error.empty()) result["visionCache"]["error"] = counts.error;
   }
 
   json load(const json& args, JobContext& job);
@@ -232,10 +269,15 @@ json Session::Impl::load(const json& args, JobContext& job) {
     const auto it = quantized_parts.find(name);
     return it == quantized_parts.end() ? at::Tensor() : checkpoint.tensor(it->second);
   };
+  WeightReader reader;
+  options.copy = [&](const at::Tensor& from, const at::Tensor& to, bool now) {
+    reader.read(from, to);
+    if (now) reader.wait();
+  };
   int64_t done = 0, bytes = 0;
   options.on_parameter = [&](const std::string& name, int64_t size) {
     job.check();
-    // What was read is copied: its pages of the file need not stay beside the copy, nor the temporaries of quantising.
+    // Pages that a look at the tensor brought in need not stay beside the copy, nor the temporaries of quantising.
     if (const auto it = stored.find(name); it != stored.end()) checkpoint.release(it->second);
     if (options.quantization.enabled()) trim_heap();
     bytes += size;
@@ -251,6 +293,7 @@ json Session::Impl::load(const json& args, JobContext& job) {
         return found.defined() || !tied ? found : weights(fresh->info().head_key);
       },
       options);
+  reader.wait();
   fresh->verify();
   if (fresh->has_tied_head()) used.insert(fresh->info().head_key);  // a copy of the embedding
   std::vector<std::string> unexpected;
@@ -269,6 +312,17 @@ json Session::Impl::load(const json& args, JobContext& job) {
   fresh->visit_parameters([&](const std::string&, Parameter& p) { parameters += p.numel(); });
   synchronize(device);
   model = std::move(fresh);
+  if (const auto it = args.find("visionCache"); it != args.end()) {
+    FeatureCacheOptions cache;
+    cache.max_bytes = it->at("bytes").get<size_t>();
+    cache.pinned = !device.is_cpu();
+    if (it->contains("dir")) {
+      cache.dir = it->at("dir").get<std::string>();
+      cache.fingerprint = feature_fingerprint(*model, config, device);
+      cache.pinned = false;
+    }
+    features.emplace(std::move(cache));
+  }
   const ModelInfo& info = model->info();
   return {{"modelType", info.model_type},        {"family", info.family},        {"device", device.str()},
           {"dtype", dtype_name(dtype)},          {"parameters", parameters},     {"weightBytes", bytes},
@@ -296,12 +350,13 @@ json Session::Impl::load_adapter(const json& args) {
 json Session::Impl::score(const Args& args, Reply& reply, JobContext& job) {
   use_adapter(args.values);
   const c10::InferenceMode inference;
-  const Sample sample = parse_sample(args.values.at("sample"), args, loaded().info());
+  FeatureCache* cache = cache_for(args.values, /*train=*/false);
+  const Sample sample = parse_sample(args.values.at("sample"), args, loaded().info(), cache);
   const PackedBatch batch = pack({&sample}, loaded(), device);
   if (batch.labelled == 0) fail(code::kConfig, "No token is labelled: score needs an assistant message.");
   const LanguageModel& language_model = model->language_model();
   const ForwardOptions forward = {.job = &job};
-  const DecoderInput input = embed(*model, batch, forward, /*vision_needs_grad=*/false);
+  const DecoderInput input = embed(*model, batch, forward, /*vision_needs_grad=*/false, cache);
   const at::Tensor states = language_model.forward(input.hidden, input.pass).index_select(0, batch.predict_rows);
   const at::Tensor hidden = language_model.head_input(states, forward);
   const at::Tensor logprobs = target_logprobs(hidden, model->head_weight(), batch.targets).to(at::kCPU);
@@ -316,8 +371,9 @@ json Session::Impl::score(const Args& args, Reply& reply, JobContext& job) {
 json Session::Impl::generate_answer(const Args& args, Reply& reply, JobContext& job) {
   use_adapter(args.values);
   const json& v = args.values;
-  const Sample sample = parse_sample(v.at("sample"), args, loaded().info());
   GenerateOptions options;
+  options.features = cache_for(v, /*train=*/false);
+  const Sample sample = parse_sample(v.at("sample"), args, loaded().info(), options.features);
   options.max_new_tokens = v.at("maxNewTokens").get<int64_t>();
   options.sampling = {v.at("temperature").get<double>(), v.at("topP").get<double>(), v.at("topK").get<int64_t>(),
                       v.at("repetitionPenalty").get<double>(), v.at("seed").get<uint64_t>()};
@@ -337,6 +393,9 @@ json Session::Impl::begin_training(const json& args) {
   set_deterministic(deterministic);
   at::globalContext().setAllowTF32CuBLAS(args.value("tf32", false));
   trainer = std::make_unique<Trainer>(loaded(), *family, model_dir, parse_train_options(args), dtype, device);
+  // Features do not stay what they were where the weights that they follow from are trained.
+  if (trainer->trainable().vision + trainer->trainable().projector > 0) features.reset();
+  if (features) trainer->keep_features(&*features);
   int64_t base = 0;
   model->visit_parameters([&](const std::string&, Parameter& p) { base += p.numel(); });
   if (peak_flops == 0) peak_flops = measured_peak_flops(device);
@@ -409,8 +468,8 @@ Reply Session::handle(const std::string& method, const std::string& args_json, c
     const Clock clock;
     reset_peak_memory(s.device);
     Trainer& trainer = s.training();
-    const StepResult step =
-        trainer.step(v.value("step", trainer.steps_done() + 1), parse_micro_batches(args, s.loaded().info()), job);
+    const StepResult step = trainer.step(v.value("step", trainer.steps_done() + 1),
+                                         parse_micro_batches(args, s.loaded().info(), s.cache_for(v, true)), job);
     result = {{"step", step.step},
               {"overflow", step.overflow},
               {"lossScale", step.loss_scale},
@@ -422,15 +481,17 @@ Reply Session::handle(const std::string& method, const std::string& args_json, c
               {"correctTokens", step.correct},
               {"seconds", clock.seconds()},
               {"memory", memory_json(memory_stats(s.device))}};
+    s.add_cache_counts(result);
     if (s.peak_flops > 0) result["modelFlopUtilisation"] = step.flops / clock.seconds() / s.peak_flops;
   } else if (method == "train.evaluate") {
-    const StepResult step = s.training().evaluate(parse_micro_batches(args, s.loaded().info()), job);
+    const StepResult step =
+        s.training().evaluate(parse_micro_batches(args, s.loaded().info(), s.cache_for(v, false)), job);
     result = {{"loss", step.loss}, {"labelledTokens", step.labelled}, {"correctTokens", step.correct}};
   } else if (method == "train.gradients") {
     double loss = 0;
     json gradients = json::array();
     for (const auto& [name, gradient] :
-         s.training().gradients(parse_micro_batches(args, s.loaded().info()), job, loss)) {
+         s.training().gradients(parse_micro_batches(args, s.loaded().info(), s.cache_for(v, true)), job, loss)) {
       gradients.push_back({{"name", name}, {"shape", gradient.sizes().vec()}, {"buffer", add_buffer(reply, gradient)}});
     }
     result = {{"loss", loss}, {"gradients", gradients}};
@@ -456,6 +517,7 @@ Reply Session::handle(const std::string& method, const std::string& args_json, c
     result = convert_checkpoint_json(v, job);
   } else if (method == "stats") {
     result = memory_json(memory_stats(s.device));
+    s.add_cache_counts(result);
   } else if (method == "emptyCache") {
     empty_cache(s.device);
   } else if (method == "sleep") {

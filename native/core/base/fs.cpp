@@ -48,6 +48,20 @@ void AtomicFile::write(const void* data, size_t size) {
   }
 }
 
+void AtomicFile::write_at(const void* data, size_t size, size_t offset) {
+  const char* bytes = static_cast<const char*>(data);
+  while (size > 0) {
+    const ssize_t written = ::pwrite(fd_, bytes, size, static_cast<off_t>(offset));
+    if (written < 0) {
+      if (errno == EINTR) continue;
+      fail_with_errno("write");
+    }
+    bytes += written;
+    offset += static_cast<size_t>(written);
+    size -= static_cast<size_t>(written);
+  }
+}
+
 void AtomicFile::commit() {
   if (::fsync(fd_) != 0) fail_with_errno("write");
   if (::close(fd_) != 0) {

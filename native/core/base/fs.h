@@ -17,6 +17,8 @@ class AtomicFile {
   AtomicFile& operator=(const AtomicFile&) = delete;
 
   void write(const void* data, size_t size);
+  // Any thread; does not move the place where write() goes on.
+  void write_at(const void* data, size_t size, size_t offset);
   void commit();
 
  private:

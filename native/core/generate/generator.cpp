@@ -51,7 +51,7 @@ Generation generate(const VisionLanguageModel& model, const Sample& prompt, cons
 
   Stopwatch watch(device);
   const ForwardOptions forward = {.job = &job};
-  auto [hidden, pass] = embed(model, batch, forward, /*vision_needs_grad=*/false);
+  auto [hidden, pass] = embed(model, batch, forward, /*vision_needs_grad=*/false, options.features);
   out.vision_ms = watch.lap_ms();
   job.check();
 

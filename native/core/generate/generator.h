@@ -16,6 +16,7 @@ struct GenerateOptions {
   int64_t max_new_tokens = 512;
   SamplingOptions sampling;
   std::vector<int64_t> stop_token_ids;
+  FeatureCache* features = nullptr;  // of pictures
 };
 
 struct Generation {

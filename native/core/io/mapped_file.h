@@ -1,4 +1,5 @@
-// A whole regular file in memory, read only.
+// A whole regular file in memory, read only. Large amounts are better read() from it: a fault for each page costs more
+// than the copy, above all in virtual machines.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,12 +23,21 @@ class MappedFile : public std::enable_shared_from_this<MappedFile> {
   // The caller has checked that the bytes are there. A view that keeps the mapping alive; a copy where `offset` does
   // not suit the dtype.
   at::Tensor tensor(size_t offset, at::IntArrayRef shape, at::ScalarType dtype) const;
+  // The file that the tensor is a view of, or views of that view are; null for any other. It lives as long as the
+  // tensor's storage.
+  static const MappedFile* of(const at::Tensor& tensor);
+  // Of the first byte of such a tensor.
+  size_t offset_of(const at::Tensor& tensor) const;
+  // Bytes of the file, without the mapping. Any thread.
+  void read(void* target, size_t offset, size_t size) const;
   // Lets go of these bytes' pages in memory; reading them again brings them back from the file.
   void release(size_t offset, size_t size) const;
 
  private:
   MappedFile() = default;
 
+  std::filesystem::path path_;
+  int fd_ = -1;
   void* mapping_ = nullptr;
   size_t size_ = 0;
 };

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -11,6 +12,7 @@
 #include "core/base/error.h"
 #include "core/base/fs.h"
 #include "core/base/json.h"
+#include "core/io/transfer.h"
 
 namespace martlet {
 namespace {
@@ -227,14 +229,58 @@ void write_safetensors(const fs::path& path, const std::vector<std::pair<std::st
   file.commit();
 }
 
+namespace {
+
+// One file, written at many places at once.
+class Shard {
+ public:
+  Shard(const fs::path& path, const std::string& header) : file_(path), end_(header.size()) {
+    file_.write_at(header.data(), header.size(), 0);
+  }
+  // Where the next tensor's bytes go.
+  size_t append(size_t bytes) {
+    end_ += bytes;
+    return end_ - bytes;
+  }
+  AtomicFile& file() { return file_; }
+  void hold() { ++holders_; }
+  // The last one to let go commits the file.
+  void let_go() {
+    if (--holders_ == 0) file_.commit();
+  }
+
+ private:
+  AtomicFile file_;
+  size_t end_;
+  std::atomic<int64_t> holders_{1};  // who adds tensors, and each block that is to be written
+};
+
+void write_block(AtomicFile& file, size_t offset, const at::Tensor& bytes, StagingBuffers& buffers) {
+  if (const MappedFile* source = bytes.is_cpu() ? MappedFile::of(bytes) : nullptr) {
+    const at::Tensor copy = buffers.next(bytes.nbytes(), at::kCPU);
+    source->read(copy.mutable_data_ptr(), source->offset_of(bytes), copy.nbytes());
+    file.write_at(copy.const_data_ptr(), copy.nbytes(), offset);
+  } else if (bytes.is_cpu()) {
+    file.write_at(bytes.const_data_ptr(), bytes.nbytes(), offset);
+  } else {
+    const at::Tensor host = buffers.next(bytes.nbytes(), bytes.device());
+    host.copy_(bytes, /*non_blocking=*/true);
+    buffers.wait(bytes.device());
+    file.write_at(host.const_data_ptr(), host.nbytes(), offset);
+  }
+}
+
+}  // namespace
+
 struct ShardWriter::Impl {
   fs::path dir;
   ShardPlan plan;
   std::vector<std::pair<size_t, size_t>> shards;  // ranges of the plan
   std::vector<std::string> files;
   size_t next = 0, shard = 0;
-  std::optional<AtomicFile> file;
+  std::shared_ptr<Shard> file;
   int64_t total = 0;
+  TransferPool pool{transfer_threads(), size_t{256} << 20};  // last, so that its threads end first
 };
 
 ShardWriter::ShardWriter(fs::path dir, const ShardPlan& plan, int64_t max_shard_size)
@@ -275,13 +321,23 @@ void ShardWriter::add(const std::string& name, const at::Tensor& tensor) {
   if (s.next == begin) {
     std::vector<const TensorInfo*> infos;
     for (size_t i = begin; i < end; ++i) infos.push_back(&s.plan[i]);
-    s.file.emplace(s.dir / s.files[s.shard]);
-    const std::string header = header_bytes(infos, {{"format", "pt"}});
-    s.file->write(header.data(), header.size());
+    s.file = std::make_shared<Shard>(s.dir / s.files[s.shard], header_bytes(infos, {{"format", "pt"}}));
   }
-  write_tensor(*s.file, tensor);
+  if (tensor.numel() > 0) {
+    const at::Tensor bytes = tensor.contiguous().view({-1}).view(at::kByte);
+    const size_t offset = s.file->append(bytes.nbytes());
+    for (size_t start = 0; start < bytes.nbytes(); start += kTransferBlock) {
+      const size_t count = std::min(kTransferBlock, bytes.nbytes() - start);
+      s.file->hold();
+      s.pool.submit(count, [shard = s.file, offset, bytes, start, count](StagingBuffers& buffers) {
+        const at::Tensor block = bytes.narrow(0, static_cast<int64_t>(start), static_cast<int64_t>(count));
+        write_block(shard->file(), offset + start, block, buffers);
+        shard->let_go();
+      });
+    }
+  }
   if (++s.next == end) {
-    s.file->commit();
+    s.file->let_go();
     s.file.reset();
     ++s.shard;
   }
@@ -290,6 +346,7 @@ void ShardWriter::add(const std::string& name, const at::Tensor& tensor) {
 std::vector<std::string> ShardWriter::finish() {
   Impl& s = *impl_;
   if (s.next != s.plan.size()) fail(code::kInternal, "Fewer tensors were written than planned.");
+  s.pool.wait();
   if (s.files.size() > 1) {
     json map = json::object();
     for (size_t shard = 0; shard < s.shards.size(); ++shard) {

@@ -41,15 +41,16 @@ void write_safetensors(const std::filesystem::path& path,
 // Names, dtypes and shapes of what will be written, in order. Byte ranges are not read.
 using ShardPlan = std::vector<TensorInfo>;
 
-// Writes a model's shards one tensor at a time: model.safetensors, or model-00001-of-0000N.safetensors with
-// model.safetensors.index.json.
+// Writes a model's shards one tensor at a time, on threads of its own: model.safetensors, or
+// model-00001-of-0000N.safetensors with model.safetensors.index.json.
 class ShardWriter {
  public:
   ShardWriter(std::filesystem::path dir, const ShardPlan& plan, int64_t max_shard_size);
   ~ShardWriter();
-  // Must follow the plan's order, dtype and shape.
+  // Must follow the plan's order, dtype and shape. Any device. The tensor must stay as it is until finish() has
+  // returned; views of mapped files are read from those files.
   void add(const std::string& name, const at::Tensor& tensor);
-  // File names written.
+  // Waits until all is written. File names written.
   std::vector<std::string> finish();
 
  private:

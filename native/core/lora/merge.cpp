@@ -1,6 +1,7 @@
 #include "core/lora/merge.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
@@ -12,8 +13,11 @@
 #include "core/base/dtype.h"
 #include "core/base/error.h"
 #include "core/base/json.h"
+#include "core/base/runtime.h"
 #include "core/io/checkpoint.h"
+#include "core/io/mapped_file.h"
 #include "core/io/safetensors.h"
+#include "core/io/transfer.h"
 #include "core/lora/adapter_io.h"
 #include "core/models/quantization.h"
 #include "core/models/registry.h"
@@ -23,31 +27,75 @@ namespace {
 
 using nlohmann::json;
 
-// Rows at a time: 512 K elements, 4 MB in float64. Temporaries of that size stay in the cache, and in the heap; larger
-// ones are fresh pages from the system each time.
-int64_t rows_per_block(int64_t columns) { return std::max<int64_t>(1, (int64_t{512} << 10) / columns); }
+// Rows at a time. On the CPU 512 K elements, 4 MB in float64: temporaries of that size stay in the cache, and in the
+// heap; larger ones are fresh pages from the system each time.
+int64_t rows_per_block(int64_t columns, at::Device device) {
+  return std::max<int64_t>(1, (int64_t{1} << (device.is_cpu() ? 19 : 24)) / columns);
+}
 
-// DoRA: each row is then given the length that its magnitude says.
-at::Tensor merged(const at::Tensor& weight, const LoraWeights& pair, double scaling, at::ScalarType dtype,
-                  double& max_error) {
-  at::Tensor out = at::empty(weight.sizes(), dtype);
-  const int64_t rows = weight.size(0), block = rows_per_block(weight.size(1));
-  const at::Tensor a64 = pair.a.to(at::kDouble), b64 = pair.b.to(at::kDouble), a32 = pair.a.to(at::kFloat),
-                   b32 = pair.b.to(at::kFloat);
-  const auto at_length = [&](const at::Tensor& sum, int64_t start) {
-    if (!pair.magnitude.defined()) return sum;
-    const at::Tensor length = pair.magnitude.narrow(0, start, sum.size(0)).to(sum.scalar_type());
-    return sum * (length / at::linalg_vector_norm(sum, 2, at::IntArrayRef{1})).unsqueeze(1);
-  };
-  for (int64_t start = 0; start < rows; start += block) {
-    const int64_t n = std::min(block, rows - start);
-    const at::Tensor w = weight.narrow(0, start, n);
-    const at::Tensor sum =
-        at_length(at::addmm(w.to(at::kFloat), b32.narrow(0, start, n), a32, 1.0, scaling), start).to(dtype);
-    const at::Tensor exact = at_length(at::addmm(w.to(at::kDouble), b64.narrow(0, start, n), a64, 1.0, scaling), start);
-    max_error = std::max(max_error, (sum.to(at::kDouble) - exact).abs().max().item<double>());
-    out.narrow(0, start, n).copy_(sum);
+// Rows of a matrix; of a mapped file without its pages.
+at::Tensor rows_of(const at::Tensor& weight, int64_t start, int64_t count) {
+  const at::Tensor rows = weight.narrow(0, start, count);
+  const MappedFile* file = weight.is_cpu() && weight.is_contiguous() ? MappedFile::of(weight) : nullptr;
+  if (file == nullptr) return rows;
+  const at::Tensor copy = at::empty(rows.sizes(), rows.options());
+  file->read(copy.mutable_data_ptr(), file->offset_of(rows), copy.nbytes());
+  return copy;
+}
+
+// One adapter's pair where the merging is done.
+class Merger {
+ public:
+  Merger(const LoraWeights& pair, double scaling, at::Device device) : scaling_(scaling) {
+    a_ = pair.a.to(device, at::kFloat);
+    b_ = pair.b.to(device, at::kFloat);
+    a64_ = pair.a.to(device, at::kDouble);
+    b64_ = pair.b.to(device, at::kDouble);
+    if (pair.magnitude.defined()) magnitude_ = pair.magnitude.to(device);
   }
+
+  // Fills `out` with the merged rows from `start` on; gives the largest distance from the float64 sum.
+  at::Tensor merge(const at::Tensor& rows, int64_t start, const at::Tensor& out) const {
+    const int64_t n = rows.size(0);
+    const at::Tensor sum = at::addmm(rows.to(at::kFloat), b_.narrow(0, start, n), a_, 1.0, scaling_);
+    out.copy_(at_length(sum, start));
+    const at::Tensor exact = at::addmm(rows.to(at::kDouble), b64_.narrow(0, start, n), a64_, 1.0, scaling_);
+    return (out.to(at::kDouble) - at_length(exact, start)).abs().max();
+  }
+
+ private:
+  // DoRA: each row is given the length that its magnitude says.
+  at::Tensor at_length(const at::Tensor& sum, int64_t start) const {
+    if (!magnitude_.defined()) return sum;
+    const at::Tensor length = magnitude_.narrow(0, start, sum.size(0)).to(sum.scalar_type());
+    return sum * (length / at::linalg_vector_norm(sum, 2, at::IntArrayRef{1})).unsqueeze(1);
+  }
+
+  double scaling_;
+  at::Tensor a_, b_, a64_, b64_, magnitude_;
+};
+
+// `max_error` [] float64 on the device is raised to what this tensor adds.
+at::Tensor merged(const at::Tensor& weight, const Merger& merger, at::ScalarType dtype, at::Tensor& max_error) {
+  const at::Tensor out = at::empty(weight.sizes(), weight.options().dtype(dtype));
+  const int64_t rows = weight.size(0), block = rows_per_block(weight.size(1), weight.device());
+  const int64_t blocks = (rows + block - 1) / block;
+  std::vector<at::Tensor> errors(static_cast<size_t>(blocks));
+  const auto merge_block = [&](int64_t i) {
+    const int64_t start = i * block, n = std::min(block, rows - start);
+    errors[static_cast<size_t>(i)] = merger.merge(rows_of(weight, start, n), start, out.narrow(0, start, n));
+  };
+  if (weight.is_cpu()) {
+    // Blocks side by side: each is too small for all threads.
+    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      const at::NoGradGuard no_grad;
+      for (int64_t i = begin; i < end; ++i) merge_block(i);
+    });
+  } else {
+    for (int64_t i = 0; i < blocks; ++i) merge_block(i);
+  }
+  errors.push_back(max_error);
+  max_error = at::stack(errors).max();
   return out;
 }
 
@@ -121,7 +169,16 @@ json merge_adapter_json(const json& args, JobContext& job) {
   }
 
   ShardWriter writer(args.at("outputDir").get<std::string>(), plan, args.at("maxShardSize").get<int64_t>());
-  double max_error = 0;
+  const at::Device device = parse_device(args.value("device", "cpu"));
+  WeightReader reader;
+  const auto on_device = [&](const at::Tensor& value) {
+    if (device.is_cpu()) return value;
+    const at::Tensor copy = at::empty(value.sizes(), value.options().device(device));
+    reader.read(value, copy);
+    reader.wait();
+    return copy;
+  };
+  at::Tensor max_error = at::zeros({}, at::TensorOptions().dtype(at::kDouble).device(device));
   int64_t merged_tensors = 0, done = 0;
   for (const TensorInfo& info : plan) {
     job.check();
@@ -130,7 +187,8 @@ json merge_adapter_json(const json& args, JobContext& job) {
     if (requantized.count(key)) value = quantize(value.to(compute_dtype), quantization)->dequantize();
     const std::string module = key.size() > 7 ? key.substr(0, key.size() - 7) : key;
     if (const auto it = adapter.pairs.find(module); it != adapter.pairs.end() && key == module + ".weight") {
-      value = merged(value, it->second, adapter.config.scaling(module), info.dtype, max_error);
+      const Merger merger(it->second, adapter.config.scaling(module), device);
+      value = merged(on_device(value), merger, info.dtype, max_error);
       ++merged_tensors;
     } else if (const auto saved = adapter.saved_modules.find(key); saved != adapter.saved_modules.end()) {
       value = saved->second.reshape(info.shape).to(info.dtype);
@@ -139,7 +197,7 @@ json merge_adapter_json(const json& args, JobContext& job) {
     writer.add(info.name, value.to(info.dtype));
     job.emit(json{{"type", "merge"}, {"done", ++done}, {"total", plan.size()}}.dump());
   }
-  return {{"shards", writer.finish()}, {"mergedTensors", merged_tensors}, {"maxAbsError", max_error}};
+  return {{"shards", writer.finish()}, {"mergedTensors", merged_tensors}, {"maxAbsError", max_error.item<double>()}};
 }
 
 }  // namespace martlet

@@ -1,4 +1,4 @@
-// W + scaling · B · A into a new checkpoint, one tensor in memory at a time.
+// W + scaling · B · A into a new checkpoint, tensor by tensor: while one is merged, those before it are written.
 #pragma once
 
 #include <nlohmann/json_fwd.hpp>

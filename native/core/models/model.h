@@ -43,13 +43,6 @@ struct RowPositions {
   int64_t next = 0;                        // of the token after the row, on all axes
 };
 
-// What pictures become.
-struct VisionFeatures {
-  at::Tensor tokens;  // [image tokens, hidden], in the order of the pictures
-  // Deepstack: the same shape each; k is added to the hidden states of the image tokens after the decoder's layer k.
-  std::vector<at::Tensor> deepstack;
-};
-
 class VisionLanguageModel : public Module {
  public:
   virtual const ModelInfo& info() const = 0;
@@ -58,6 +51,8 @@ class VisionLanguageModel : public Module {
   virtual bool is_default_target(const std::string& module_path) const = 0;
 
   virtual VisionFeatures image_features(const std::vector<Picture>& pictures, const ForwardOptions& options) const = 0;
+  // How many tokens of image_features are one picture's.
+  virtual int64_t feature_tokens(const Picture& picture) const = 0;
   // One axis, counted from 0, unless a family says otherwise. Placeholders that do not fit the pictures are
   // ERR_MARTLET_IMAGE naming the row `id`.
   virtual RowPositions positions(const std::vector<int64_t>& input_ids, const std::vector<Picture>& pictures,
@@ -73,6 +68,10 @@ class VisionLanguageModel : public Module {
 
 // transformers 5: the head is the embedding if the config says so, unless the file holds both and they differ.
 bool has_own_head(const TextConfig& text, const ModelInfo& info, const WeightSource& stored);
+
+// Of all that a picture's features follow from beside the picture: the weights in front of the language model as they
+// are on the device, the config, the kind of device and libtorch's version.
+std::string feature_fingerprint(VisionLanguageModel& model, const nlohmann::json& config, at::Device device);
 
 struct Family {
   const char* name;

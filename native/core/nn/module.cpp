@@ -65,12 +65,18 @@ void Module::load(const WeightSource& source, const LoadOptions& options, const 
     }
     const bool wide = options.dtype == at::kHalf && options.keeps_float32(name);
     const auto wanted = at::TensorOptions().dtype(wide ? at::kFloat : options.dtype).device(options.device);
-    if (options.quantization.enabled() && options.is_quantized(name)) {
-      parameter->quantized = quantize(stored.reshape(parameter->shape).to(wanted), options.quantization);
+    const bool quantizes = options.quantization.enabled() && options.is_quantized(name);
+    // On the CPU a weight is quantised from where it lies in the file.
+    const bool in_place = quantizes && options.device.is_cpu();
+    const at::Tensor value =
+        in_place ? stored.reshape(parameter->shape).to(wanted) : at::empty(parameter->shape, wanted);
+    if (!in_place) options.copy(stored, value, /*now=*/quantizes);
+    if (quantizes) {
+      parameter->quantized = quantize(value, options.quantization);
       options.on_parameter(name, parameter->quantized->nbytes());
       continue;
     }
-    parameter->value = stored.reshape(parameter->shape).to(wanted, false, /*copy=*/true);
+    parameter->value = value;
     options.on_parameter(name, static_cast<int64_t>(parameter->value.nbytes()));
   }
   for (auto& [name, child] : children_) child->load(source, options, join_path(prefix, name));

@@ -44,6 +44,9 @@ struct LoadOptions {
   QuantizationOptions quantization;
   // Full names of those that stay float32 where `dtype` is float16.
   std::function<bool(const std::string& name)> keeps_float32 = [](const std::string&) { return false; };
+  // Fills `target` from a stored tensor of as many elements. Unless `now`, that may still be under way after load().
+  std::function<void(const at::Tensor& stored, const at::Tensor& target, bool now)> copy =
+      [](const at::Tensor& stored, const at::Tensor& target, bool) { target.copy_(stored.reshape(target.sizes())); };
   // Called after each parameter with its full name and what it takes in memory.
   std::function<void(const std::string& name, int64_t bytes)> on_parameter = [](const std::string&, int64_t) {};
 };

@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 
@@ -89,8 +90,55 @@ PackedBatch pack(const std::vector<const Sample*>& samples, const VisionLanguage
   return batch;
 }
 
+namespace {
+
+// Each picture once, and those that the cache has not at all.
+VisionFeatures cached_features(const VisionLanguageModel& model, const std::vector<Picture>& pictures,
+                               const ForwardOptions& options, at::Device device, FeatureCache& cache) {
+  std::vector<Picture> wanted;
+  std::map<std::string, size_t> by_key;
+  std::vector<size_t> source(pictures.size());  // in `wanted`
+  for (size_t i = 0; i < pictures.size(); ++i) {
+    const Picture& picture = pictures[i];
+    if (picture.features != nullptr) continue;
+    const auto known = picture.key.empty() ? by_key.end() : by_key.find(picture.key);
+    source[i] = known == by_key.end() ? wanted.size() : known->second;
+    if (known != by_key.end()) continue;
+    if (!picture.key.empty()) by_key[picture.key] = wanted.size();
+    wanted.push_back(picture);
+  }
+  std::vector<VisionFeatures> computed(wanted.size());
+  if (!wanted.empty()) {
+    const VisionFeatures all = model.image_features(wanted, options);
+    int64_t begin = 0;
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      const int64_t count = model.feature_tokens(wanted[i]);
+      computed[i].tokens = all.tokens.narrow(0, begin, count);
+      for (const at::Tensor& level : all.deepstack) computed[i].deepstack.push_back(level.narrow(0, begin, count));
+      begin += count;
+      if (!wanted[i].key.empty()) cache.put(wanted[i].key, wanted[i].grid, computed[i]);
+    }
+    if (wanted.size() == pictures.size()) return all;
+  }
+  std::vector<at::Tensor> tokens;
+  std::vector<std::vector<at::Tensor>> deepstack;  // by level
+  for (size_t i = 0; i < pictures.size(); ++i) {
+    const bool kept = pictures[i].features != nullptr;
+    const VisionFeatures& values = kept ? pictures[i].features->values : computed[source[i]];
+    const auto here = [&](const at::Tensor& t) { return t.to(device, t.scalar_type(), /*non_blocking=*/true); };
+    tokens.push_back(here(values.tokens));
+    deepstack.resize(values.deepstack.size());
+    for (size_t k = 0; k < values.deepstack.size(); ++k) deepstack[k].push_back(here(values.deepstack[k]));
+  }
+  VisionFeatures out = {at::cat(tokens), {}};
+  for (const auto& level : deepstack) out.deepstack.push_back(at::cat(level));
+  return out;
+}
+
+}  // namespace
+
 DecoderInput embed(const VisionLanguageModel& model, const PackedBatch& batch, const ForwardOptions& options,
-                   bool vision_needs_grad) {
+                   bool vision_needs_grad, FeatureCache* cache) {
   DecoderInput out;
   out.hidden = model.language_model().embed(batch.input_ids);
   out.pass.rows = &batch.rows;
@@ -114,7 +162,8 @@ DecoderInput embed(const VisionLanguageModel& model, const PackedBatch& batch, c
   {
     std::optional<at::NoGradGuard> frozen;
     if (!vision_needs_grad) frozen.emplace();
-    features = model.image_features(batch.images, options);
+    features = cache == nullptr ? model.image_features(batch.images, options)
+                                : cached_features(model, batch.images, options, out.hidden.device(), *cache);
   }
   if (features.tokens.size(0) != batch.image_rows.numel()) {
     fail(code::kImage,

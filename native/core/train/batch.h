@@ -48,7 +48,8 @@ struct DecoderInput {
   at::Tensor hidden;  // [T, hidden]: token embeddings with image features in their places
   DecoderPass pass;
 };
+// `cache` takes the features of pictures with a key.
 DecoderInput embed(const VisionLanguageModel& model, const PackedBatch& batch, const ForwardOptions& options,
-                   bool vision_needs_grad);
+                   bool vision_needs_grad, FeatureCache* cache = nullptr);
 
 }  // namespace martlet

@@ -279,6 +279,11 @@ at::Tensor Trainer::add_noise(const at::Tensor& hidden, const PackedBatch& batch
   return noise.index_fill_(0, batch.image_rows, 0).to(hidden.scalar_type());
 }
 
+bool Trainer::features_are_fixed(bool train) const {
+  const bool dropout = train && model_.info().has_dropout && options_.dropout.value_or(1) > 0;
+  return trainable_.vision == 0 && trainable_.projector == 0 && !dropout;
+}
+
 StepResult Trainer::run(int64_t number, const std::vector<MicroBatch>& micro_batches, bool train, JobContext& job) {
   if (!parameters_) fail(code::kInternal, "This training run has ended.");
   StepResult result;
@@ -312,7 +317,7 @@ StepResult Trainer::run(int64_t number, const std::vector<MicroBatch>& micro_bat
       options.job = &job;
       ForwardOptions vision = options;
       vision.recompute = train && options_.vision_recompute ? Recompute::kLayer : Recompute::kNone;
-      DecoderInput input = embed(model_, batch, vision, vision_trains);  // outlives the backward pass
+      DecoderInput input = embed(model_, batch, vision, vision_trains, features_);  // outlives the backward pass
       input.pass.options = options;
       if (train && options_.neftune_alpha > 0) input.hidden = input.hidden + add_noise(input.hidden, batch);
       // Recomputed layers need an input that requires grad even where nothing before them is trained.

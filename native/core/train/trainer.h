@@ -83,6 +83,12 @@ class Trainer {
   // Gives the number of the step that the state was saved after.
   int64_t load_state(const std::string& dir);
 
+  // Whether a picture's features are the same in each step: nothing before the language model is trained, or dropped
+  // out.
+  bool features_are_fixed(bool train) const;
+  // Where they are then kept.
+  void keep_features(FeatureCache* cache) { features_ = cache; }
+
   int64_t steps_done() const { return step_; }
   PartCounts trainable() const { return trainable_; }
   const TargetSelection& targets() const { return targets_; }
@@ -120,6 +126,7 @@ class Trainer {
   std::optional<FlopCounter> flops_;
   LossScaler scaler_;
   DropoutSource dropout_;
+  FeatureCache* features_ = nullptr;
   int64_t step_ = 0;     // steps done, which is the position in the data
   int64_t updates_ = 0;  // of these, those that changed the weights: the position in the schedule
 };

@@ -4,10 +4,13 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <memory>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
+#include <string>
 #include <vector>
 
+#include "core/vision/feature_cache.h"
 #include "core/vision/patch_grid.h"
 
 namespace martlet {
@@ -40,7 +43,9 @@ struct Picture {
   bool video = false;  // its features go to video tokens
   // Seconds between two temporal patches of a video.
   double seconds_per_grid = 1.0;
-  bool side_by_side = false;  // as in the plan
+  bool side_by_side = false;                        // as in the plan
+  std::string key;                                  // of its features in the cache; empty: they are not kept
+  std::shared_ptr<const PictureFeatures> features;  // from there; `pixels` is then undefined
 };
 
 ImagePlan parse_image_plan(const nlohmann::json& plan);

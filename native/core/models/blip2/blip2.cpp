@@ -124,6 +124,8 @@ class Blip2 : public VisionLanguageModel {
     return VisionLanguageModel::positions(input_ids, pictures, id);
   }
 
+  int64_t feature_tokens(const Picture&) const override { return config_.query_tokens; }
+
   const LanguageModel& language_model() const override { return *language_model_; }
   const at::Tensor& head_weight() const override {
     return lm_head_ ? lm_head_->weight.value : language_model_->embed_tokens.weight.value;

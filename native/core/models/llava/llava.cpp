@@ -104,6 +104,10 @@ class Llava : public VisionLanguageModel {
     return {projector_.forward(states.size() == 1 ? states[0] : at::cat(states, -1), options.dropout), {}};
   }
 
+  int64_t feature_tokens(const Picture&) const override {
+    return config_.patches() + (config_.drop_class_token ? 0 : 1);
+  }
+
   const LanguageModel& language_model() const override { return language_model_; }
   const at::Tensor& head_weight() const override {
     return lm_head_ ? lm_head_->weight.value : language_model_.embed_tokens.weight.value;

@@ -192,6 +192,8 @@ class MiniCpmV : public VisionLanguageModel {
             {}};
   }
 
+  int64_t feature_tokens(const Picture&) const override { return config_.resampler.queries; }
+
   const LanguageModel& language_model() const override { return llm_; }
   const at::Tensor& head_weight() const override {
     return lm_head_ ? lm_head_->weight.value : llm_.embed_tokens.weight.value;

@@ -213,6 +213,8 @@ class QwenVl : public VisionLanguageModel {
     return {at::matmul(ln_post_.forward(pooled), proj_.value), {}};
   }
 
+  int64_t feature_tokens(const Picture&) const override { return config_.resampler.queries; }
+
   const LanguageModel& language_model() const override { return transformer_; }
   const at::Tensor& head_weight() const override { return lm_head_.weight.value; }
 

@@ -176,6 +176,10 @@ class QwenVl : public VisionLanguageModel {
     return out;
   }
 
+  int64_t feature_tokens(const Picture& picture) const override {
+    return picture.grid.patches() / (config_.merger.merge * config_.merger.merge);
+  }
+
   const LanguageModel& language_model() const override { return language_model_; }
   const at::Tensor& head_weight() const override {
     return lm_head_ ? lm_head_->weight.value : language_model_.embed_tokens.weight.value;
