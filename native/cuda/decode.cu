@@ -189,7 +189,20 @@ __device__ float any_row(const Matrix& m, int row, const T* x, const float* tabl
   return sum;
 }
 
-// The lanes' parts → row · x + bias as the linear rounds it; every lane has it.
+// B's row · (A x), this lane's part of it.
+template <typename T, typename L>
+__device__ float low_rank(const Lora& lora, int row, int lane) {
+  const L* b = static_cast<const L*>(lora.b) + int64_t{row} * lora.rank;
+  float sum = 0;
+  for (int i = lane; i < lora.rank; i += 32) {
+    const float low = lora.low[i];
+    // As the linear keeps it.
+    sum = fmaf(to_float(b[i]), std::is_same_v<L, float> ? low : rounded<T>(low), sum);
+  }
+  return sum;
+}
+
+// The lanes' parts → row · x + bias as the linear rounds it, and the adapter's part; every lane has it.
 template <typename T>
 __device__ float finished(const Matrix& m, int row, float sum, const T* x, int lane) {
   if (m.storage == Storage::kInt8) {
@@ -199,7 +212,10 @@ __device__ float finished(const Matrix& m, int row, float sum, const T* x, int l
   }
   sum = warp_sum(sum);
   if (m.bias != nullptr) sum += to_float(static_cast<const T*>(m.bias)[row]);
-  return rounded<T>(sum);
+  sum = rounded<T>(sum);
+  if (m.lora.a == nullptr) return sum;
+  const float added = m.lora.is_float ? low_rank<T, float>(m.lora, row, lane) : low_rank<T, T>(m.lora, row, lane);
+  return rounded<T>(fmaf(m.lora.scaling, warp_sum(added), sum));
 }
 
 // Of two rows. Vectors: both are of one storage, and rows and x are such that words can be read.
@@ -264,6 +280,41 @@ __device__ void norm_row(const T* x, const Norm& norm, float eps, T* out, int co
   }
 }
 
+// x, or with a norm x normed into the block's shared memory. The block must meet before it is read.
+template <typename T>
+__device__ const T* normed_row(const T* x, const Norm& norm, float eps, int columns) {
+  extern __shared__ uint4 shared[];
+  if (norm.weight == nullptr) return x;
+  T* normed = reinterpret_cast<T*>(shared);
+  if (aligned(x) && aligned(norm.weight) && aligned(norm.bias) && columns % kVector == 0) {
+    norm_row<T, kVector>(x, norm, eps, normed, columns);
+  } else {
+    norm_row<T, 1>(x, norm, eps, normed, columns);
+  }
+  return normed;
+}
+
+// A block does a row of A · norm(x), of all parts' adapters one after the other.
+template <typename T>
+__global__ void lora_down(const Parts parts, const T* x, const Norm norm, float eps) {
+  const int columns = parts.matrix[0].columns;
+  int part = 0, row = blockIdx.x;
+  while (row >= parts.matrix[part].lora.rank) row -= parts.matrix[part++].lora.rank;
+  const Lora& lora = parts.matrix[part].lora;
+  x = normed_row(x, norm, eps, columns);
+  __syncthreads();
+  const auto dot = [&]<typename L>(const L* a) {
+    float sum = 0;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < columns; i += kThreads) sum = fmaf(to_float(a[i]), to_float(x[i]), sum);
+    return sum;
+  };
+  const int64_t begin = int64_t{row} * columns;
+  const float sum = row_sum<kThreads>(lora.is_float ? dot(static_cast<const float*>(lora.a) + begin)
+                                                    : dot(static_cast<const T*>(lora.a) + begin));
+  if (threadIdx.x == 0) lora.low[row] = sum;
+}
+
 // Two neighbours.
 __host__ __device__ inline int pairs_of(const Matrix& m) { return (m.rows + 1) / 2; }
 
@@ -272,19 +323,10 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     matvec(const Parts parts, bool gated, Activation activation, const T* x, const Norm norm, float eps,
            const T* residual, T* out, int pairs, bool vectors) {
-  extern __shared__ uint4 shared[];
   __shared__ float table[16];
-  const int columns = parts.matrix[0].columns, lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32;
   if (threadIdx.x < 16) table[threadIdx.x] = codes_on_device.values[threadIdx.x];
-  if (norm.weight != nullptr) {
-    T* normed = reinterpret_cast<T*>(shared);
-    if (aligned(x) && aligned(norm.weight) && aligned(norm.bias) && columns % kVector == 0) {
-      norm_row<T, kVector>(x, norm, eps, normed, columns);
-    } else {
-      norm_row<T, 1>(x, norm, eps, normed, columns);
-    }
-    x = normed;
-  }
+  x = normed_row(x, norm, eps, parts.matrix[0].columns);
   __syncthreads();
   int pair = blockIdx.x * kWarps + threadIdx.x / 32;
   if (pair >= pairs) return;
@@ -317,17 +359,20 @@ bool takes_vectors(const Matrix& m) {
 Status enqueue_matvec(const Matvec& op, Type type, void* stream) {
   Parts parts = {};
   bool vectors = aligned(op.x) && (!op.gated || op.parts[0].storage == op.parts[1].storage);
-  int pairs = 0;
+  int pairs = 0, ranks = 0;
   for (int i = 0; i < op.count; ++i) {
     parts.matrix[i] = op.parts[i];
+    ranks += op.parts[i].lora.rank;
     vectors = vectors && takes_vectors(op.parts[i]);
     pairs += pairs_of(op.parts[i]);
   }
   if (op.gated) pairs = op.parts[0].rows;  // row i of gate and of up
   const size_t bytes = op.norm.weight == nullptr ? 0 : static_cast<size_t>(op.parts[0].columns) * 2;
   if (bytes > 47 * 1024) return "a normed row of more than 24,064 numbers";
+  const auto to = static_cast<cudaStream_t>(stream);
   with_type(type, [&]<typename T>(T) {
-    matvec<T><<<blocks_for(pairs, kWarps), kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(
+    if (ranks > 0) lora_down<T><<<ranks, kThreads, bytes, to>>>(parts, static_cast<const T*>(op.x), op.norm, op.eps);
+    matvec<T><<<blocks_for(pairs, kWarps), kThreads, bytes, to>>>(
         parts, op.gated, op.activation, static_cast<const T*>(op.x), op.norm, op.eps,
         static_cast<const T*>(op.residual), static_cast<T*>(op.out), pairs, vectors);
   });

@@ -12,7 +12,17 @@ using Status = const char*;
 
 enum class Storage : int32_t { kDense, kInt8, kNf4 };
 
-// A weight [rows, columns] in one of the forms of quant/, and its bias.
+// An adapter's pair beside a weight: scaling · B (A x) is added to the product.
+struct Lora {
+  const void* a;  // [rank, columns]; null: there is none
+  const void* b;  // [rows, rank]
+  float* low;     // scratch that the caller owns, [rank]: A x. Parts of one product have their own
+  float scaling;
+  int32_t rank;
+  bool is_float;  // A and B are float32, else of 16 bits
+};
+
+// A weight [rows, columns] in one of the forms of quant/, its bias and its adapter.
 struct Matrix {
   const void* weight;  // 16-bit numbers, or codes (int8; NF4: two a byte, the first in the upper half)
   const void* bias;    // 16-bit [rows], or null
@@ -27,6 +37,7 @@ struct Matrix {
   const void* outlier_values;      // [rows, outliers]
   int32_t rows, columns;
   Storage storage;
+  Lora lora;
 };
 
 // 16-bit, of a row's length. Without a bias: RMSNorm. No weight: no norm.

@@ -22,9 +22,20 @@ bool fits(const at::Tensor& x, at::ScalarType dtype) {
 
 const void* data_or_null(const at::Tensor& x) { return x.defined() ? x.const_data_ptr() : nullptr; }
 
+bool describe(const LoraLayer& lora, at::ScalarType dtype, cuda::Lora& out) {
+  out.is_float = lora.a.scalar_type() == at::kFloat;
+  const at::ScalarType own = out.is_float ? at::kFloat : dtype;
+  if (lora.magnitude.defined() || !fits(lora.a, own) || !fits(lora.b, own)) return false;
+  out.a = lora.a.const_data_ptr();
+  out.b = lora.b.const_data_ptr();
+  out.scaling = static_cast<float>(lora.scaling);
+  out.rank = static_cast<int32_t>(lora.a.size(0));
+  return true;
+}
+
 bool describe(const Linear& linear, at::ScalarType dtype, cuda::Matrix& out) {
   out = {};
-  if (linear.lora != nullptr) return false;
+  if (linear.lora != nullptr && !describe(*linear.lora, dtype, out.lora)) return false;
   if (linear.weight.value.defined()) {
     if (!fits(linear.weight.value, dtype)) return false;
     out.weight = linear.weight.value.const_data_ptr();
@@ -75,6 +86,14 @@ bool describe(const DecodeForm::Layer& layer, at::ScalarType dtype, cuda::Decode
   return describe(*layer.input_norm, dtype, out.input_norm) && describe(*layer.out, dtype, out.out) &&
          describe(*layer.mlp_norm, dtype, out.mlp_norm) && describe(*layer.up, dtype, out.up) &&
          describe(*layer.down, dtype, out.down);
+}
+
+// Calls fn(matrix, its place among the parts of its product).
+template <typename Fn>
+void for_each_matrix(cuda::DecodeLayer& layer, Fn&& fn) {
+  for (int32_t i = 0; i < layer.qkv_parts; ++i) fn(layer.qkv[i], i);
+  for (cuda::Matrix* matrix : {&layer.out, &layer.gate, &layer.down, &layer.cross_q, &layer.cross_out}) fn(*matrix, 0);
+  fn(layer.up, 1);
 }
 
 cuda::Activation cuda_activation(Activation activation) {
@@ -134,6 +153,15 @@ std::unique_ptr<FastDecoder> FastDecoder::make(const LanguageModel& model, const
   out->qkv_ = at::empty({(heads + 2 * config.num_kv_heads) * head_dim}, like);
   out->mixed_ = at::empty({heads * head_dim}, like);
   out->product_ = at::empty({config.intermediate_size}, like);
+  int32_t rank = 0;
+  for (cuda::DecodeLayer& layer : out->layers_)
+    for_each_matrix(layer, [&rank](const cuda::Matrix& matrix, int32_t) { rank = std::max(rank, matrix.lora.rank); });
+  out->low_ = at::empty({3, rank}, like.dtype(at::kFloat));
+  for (cuda::DecodeLayer& layer : out->layers_) {
+    for_each_matrix(layer, [&](cuda::Matrix& matrix, int32_t part) {
+      matrix.lora.low = out->low_.mutable_data_ptr<float>() + part * rank;
+    });
+  }
   out->partial_ = at::empty({heads, splits, head_dim + 2}, like.dtype(at::kFloat));
   out->logits_ = at::empty({head_weight.size(0)}, like);
   out->token_ = at::zeros({1}, like.dtype(at::kLong));

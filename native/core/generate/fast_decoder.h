@@ -24,7 +24,7 @@ class FastDecoder {
     int64_t spare = 256;
   };
   // Goes on after what `cache` holds, of which it takes a copy. Null where the model or its place is of another form
-  // (no kernels, float32, adapters not merged, weights of several dtypes).
+  // (no kernels, float32, DoRA, weights of several dtypes).
   static std::unique_ptr<FastDecoder> make(const LanguageModel& model, const at::Tensor& head_weight,
                                            const KvCache& cache, const Options& options);
   ~FastDecoder();
@@ -52,7 +52,7 @@ class FastDecoder {
   at::Tensor cos_, sin_, query_scale_, positions_;  // of all steps
   at::Tensor distance_bias_, final_norm_;
   std::vector<KvCache::Memory> memory_;  // of each layer with cross-attention
-  at::Tensor states_, qkv_, mixed_, product_, partial_, logits_, token_, step_;
+  at::Tensor states_, qkv_, mixed_, product_, partial_, low_, logits_, token_, step_;
   at::Tensor answers_;  // two tokens in pinned memory
   int64_t length_ = 0, room_ = 0, begun_ = 0, read_ = 0;
 };

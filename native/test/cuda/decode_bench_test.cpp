@@ -159,10 +159,11 @@ double seconds_per_token(const std::function<int64_t(int64_t)>& next, int64_t st
 }
 
 template <typename Config>
-void bench_decoder(const std::string& what, const Config& config, const QuantizationOptions& quantization,
-                   double copy) {
+void bench_decoder(const std::string& what, const Config& config, const QuantizationOptions& quantization, double copy,
+                   int64_t lora_rank = 0) {
   constexpr int64_t kPrompt = 320, kSteps = 256, kReferenceSteps = 33;
-  const RandomDecoder decoder = random_decoder(config, at::kBFloat16, gpu(), quantization);
+  RandomDecoder decoder = random_decoder(config, at::kBFloat16, gpu(), quantization);
+  if (lora_rank > 0) add_adapters(decoder, lora_rank, at::kBFloat16);
   const double bytes = step_bytes(decoder);
   Reference reference(decoder, at::arange(1, kPrompt + 1, at::kLong));
   for (const bool graph : {true, false}) {
@@ -173,9 +174,9 @@ void bench_decoder(const std::string& what, const Config& config, const Quantiza
     const double time = seconds_per_token([&](int64_t token) { return fast->next(token, sampler); }, kSteps);
     std::printf("  %s%s: %.1f tok/s, %.0f GB/s (copy %.0f)\n", what.c_str(), graph ? ", graph" : "", 1 / time,
                 bytes / time / 1e9, copy / 1e9);
-    if (graph && !quantization.enabled()) EXPECT(bytes / time > 0.4 * copy);
+    if (graph && !quantization.enabled() && lora_rank == 0) EXPECT(bytes / time > 0.4 * copy);
   }
-  if (quantization.enabled()) return;
+  if (quantization.enabled() || lora_rank > 8) return;
   const auto by_operators = [&](int64_t token) {
     reference.next(token);
     return reference.logits.argmax().item<int64_t>();

@@ -35,7 +35,7 @@ void check_near(const at::Tensor& actual, const at::Tensor& expected, double who
 }
 
 struct TestMatrix {
-  at::Tensor dense, bias;
+  at::Tensor dense, bias, a, b, low;
   QuantizedPtr quantized;
   cuda::Matrix described = {};
 };
@@ -76,14 +76,30 @@ const std::vector<std::pair<Activation, cuda::Activation>> kActivations = {
     {Activation::kQuickGelu, cuda::Activation::kQuickGelu},
     {Activation::kRelu, cuda::Activation::kRelu}};
 
+// An adapter's pair of numbers of `type`.
+void add_lora(TestMatrix& m, int64_t rank, at::ScalarType type, uint64_t seed) {
+  const int64_t rows = m.dense.size(0), columns = m.dense.size(1);
+  m.a = (randn({rank, columns}, seed) / std::sqrt(static_cast<double>(columns))).to(type).to(gpu());
+  m.b = (randn({rows, rank}, seed + 1) / std::sqrt(static_cast<double>(rank))).to(type).to(gpu());
+  m.low = at::full({rank}, 99.0, m.a.options().dtype(at::kFloat));
+  m.described.lora = {.a = m.a.const_data_ptr(),
+                      .b = m.b.const_data_ptr(),
+                      .low = m.low.mutable_data_ptr<float>(),
+                      .scaling = 1.5f,
+                      .rank = static_cast<int32_t>(rank),
+                      .is_float = type == at::kFloat};
+}
+
 at::Tensor linear32(const TestMatrix& m, const at::Tensor& x) {
-  const at::Tensor y = at::mv(m.dense.cpu().to(at::kFloat), x.cpu().to(at::kFloat));
-  return (m.bias.defined() ? y + m.bias.cpu().to(at::kFloat) : y);
+  const auto times_x = [&x](const at::Tensor& w) { return at::mv(w.cpu().to(at::kFloat), x.cpu().to(at::kFloat)); };
+  at::Tensor y = times_x(m.dense);
+  if (m.bias.defined()) y = y + m.bias.cpu().to(at::kFloat);
+  return m.a.defined() ? y + 1.5 * at::mv(m.b.cpu().to(at::kFloat), times_x(m.a)) : y;
 }
 
 }  // namespace
 
-TEST("matrix times vector: 16 bits, int8, NF4; norms, bias, residual, three parts, activations, gated") {
+TEST("matrix times vector: 16 bits, int8, NF4; norms, bias, residual, three parts, activations, gated, adapters") {
   const at::NoGradGuard no_grad;
   const cuda::DecodeKernels& kernels = cuda_kernels(at::empty({1}, at::dtype(at::kHalf).device(gpu())))->decode;
   for (const at::ScalarType type : kTypes) {
@@ -94,9 +110,9 @@ TEST("matrix times vector: 16 bits, int8, NF4; norms, bias, residual, three part
         const at::Tensor x = randn({columns}, 1).to(type).to(gpu()),
                          norm = (1 + 0.1 * randn({columns}, 2)).to(type).to(gpu());
         const at::Tensor residual = randn({rows}, 3).to(type).to(gpu());
-        const TestMatrix a = matrix(rows, columns, type, quantization, 10, true),
-                         b = matrix(rows, columns, type, quantization, 20, false),
-                         c = matrix(rows + 3, columns, type, quantization, 30, true);
+        TestMatrix a = matrix(rows, columns, type, quantization, 10, true),
+                   b = matrix(rows, columns, type, quantization, 20, false),
+                   c = matrix(rows + 3, columns, type, quantization, 30, true);
         // The rest of `op` is the caller's. Where `added` is given, the result is added to it.
         const auto run = [&](cuda::Matvec op, const std::vector<cuda::Matrix>& parts, int64_t n,
                              const at::Tensor& added = {}) {
@@ -132,6 +148,13 @@ TEST("matrix times vector: 16 bits, int8, NF4; norms, bias, residual, three part
           check_near(run({.gated = true, .activation = its, .norm = rms}, {a.described, b.described}, rows),
                      first * linear32(b, normed), 3e-2, named + ", gated");
         }
+        add_lora(a, 5, type, 40);
+        add_lora(c, 70, at::kFloat, 50);
+        check_near(run({.norm = rms}, {a.described, b.described, c.described}, 3 * rows + 3),
+                   at::cat({linear32(a, normed), linear32(b, normed), linear32(c, normed)}), 1e-2,
+                   what + ", adapters on two of three parts");
+        check_near(run({}, {c.described}, rows + 3, residual.new_ones({rows + 3})), linear32(c, x) + 1, 1e-2,
+                   what + ", adapter and residual");
       }
     }
   }
@@ -321,9 +344,10 @@ constexpr int64_t kSteps = 40;
 
 template <typename Config>
 void check_decoder(const std::string& what, const Config& config, at::ScalarType type,
-                   const QuantizationOptions& quantization) {
+                   const QuantizationOptions& quantization, std::optional<at::ScalarType> lora = std::nullopt) {
   const at::NoGradGuard no_grad;
-  const RandomDecoder decoder = random_decoder(config, type, gpu(), quantization);
+  RandomDecoder decoder = random_decoder(config, type, gpu(), quantization);
+  if (lora) add_adapters(decoder, 8, *lora);
   const RandomDecoder exact = random_decoder(config, at::kFloat, at::kCPU, {}, &decoder);
   const at::Tensor prompt = at::arange(1, 24, at::kLong);
   Reference reference(decoder, prompt), truth(exact, prompt);
@@ -388,10 +412,28 @@ TEST("a whole decoder: 40 steps beside the generator's own path, with a graph an
   check_decoder("T5 with a plain MLP and a scaled output", config, at::kBFloat16, {});
 }
 
+TEST("a whole decoder with an adapter on every linear that is not merged, of 16 bits and of float32") {
+  for (const at::ScalarType type : kTypes) {
+    for (const at::ScalarType lora : {type, at::kFloat}) {
+      const std::string with = lora == type ? ", LoRA" : ", LoRA in float32";
+      for (const auto& [name, quantization] : kStorages) check_decoder(name + with, tiny(), type, quantization, lora);
+      check_decoder("OPT" + with, tiny_opt(), type, {}, lora);
+      if (type == at::kBFloat16) check_decoder("T5" + with, tiny_t5(), type, {}, lora);
+    }
+  }
+}
+
 TEST("a decoder of another form is left to the generator's own path") {
   const at::NoGradGuard no_grad;
   const RandomDecoder decoder = random_decoder(tiny_t5(), at::kHalf, gpu());
   Reference reference(decoder, at::arange(1, 5, at::kLong));
   EXPECT(FastDecoder::make(*decoder.model, decoder.head, reference.cache,
                            {.next_position = 4, .prompt = 4, .steps = 3}) == nullptr);
+  RandomDecoder dora = random_decoder(tiny(), at::kHalf, gpu());
+  add_adapters(dora, 4, at::kHalf);
+  LoraLayer& first = *dora.adapters.front();
+  first.magnitude = first.weight_norm = at::ones({first.b.size(0)}, first.b.options());
+  Reference of_dora(dora, at::arange(1, 5, at::kLong));
+  EXPECT(FastDecoder::make(*dora.model, dora.head, of_dora.cache, {.next_position = 4, .prompt = 4, .steps = 3}) ==
+         nullptr);
 }
