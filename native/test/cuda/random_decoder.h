@@ -111,7 +111,7 @@ class Reference {
     const at::Device device = decoder_.head.device();
     DecoderPass pass;
     pass.rows = &rows_;
-    pass.cache = &cache;
+    pass.caches = {&cache};
     pass.decoder_rows = &start_row_;
     pass.decoder_ids = at::zeros({1}, at::TensorOptions().dtype(at::kLong).device(device));
     const int64_t n = ids.numel(), end = cache.length() + n;
