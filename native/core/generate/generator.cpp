@@ -34,6 +34,8 @@ class Stopwatch {
   std::chrono::steady_clock::time_point start_;
 };
 
+constexpr size_t kMaxRowsAtOnce = FastDecoder::kMaxRows;
+
 // One request on its way.
 struct Answer {
   Answer(const GenerateRequest& request, size_t row, const VisionLanguageModel& model)
@@ -129,44 +131,67 @@ std::vector<int64_t> step(const VisionLanguageModel& model, const std::vector<An
   return next_tokens(samplers, logits_of(model, language_model.forward(hidden, pass), pass.options));
 }
 
+// Null where the answers are not of a form that it takes; else the caches are in it.
+std::unique_ptr<FastDecoder> fast_decoder(const VisionLanguageModel& model, const std::vector<Answer*>& answers) {
+  std::vector<FastDecoder::Row> rows;
+  for (const Answer* answer : answers)
+    rows.push_back({&answer->cache, answer->next_position, answer->out.prompt_tokens, answer->limit - 1});
+  auto fast = FastDecoder::make(model.language_model(), model.head_weight(), rows, {});
+  if (fast == nullptr) return nullptr;
+  for (Answer* answer : answers) answer->cache = KvCache(model.language_model().config().num_layers);
+  return fast;
+}
+
+std::vector<int64_t> step(FastDecoder& fast, const std::vector<Answer*>& answers) {
+  std::vector<int64_t> tokens;
+  std::vector<Sampler*> samplers;
+  for (Answer* answer : answers) {
+    tokens.push_back(answer->token);
+    samplers.push_back(&answer->sampler);
+  }
+  return fast.next(tokens, samplers);
+}
+
+// Until all have ended.
+void decode(const VisionLanguageModel& model, std::vector<Answer*> live, at::Device device, JobContext& job,
+            const GenerationListener& listener) {
+  const Stopwatch watch(device);
+  const std::unique_ptr<FastDecoder> fast = fast_decoder(model, live);
+  while (!live.empty()) {
+    job.check();
+    const std::vector<int64_t> tokens = fast != nullptr ? step(*fast, live) : step(model, live, device, job);
+    std::vector<Answer*> going_on;
+    std::vector<int64_t> places;
+    for (size_t i = 0; i < live.size(); ++i) {
+      if (live[i]->take(tokens[i], listener)) {
+        going_on.push_back(live[i]);
+        places.push_back(static_cast<int64_t>(i));
+      } else {
+        live[i]->out.decode_ms = watch.elapsed_ms();
+      }
+    }
+    if (fast != nullptr && places.size() < live.size()) fast->keep(places);
+    live = std::move(going_on);
+  }
+}
+
 }  // namespace
 
 std::vector<Generation> generate(const VisionLanguageModel& model, const std::vector<GenerateRequest>& requests,
                                  at::Device device, JobContext& job, const GenerationListener& listener) {
   const c10::InferenceMode inference;
-  std::deque<Answer> answers;
-  std::vector<Answer*> live;
-  for (const GenerateRequest& request : requests) {
-    Answer& answer = answers.emplace_back(request, answers.size(), model);
-    if (read_prompt(model, *request.prompt, answer, device, job, listener)) live.push_back(&answer);
-  }
-  Stopwatch watch(device);
-  std::unique_ptr<FastDecoder> fast;
-  if (live.size() == 1) {
-    Answer& only = *live[0];
-    fast = FastDecoder::make(
-        model.language_model(), model.head_weight(), only.cache,
-        {.next_position = only.next_position, .prompt = only.out.prompt_tokens, .steps = only.limit - 1});
-    // It has a copy.
-    if (fast != nullptr) only.cache = KvCache(model.language_model().config().num_layers);
-  }
-  while (!live.empty()) {
-    job.check();
-    const std::vector<int64_t> tokens = fast != nullptr
-                                            ? std::vector<int64_t>{fast->next(live[0]->token, live[0]->sampler)}
-                                            : step(model, live, device, job);
-    std::vector<Answer*> going_on;
-    for (size_t i = 0; i < live.size(); ++i) {
-      if (live[i]->take(tokens[i], listener)) {
-        going_on.push_back(live[i]);
-      } else {
-        live[i]->out.decode_ms = watch.elapsed_ms();
-      }
-    }
-    live = std::move(going_on);
-  }
   std::vector<Generation> out;
-  for (Answer& answer : answers) out.push_back(std::move(answer.out));
+  while (out.size() < requests.size()) {
+    const size_t begin = out.size(), count = std::min(requests.size() - begin, kMaxRowsAtOnce);
+    std::deque<Answer> answers;
+    std::vector<Answer*> live;
+    for (size_t row = begin; row < begin + count; ++row) {
+      Answer& answer = answers.emplace_back(requests[row], row, model);
+      if (read_prompt(model, *requests[row].prompt, answer, device, job, listener)) live.push_back(&answer);
+    }
+    decode(model, live, device, job, listener);
+    for (Answer& answer : answers) out.push_back(std::move(answer.out));
+  }
   return out;
 }
 

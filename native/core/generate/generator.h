@@ -38,9 +38,9 @@ struct GenerationListener {
   std::function<bool(size_t row)> has_left = [](size_t) { return false; };
 };
 
-// An answer to each request. Prompts are read one by one; then each step is one new position of every row that has not
-// ended. With temperature 0 a row's tokens are those that it gives alone, as far as the arithmetic of a product does
-// not depend on how many rows it has.
+// An answer to each request, 16 at once. Their prompts are read one by one; then each step is one new position of every
+// row that has not ended. With temperature 0 a row's tokens are those that it gives alone, as far as the arithmetic of
+// a product does not depend on how many rows it has.
 std::vector<Generation> generate(const VisionLanguageModel& model, const std::vector<GenerateRequest>& requests,
                                  at::Device device, JobContext& job, const GenerationListener& listener);
 
