@@ -543,9 +543,20 @@ void check_rows(const std::string& what, const Config& config, at::ScalarType ty
   for (int64_t i = 0; i < kRowSteps; ++i) {
     forced->next(tokens, std::vector<Sampler*>(live.size(), &given));
     const std::vector<Sampler*> samplers(live.size(), &highest);
-    const std::vector<int64_t> of_plain = plain->next(of_greedy, samplers);
+    plain->next(of_greedy, samplers);
     of_greedy = greedy->next(of_greedy, samplers);
-    EXPECT_EQ(of_greedy, of_plain);
+    // The step that was under way when rows left was one of the larger batch, whose sums are taken in another order:
+    // the same tokens but for roundings.
+    const at::Tensor beside = plain->logits().cpu().to(at::kFloat);
+    for (size_t place = 0; place < live.size(); ++place) {
+      const at::Tensor row = beside[static_cast<int64_t>(place)];
+      const double highest = row.max().item<double>(), chosen = row[of_greedy[place]].item<double>();
+      if (highest - chosen <= 0.05 * std::abs(highest)) continue;
+      record_failure(__FILE__, __LINE__,
+                     what + ": step " + std::to_string(i) + ", row " + std::to_string(live[place]) + ": token " +
+                         std::to_string(of_greedy[place]) + " has logit " + std::to_string(chosen) +
+                         ", the highest is " + std::to_string(highest));
+    }
     const at::Tensor logits = forced->logits();
     EXPECT_EQ(logits.size(0), static_cast<int64_t>(live.size()));
     for (size_t place = 0; place < live.size(); ++place) {
