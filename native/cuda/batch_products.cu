@@ -117,8 +117,10 @@ struct Raw<T, Storage::kNf4> {
 // Of any shape: one by one; beyond the end there are zeros.
 template <typename T>
 __device__ void any_numbers(const Matrix& m, int row, int column, const float* table, uint32_t* out) {
+#pragma unroll
   for (int j = 0; j < kPairs; ++j) {
     float both[2];
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int at = column + 2 * j + i;
       const int64_t place = int64_t{row} * m.columns + at;
@@ -217,13 +219,17 @@ __device__ void one_by_one(const Tiles& tiles, const T* x, int batch, const floa
   const int g = lane / 4, own = lane % 4 * kPerThread;
   for (int begin = warp * kChunk; begin < columns; begin += kWarps * kChunk) {
     uint32_t w[2][2][kPairs], in[N][kPairs];
+#pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
       const Matrix& m = *tiles.matrix[tile];
+#pragma unroll
       for (int half = 0; half < 2; ++half)
         any_numbers<T>(m, min(tiles.row[tile] + g + 8 * half, m.rows - 1), begin + own, table, w[tile][half]);
     }
+#pragma unroll
     for (int n = 0; n < N; ++n) {
       const T* row = x + int64_t{min(8 * n + g, batch - 1)} * columns;
+#pragma unroll
       for (int j = 0; j < kPairs; ++j) {
         const auto at = [&](int column) { return column < columns ? to_float(row[column]) : 0.0f; };
         in[n][j] = pack<T>(at(begin + own + 2 * j), at(begin + own + 2 * j + 1));
@@ -237,10 +243,12 @@ __device__ void one_by_one(const Tiles& tiles, const T* x, int batch, const floa
 template <typename T, int N>
 __device__ void add_outliers(const Tiles& tiles, const T* x, int batch, float (&acc)[2][N][4]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
   for (int tile = 0; tile < 2; ++tile) {
     const Matrix& m = *tiles.matrix[tile];
     if (m.storage != Storage::kInt8) continue;
     const T* kept = static_cast<const T*>(m.outlier_values);
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = min(tiles.row[tile] + g + 8 * half, m.rows - 1);
       const float scale = static_cast<const float*>(m.scales)[row] * static_cast<float>(1.0 / 127.0);
@@ -254,6 +262,7 @@ __device__ void add_outliers(const Tiles& tiles, const T* x, int batch, float (&
         const T* column = x + m.outlier_columns[i];
 #pragma unroll
         for (int n = 0; n < N; ++n) {
+#pragma unroll
           for (int j = 0; j < 2; ++j) {
             const float in = to_float(column[int64_t{min(8 * n + 2 * t + j, batch - 1)} * m.columns]);
             acc[tile][n][2 * half + j] = fmaf(value, in, acc[tile][n][2 * half + j]);
@@ -287,10 +296,15 @@ __device__ float finished(const Matrix& m, int row, int of, float sum) {
 // Blocks of two tiles that a matrix takes.
 __host__ __device__ inline int blocks_of(const Matrix& m) { return (m.rows + 2 * kTile - 1) / (2 * kTile); }
 
-// N: groups of 8 rows of x.
-template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) products(const __grid_constant__ Parts parts, bool gated, Activation activation, const T* x,
-                                                     int batch, const T* residual, T* out, int out_rows, bool vectors) {
+// How a product's weights are read.
+enum class Form { kDense, kInt8, kNf4, kOneByOne };
+
+// N: groups of 8 rows of x. Two blocks of a multiprocessor have 128 registers for each thread: too few for 16 rows and
+// weights of 16 bits, two steps of which are kept.
+template <typename T, int N, Form F>
+__global__ void __launch_bounds__(kThreads, F == Form::kDense && N == 2 ? 1 : 2)
+    products(const __grid_constant__ Parts parts, bool gated, Activation activation, const T* x, int batch,
+             const T* residual, T* out, int out_rows) {
   __shared__ float table[16];
   __shared__ float sums[kWarps][8 * N][2 * kTile + 1];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -310,16 +324,16 @@ __global__ void __launch_bounds__(kThreads) products(const __grid_constant__ Par
     tiles = {{&parts.matrix[part], &parts.matrix[part]}, {block * 2 * kTile, block * 2 * kTile + kTile}};
   }
   float acc[2][N][4] = {};
-  if (!vectors) {
-    one_by_one<T, N>(tiles, x, batch, table, acc);
-  } else if (tiles.matrix[0]->storage == Storage::kDense) {
+  if constexpr (F == Form::kDense) {
     by_words<T, Storage::kDense, N>(tiles, x, batch, table, acc);
-  } else if (tiles.matrix[0]->storage == Storage::kInt8) {
+  } else if constexpr (F == Form::kInt8) {
     by_words<T, Storage::kInt8, N>(tiles, x, batch, table, acc);
-  } else {
+  } else if constexpr (F == Form::kNf4) {
     by_words<T, Storage::kNf4, N>(tiles, x, batch, table, acc);
+  } else {
+    one_by_one<T, N>(tiles, x, batch, table, acc);
   }
-  add_outliers<T, N>(tiles, x, batch, acc);
+  if constexpr (F == Form::kInt8 || F == Form::kOneByOne) add_outliers<T, N>(tiles, x, batch, acc);
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile) {
 #pragma unroll
@@ -357,16 +371,35 @@ bool takes_vectors(const Matrix& m) {
          reinterpret_cast<uintptr_t>(m.weight) % 16 == 0;
 }
 
+Form form_of(const Matvec& op) {
+  const Storage storage = op.parts[0].storage;
+  for (int i = 0; i < op.count; ++i) {
+    if (!aligned(op.x) || op.parts[i].storage != storage || !takes_vectors(op.parts[i])) return Form::kOneByOne;
+  }
+  return storage == Storage::kDense ? Form::kDense : storage == Storage::kInt8 ? Form::kInt8 : Form::kNf4;
+}
+
+template <typename T, Form F>
+void enqueue(const Matvec& op, const Parts& parts, int blocks, int rows, cudaStream_t stream) {
+  const auto run = [&](auto kernel) {
+    kernel<<<blocks, kThreads, 0, stream>>>(parts, op.gated, op.activation, static_cast<const T*>(op.x), op.batch,
+                                            static_cast<const T*>(op.residual), static_cast<T*>(op.out), rows);
+  };
+  if (op.batch > 8) {
+    run(products<T, 2, F>);
+  } else {
+    run(products<T, 1, F>);
+  }
+}
+
 }  // namespace
 
 Status enqueue_products(const Matvec& op, Type type, void* stream) {
   if (op.batch > kMaxBatch) return "more rows than a product takes at once";
   Parts parts = {};
-  bool vectors = aligned(op.x) && (!op.gated || op.parts[0].storage == op.parts[1].storage);
   int blocks = 0, rows = 0;
   for (int i = 0; i < op.count; ++i) {
     parts.matrix[i] = op.parts[i];
-    vectors = vectors && takes_vectors(op.parts[i]);
     blocks += blocks_of(op.parts[i]);
     rows += op.parts[i].rows;
   }
@@ -374,16 +407,17 @@ Status enqueue_products(const Matvec& op, Type type, void* stream) {
     rows = op.parts[0].rows;
     blocks = (rows + kTile - 1) / kTile;
   }
+  const auto to = static_cast<cudaStream_t>(stream);
   with_type(type, [&]<typename T>(T) {
-    const auto run = [&](auto kernel) {
-      kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-          parts, op.gated, op.activation, static_cast<const T*>(op.x), op.batch, static_cast<const T*>(op.residual),
-          static_cast<T*>(op.out), rows, vectors);
-    };
-    if (op.batch > 8) {
-      run(products<T, 2>);
-    } else {
-      run(products<T, 1>);
+    switch (form_of(op)) {
+      case Form::kDense:
+        return enqueue<T, Form::kDense>(op, parts, blocks, rows, to);
+      case Form::kInt8:
+        return enqueue<T, Form::kInt8>(op, parts, blocks, rows, to);
+      case Form::kNf4:
+        return enqueue<T, Form::kNf4>(op, parts, blocks, rows, to);
+      case Form::kOneByOne:
+        return enqueue<T, Form::kOneByOne>(op, parts, blocks, rows, to);
     }
   });
   return status();
