@@ -270,6 +270,9 @@ function declaration(name, sources, start) {
     const block = /\b(interface|class)\b/.test(lines[at]);
     const done = () => (block ? /^}/.test(lines[to]) : /;$/.test(lines[to]) && depth(lines.slice(at, to + 1)) === 0);
     while (!done()) to++;
+    // overloads of a function
+    while (!block && new RegExp(`function ${name}\\b`).test(lines[to + 1] ?? ''))
+      for (to++; !/;$/.test(lines[to]); ) to++;
     return `\`\`\`ts\n${lines
       .slice(from, to + 1)
       .join('\n')

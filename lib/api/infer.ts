@@ -1,15 +1,18 @@
+import { MartletError } from '../errors.js';
 import { pickVisionOptions } from '../processing/vision-options.js';
 import { loadModel } from './model.js';
-import type { GenerateResult, InferOptions } from './types.js';
+import type { GenerateResult, InferBatchOptions, InferOptions, InferQuestion } from './types.js';
 
 /**
- * Loads a model, answers one question about zero or more images, and frees everything: for scripts. A program that asks more than once
- * keeps the model from {@link loadModel}.
+ * Loads a model, answers one question about zero or more images, and frees everything: for scripts. With `questions` it answers all of them,
+ * `batchSize` at once, in their order. A program that asks more than once keeps the model from {@link loadModel}.
  */
-export async function infer(options: InferOptions): Promise<GenerateResult> {
-  const { model, adapter, image, videos = [], text, ...rest } = options;
-  const { device, dtype, quantization, template, system, exifOrientation, ...generation } = rest;
-  const images = image === undefined ? [] : Array.isArray(image) ? image : [image];
+export function infer(options: InferBatchOptions): Promise<GenerateResult[]>;
+export function infer(options: InferOptions): Promise<GenerateResult>;
+export async function infer(options: InferOptions | InferBatchOptions): Promise<GenerateResult | GenerateResult[]> {
+  const { model, adapter, device, dtype, quantization, template, system, exifOrientation, ...rest } = options;
+  const { signal } = rest;
+  if ('questions' in rest) checkBatchSize(rest.batchSize);
   const loaded = await loadModel(model, {
     device,
     dtype,
@@ -19,14 +22,38 @@ export async function infer(options: InferOptions): Promise<GenerateResult> {
     exifOrientation,
     ...pickVisionOptions(options),
     ...(adapter !== undefined && { adapters: { default: adapter } }),
-    signal: generation.signal,
+    signal,
   });
   try {
-    const messages = [userMessage(text, images.length, videos.length)];
-    return await loaded.generate({ ...generation, messages, images, videos });
+    if (!('questions' in rest)) {
+      const { image, videos, text, ...generation } = rest;
+      return await loaded.generate({ ...generation, ...prompt({ image, videos, text }) });
+    }
+    const { questions, batchSize = DEFAULT_BATCH_SIZE, signal: _, ...generation } = rest;
+    const answers: GenerateResult[] = [];
+    for (let i = 0; i < questions.length; i += batchSize) {
+      const asked = questions.slice(i, i + batchSize).map((question) => ({ ...generation, ...prompt(question) }));
+      answers.push(...(await loaded.generateBatch(asked, { signal })));
+    }
+    return answers;
   } finally {
     await loaded.dispose();
   }
+}
+
+const DEFAULT_BATCH_SIZE = 8;
+
+function checkBatchSize(size: number | undefined): void {
+  if (size === undefined || (Number.isInteger(size) && size >= 1)) return;
+  throw new MartletError('ERR_MARTLET_USAGE', `batchSize must be a whole number of at least 1, not ${size}.`, {
+    field: 'batchSize',
+    value: size,
+  });
+}
+
+function prompt({ image, videos = [], text }: InferQuestion) {
+  const images = image === undefined ? [] : Array.isArray(image) ? image : [image];
+  return { messages: [userMessage(text, images.length, videos.length)], images, videos };
 }
 
 /** A question about pictures and videos. Marks that the text lacks are put in front of it, each on its own line as the training data has them. */

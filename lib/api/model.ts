@@ -3,7 +3,7 @@ import { join } from 'node:path';
 import { MartletError } from '../errors.js';
 import { exists, isDirectory } from '../files.js';
 import { resolveModel } from '../hub/index.js';
-import type { LoadResult, MemoryStats, Methods } from '../native/binding.js';
+import type { GenerateRequest, LoadResult, MemoryStats, Methods } from '../native/binding.js';
 import { Engine } from '../native/engine.js';
 import { type EncodedSample, loadProcessor, type ParsedBox, type Processor } from '../processing/index.js';
 import { pickVisionOptions } from '../processing/vision-options.js';
@@ -12,6 +12,7 @@ import { readAdapterArgs } from './adapter-args.js';
 import { JobBuffers } from './samples.js';
 import { TokenText } from './stop-text.js';
 import type {
+  GenerateBatchOptions,
   GenerateOptions,
   GenerateResult,
   LoadModelOptions,
@@ -200,6 +201,78 @@ class LoadedModel implements Model {
     );
   }
 
+  async generateBatch(
+    requests: Omit<GenerateOptions, 'adapter' | 'signal'>[],
+    { adapter: name, signal, onChunk }: GenerateBatchOptions = {},
+  ): Promise<GenerateResult[]> {
+    const started = performance.now();
+    const adapter = this.#adapter(name);
+    if (requests.length === 0) return [];
+    const job = new JobBuffers();
+    const rows: BatchRow[] = [];
+    for (const options of requests) {
+      const stop = stopStrings(options.stop);
+      rows.push({
+        ...(await this.#request({ ...options, signal }, job)),
+        options,
+        text:
+          onChunk || stop.length > 0
+            ? new TokenText(this.#processor.createStreamDecoder(decodeOptions(options)), stop)
+            : undefined,
+        chunks: [] as StreamChunk[],
+      });
+    }
+    const encoded = performance.now();
+    const hear = (row: number, chunks: StreamChunk[]) => {
+      rows[row]?.chunks.push(...chunks);
+      for (const chunk of chunks) onChunk?.(row, chunk);
+    };
+    const left = new Uint8Array(rows.length);
+    const { result, buffers } = await this.#call(
+      'generate.batch',
+      {
+        requests: rows.map(({ request }) => request),
+        left: job.add(left),
+        ...(adapter !== undefined && { adapter }),
+      },
+      {
+        buffers: job.buffers,
+        signal,
+        ...(rows.some(({ text }) => text) && {
+          onEvent: (event) => {
+            const { row, id } = event as { row: number; id: number };
+            const text = rows[row]?.text;
+            if (!text) return;
+            hear(row, text.push(id));
+            if (text.stopped) Atomics.store(left, row, 1);
+          },
+        }),
+      },
+    );
+    return rows.map(({ promptTokens, options, text, chunks }, row) => {
+      const answer = result.answers[row] as (typeof result.answers)[0];
+      const facts = { started, encoded, promptTokens };
+      const run = finished(answer, buffers);
+      if (!text) {
+        return generateResult(
+          facts,
+          run.tokenIds,
+          this.#processor.decode(run.tokenIds, decodeOptions(options)),
+          run.finishReason,
+          run,
+        );
+      }
+      hear(row, text.flush());
+      return generateResult(
+        facts,
+        Int32Array.from(chunks, (chunk) => chunk.tokenId),
+        chunks.map((chunk) => chunk.text).join(''),
+        text.stopped ? 'stop' : run.finishReason,
+        run,
+      );
+    });
+  }
+
   async *stream(options: GenerateOptions): AsyncGenerator<StreamChunk, undefined> {
     const generation = await this.#prepareGeneration(options);
     const text = new TokenText(this.#streamDecoder(options), stopStrings(options.stop));
@@ -333,6 +406,21 @@ class LoadedModel implements Model {
   async #prepareGeneration(options: GenerateOptions): Promise<Generation> {
     const started = performance.now();
     const adapter = this.#adapter(options.adapter);
+    const job = new JobBuffers();
+    const { request, promptTokens } = await this.#request(options, job);
+    const args = { ...request, ...(adapter !== undefined && { adapter }) };
+    return new Generation(
+      (signal, onEvent) => this.#call('generate', args, { buffers: job.buffers, signal, onEvent }),
+      { started, encoded: performance.now(), promptTokens },
+      options.signal,
+    );
+  }
+
+  /** What native code is asked for one answer; its tensors are added to the job. */
+  async #request(
+    options: Omit<GenerateOptions, 'adapter'>,
+    job: JobBuffers,
+  ): Promise<{ request: GenerateRequest; promptTokens: number }> {
     const defaults = this.#processor.generationDefaults;
     const settings = {
       maxNewTokens: options.maxNewTokens ?? defaults.maxNewTokens ?? DEFAULT_MAX_NEW_TOKENS,
@@ -352,18 +440,15 @@ class LoadedModel implements Model {
         { promptTokens: sample.inputIds.length, maxPositions: this.#maxPositions },
       );
     }
-    const job = new JobBuffers();
-    const args = {
-      ...settings,
-      maxNewTokens: this.#maxPositions > 0 ? Math.min(settings.maxNewTokens, room) : settings.maxNewTokens,
-      sample: job.sample(sample),
-      stopTokenIds: this.#processor.stopTokenIds,
-      ...(adapter !== undefined && { adapter }),
+    return {
+      promptTokens: sample.inputIds.length,
+      request: {
+        ...settings,
+        maxNewTokens: this.#maxPositions > 0 ? Math.min(settings.maxNewTokens, room) : settings.maxNewTokens,
+        sample: job.sample(sample),
+        stopTokenIds: this.#processor.stopTokenIds,
+      },
     };
-    return new Generation(
-      (signal, onEvent) => this.#call('generate', args, { buffers: job.buffers, signal, onEvent }),
-      { started, encoded: performance.now(), promptTokens: sample.inputIds.length, signal: options.signal },
-    );
   }
 
   async #encode(options: PromptOptions, purpose: 'train' | 'generate'): Promise<EncodedSample> {
@@ -463,7 +548,9 @@ function disposedError(cause?: unknown): MartletError {
   );
 }
 
-function decodeOptions({ skipSpecialTokens = true }: GenerateOptions): { skipSpecialTokens: boolean } {
+function decodeOptions({ skipSpecialTokens = true }: Pick<GenerateOptions, 'skipSpecialTokens'>): {
+  skipSpecialTokens: boolean;
+} {
   return { skipSpecialTokens };
 }
 
@@ -502,6 +589,15 @@ function checkSettings(settings: Settings): void {
   }
 }
 
+interface BatchRow {
+  request: GenerateRequest;
+  promptTokens: number;
+  options: Omit<GenerateOptions, 'adapter' | 'signal'>;
+  /** Absent: nobody listens, nothing stops it. */
+  text: TokenText | undefined;
+  chunks: StreamChunk[];
+}
+
 interface FinishedGeneration {
   tokenIds: Int32Array;
   finishReason: GenerateResult['finishReason'];
@@ -521,19 +617,54 @@ interface GenerationFacts {
   started: number;
   encoded: number;
   promptTokens: number;
-  /** The caller's. */
-  signal: AbortSignal | undefined;
+}
+
+function finished(result: Methods['generate'][1], buffers: ArrayBuffer[]): FinishedGeneration {
+  return {
+    tokenIds: new Int32Array(buffers[result.tokenIds] as ArrayBuffer),
+    finishReason: result.finishReason,
+    vision: result.timings.visionMs,
+    prefill: result.timings.prefillMs,
+    decode: result.timings.decodeMs,
+  };
+}
+
+function generateResult(
+  { promptTokens, started, encoded }: GenerationFacts,
+  tokenIds: Int32Array,
+  text: string,
+  finishReason: GenerateResult['finishReason'],
+  run: FinishedGeneration,
+): GenerateResult {
+  const completionTokens = tokenIds.length;
+  return {
+    text,
+    tokenIds,
+    promptTokens,
+    finishReason,
+    usage: { promptTokens, completionTokens, totalTokens: promptTokens + completionTokens },
+    timings: {
+      preprocess: encoded - started,
+      vision: run.vision,
+      prefill: run.prefill,
+      decode: run.decode,
+      total: performance.now() - started,
+    },
+  };
 }
 
 /** One native generation that can be ended from here, by a stop string or by leaving the stream. */
 class Generation {
   readonly #native: NativeGenerate;
   readonly #facts: GenerationFacts;
+  /** The caller's. */
+  readonly #signal: AbortSignal | undefined;
   readonly #enough = new AbortController();
 
-  constructor(native: NativeGenerate, facts: GenerationFacts) {
+  constructor(native: NativeGenerate, facts: GenerationFacts, signal: AbortSignal | undefined) {
     this.#native = native;
     this.#facts = facts;
+    this.#signal = signal;
   }
 
   cancel(): void {
@@ -542,7 +673,7 @@ class Generation {
 
   /** Runs it; generation ends as soon as `onToken` returns false. */
   async start(onToken?: (id: number) => boolean): Promise<FinishedGeneration> {
-    const user = this.#facts.signal;
+    const user = this.#signal;
     const signal = user ? AbortSignal.any([user, this.#enough.signal]) : this.#enough.signal;
     const began = performance.now();
     const ids: number[] = [];
@@ -558,13 +689,7 @@ class Generation {
             if (!this.#enough.signal.aborted && !onToken(id)) this.cancel();
           }),
       );
-      return {
-        tokenIds: new Int32Array(buffers[result.tokenIds] as ArrayBuffer),
-        finishReason: result.finishReason,
-        vision: result.timings.visionMs,
-        prefill: result.timings.prefillMs,
-        decode: result.timings.decodeMs,
-      };
+      return finished(result, buffers);
     } catch (error) {
       if (!this.#enough.signal.aborted || user?.aborted) throw error;
       // ended from here: the native job gave no timings, so the vision part counts as prefill
@@ -584,21 +709,6 @@ class Generation {
     finishReason: GenerateResult['finishReason'],
     run: FinishedGeneration,
   ): GenerateResult {
-    const { promptTokens, started, encoded } = this.#facts;
-    const completionTokens = tokenIds.length;
-    return {
-      text,
-      tokenIds,
-      promptTokens,
-      finishReason,
-      usage: { promptTokens, completionTokens, totalTokens: promptTokens + completionTokens },
-      timings: {
-        preprocess: encoded - started,
-        vision: run.vision,
-        prefill: run.prefill,
-        decode: run.decode,
-        total: performance.now() - started,
-      },
-    };
+    return generateResult(this.#facts, tokenIds, text, finishReason, run);
   }
 }

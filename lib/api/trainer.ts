@@ -5,7 +5,14 @@ import type { Row } from '../data/index.js';
 import { tokenCount } from '../data/truncate.js';
 import { MartletError } from '../errors.js';
 import { exists, writeDirAtomic, writeFileAtomic } from '../files.js';
-import type { EvalResult, LoadResult, TrainBeginResult, TrainStepArgs, TrainStepResult } from '../native/binding.js';
+import type {
+  EvalResult,
+  GenerateRequest,
+  LoadResult,
+  TrainBeginResult,
+  TrainStepArgs,
+  TrainStepResult,
+} from '../native/binding.js';
 import { Engine } from '../native/engine.js';
 import type { EncodedSample } from '../processing/index.js';
 import { rounded, significant } from '../report/format.js';
@@ -601,24 +608,25 @@ class Trainer {
     return than === undefined || (this.#setup.config.metric_for_best_model === 'loss' ? metric < than : metric > than);
   }
 
-  /** Answers every evaluation row greedily with the weights as they are; `predict.jsonl` holds the answers of the last evaluation. */
+  /** Answers every evaluation row greedily with the weights as they are, per_device_eval_batch_size at once; `predict.jsonl` holds the answers of the last evaluation. */
   async #answerRows(rows: Row[]): Promise<TextScores> {
     const { config, data, outputDir } = this.#setup;
     const { signal } = this.#control;
     const lines: { id?: string; row: string; answer: string; reference: string }[] = [];
     // a row that was split is asked once, whole
     const whole = rows.filter(({ source, piece }, i) => piece === undefined || rows[i - 1]?.source !== source);
-    for (const row of whole) {
-      const last = row.messages.at(-1) as Row['messages'][0];
-      const { source: _, id: __, piece: ___, ...input } = row;
-      const sample = await data.processor.encode(
-        { ...input, messages: row.messages.slice(0, -1), id: rowName(row) },
-        { for: 'generate', signal },
-      );
+    const atOnce = config.per_device_eval_batch_size;
+    for (let begin = 0; begin < whole.length; begin += atOnce) {
+      const group = whole.slice(begin, begin + atOnce);
       const job = new JobBuffers();
-      const { result, buffers } = await this.#engine.call(
-        'generate',
-        {
+      const requests: GenerateRequest[] = [];
+      for (const row of group) {
+        const { source: _, id: __, piece: ___, ...input } = row;
+        const sample = await data.processor.encode(
+          { ...input, messages: row.messages.slice(0, -1), id: rowName(row) },
+          { for: 'generate', signal },
+        );
+        requests.push({
           sample: job.sample(sample, rowName(row)),
           maxNewTokens: config.max_new_tokens,
           temperature: 0,
@@ -627,21 +635,27 @@ class Trainer {
           repetitionPenalty: 1,
           seed: config.seed,
           stopTokenIds: data.processor.stopTokenIds,
-          trained: true,
-        },
+        });
+      }
+      const { result, buffers } = await this.#engine.call(
+        'generate.batch',
+        { requests, trained: true },
         { buffers: job.buffers, signal },
       );
-      const ids = new Int32Array(buffers[result.tokenIds] as ArrayBuffer);
-      const reference =
-        typeof last.content === 'string'
-          ? last.content
-          : last.content.map((part) => (part.type === 'text' ? part.text : '')).join('');
-      lines.push({
-        ...(row.id !== undefined && { id: row.id }),
-        row: rowName(row),
-        answer: data.processor.decode(ids),
-        reference,
-      });
+      for (const [i, row] of group.entries()) {
+        const { tokenIds } = result.answers[i] as (typeof result.answers)[0];
+        const last = row.messages.at(-1) as Row['messages'][0];
+        const reference =
+          typeof last.content === 'string'
+            ? last.content
+            : last.content.map((part) => (part.type === 'text' ? part.text : '')).join('');
+        lines.push({
+          ...(row.id !== undefined && { id: row.id }),
+          row: rowName(row),
+          answer: data.processor.decode(new Int32Array(buffers[tokenIds] as ArrayBuffer)),
+          reference,
+        });
+      }
     }
     await writeFileAtomic(
       join(outputDir, PREDICTIONS_FILE),

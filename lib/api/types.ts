@@ -70,6 +70,15 @@ export interface GenerateOptions extends PromptOptions {
   skipSpecialTokens?: boolean;
 }
 
+/** What the requests of {@link Model.generateBatch} share. */
+export interface GenerateBatchOptions {
+  /** As in {@link PromptOptions}, for all of them. */
+  adapter?: string | null;
+  signal?: AbortSignal;
+  /** Hears the pieces of each answer as they come; `row` counts the requests from 0. What it throws ends the call. */
+  onChunk?: (row: number, chunk: StreamChunk) => void;
+}
+
 export interface GenerateResult {
   text: string;
   /** Without the end token. */
@@ -112,6 +121,15 @@ export interface Model extends AsyncDisposable {
   readonly adapters: string[];
   readonly disposed: boolean;
   generate(options: GenerateOptions): Promise<GenerateResult>;
+  /**
+   * Answers several requests, in their order, 16 at once: each step computes one token of every answer that has not ended. Faster than one by one on
+   * a GPU; takes the memory of as many contexts. In float32 greedy answers are those of `generate`; in 16 bits a sum may round
+   * otherwise, and two tokens of nearly the same probability change places. A request that cannot be answered fails the call.
+   */
+  generateBatch(
+    requests: Omit<GenerateOptions, 'adapter' | 'signal'>[],
+    options?: GenerateBatchOptions,
+  ): Promise<GenerateResult[]>;
   /** Leaving the loop cancels. */
   stream(options: GenerateOptions): AsyncIterableIterator<StreamChunk>;
   score(options: PromptOptions & { logits?: boolean }): Promise<ScoreResult>;
@@ -309,13 +327,24 @@ export interface ConvertReport {
   seconds: number;
 }
 
-export interface InferOptions
-  extends Omit<LoadModelOptions, 'adapters' | 'onProgress'>,
-    Omit<GenerateOptions, 'messages' | 'images' | 'videos' | 'adapter'> {
-  model: string;
-  adapter?: string;
+/** A question of {@link infer}. */
+export interface InferQuestion {
   image?: ImageSource | ImageSource[];
   /** Each a list of frames. */
   videos?: VideoSource[];
   text: string;
+}
+
+export interface InferOptions
+  extends Omit<LoadModelOptions, 'adapters' | 'onProgress'>,
+    Omit<GenerateOptions, 'messages' | 'images' | 'videos' | 'adapter'>,
+    InferQuestion {
+  model: string;
+  adapter?: string;
+}
+
+export interface InferBatchOptions extends Omit<InferOptions, keyof InferQuestion> {
+  questions: InferQuestion[];
+  /** Answered at once, see {@link Model.generateBatch}. Defaults to 8. */
+  batchSize?: number;
 }

@@ -270,7 +270,9 @@ export const trainConfigSchema = z.strictObject({
   num_train_epochs: z.number().positive().default(3).describe('Passes over the data; a fraction ends early.'),
   max_steps: z.number().int().min(-1).default(-1).describe('Optimiser steps; wins over num_train_epochs unless −1.'),
   per_device_train_batch_size: positive().default(1).describe('Rows of a micro-batch.'),
-  per_device_eval_batch_size: positive().default(1).describe('Rows of an evaluation batch.'),
+  per_device_eval_batch_size: positive()
+    .default(1)
+    .describe('Rows of an evaluation batch, and of answers at once (predict_with_generate).'),
   gradient_accumulation_steps: positive()
     .nullable()
     .default(null)

@@ -285,7 +285,7 @@ export interface EvalResult {
   correctTokens: number;
 }
 
-export interface GenerateArgs {
+export interface GenerateRequest {
   sample: SampleArg;
   maxNewTokens: number;
   /** 0 = greedy */
@@ -296,10 +296,21 @@ export interface GenerateArgs {
   repetitionPenalty: number;
   seed: number;
   stopTokenIds: number[];
+}
+
+export interface GenerateWith {
   /** name of a loaded adapter; absent = base model */
   adapter?: string;
   /** while the model is trained: what it has learnt so far */
   trained?: boolean;
+}
+
+export interface GenerateArgs extends GenerateRequest, GenerateWith {}
+
+export interface GenerateBatchArgs extends GenerateWith {
+  requests: GenerateRequest[];
+  /** Buffer index: Uint8Array, one of each request; set (Atomics.store) while the job runs it ends that row's answer. */
+  left?: number;
 }
 
 export interface GenerateResult {
@@ -401,8 +412,10 @@ export interface Methods {
   'adapter.load': [{ name: string; dir: string }, { r: number; alpha: number; parameters: number; targets: number }];
   'adapter.unload': [{ name: string }, Record<string, never>];
   preprocess: [{ images: ImageArg[] }, { pixels: { name: string; shape: number[]; buffer: number }[] }];
-  /** events: {type:'token', id} */
+  /** events: {type:'token', row: 0, id} */
   generate: [GenerateArgs, GenerateResult];
+  /** One step for all rows that have not ended. Events: {type:'token', row, id} */
+  'generate.batch': [GenerateBatchArgs, { answers: GenerateResult[] }];
   score: [
     { sample: SampleArg; adapter?: string; logits?: boolean },
     { loss: number; logprobs: number; logits?: { buffer: number; shape: number[] } },

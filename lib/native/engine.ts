@@ -4,7 +4,7 @@ import type { Methods, RawEngine } from './binding.js';
 import { loadAddon } from './load.js';
 
 export interface CallOptions {
-  /** What the arguments point into by index. Not to be changed until the call settles. */
+  /** What the arguments point into by index. Not to be changed until the call settles, but for flags (`left` of generate.batch). */
   buffers?: ArrayBufferView[];
   /** Aborting rejects with ERR_MARTLET_ABORTED, `cause` = the signal's reason. */
   signal?: AbortSignal;

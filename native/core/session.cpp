@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <filesystem>
@@ -195,7 +196,8 @@ struct Session::Impl {
   json load(const json& args, JobContext& job);
   json load_adapter(const json& args);
   json score(const Args& args, Reply& reply, JobContext& job);
-  json generate_answer(const Args& args, Reply& reply, JobContext& job);
+  // An answer to each of the requests.
+  json generate_answers(const Args& args, const json& requests, Reply& reply, JobContext& job);
   json begin_training(const json& args);
 };
 
@@ -368,23 +370,44 @@ json Session::Impl::score(const Args& args, Reply& reply, JobContext& job) {
   return result;
 }
 
-json Session::Impl::generate_answer(const Args& args, Reply& reply, JobContext& job) {
+json Session::Impl::generate_answers(const Args& args, const json& requests, Reply& reply, JobContext& job) {
   use_adapter(args.values);
-  const json& v = args.values;
-  GenerateOptions options;
-  options.features = cache_for(v, /*train=*/false);
-  const Sample sample = parse_sample(v.at("sample"), args, loaded().info(), options.features);
-  options.max_new_tokens = v.at("maxNewTokens").get<int64_t>();
-  options.sampling = {v.at("temperature").get<double>(), v.at("topP").get<double>(), v.at("topK").get<int64_t>(),
-                      v.at("repetitionPenalty").get<double>(), v.at("seed").get<uint64_t>()};
-  options.stop_token_ids = v.at("stopTokenIds").get<std::vector<int64_t>>();
-  const Generation out = generate(loaded(), sample, options, device, job, [&](int64_t id) {
-    job.emit("{\"type\":\"token\",\"id\":" + std::to_string(id) + "}");
-  });
-  return {{"tokenIds", add_int32_buffer(reply, out.token_ids)},
-          {"promptTokens", out.prompt_tokens},
-          {"finishReason", out.finish_reason},
-          {"timings", {{"visionMs", out.vision_ms}, {"prefillMs", out.prefill_ms}, {"decodeMs", out.decode_ms}}}};
+  std::vector<Sample> samples;
+  std::vector<GenerateRequest> wanted;
+  FeatureCache* const features = cache_for(args.values, /*train=*/false);
+  for (const json& v : requests) {
+    samples.push_back(parse_sample(v.at("sample"), args, loaded().info(), features));
+    GenerateRequest& request = wanted.emplace_back();
+    request.options.features = features;
+    request.options.max_new_tokens = v.at("maxNewTokens").get<int64_t>();
+    request.options.sampling = {v.at("temperature").get<double>(), v.at("topP").get<double>(),
+                                v.at("topK").get<int64_t>(), v.at("repetitionPenalty").get<double>(),
+                                v.at("seed").get<uint64_t>()};
+    request.options.stop_token_ids = v.at("stopTokenIds").get<std::vector<int64_t>>();
+  }
+  for (size_t i = 0; i < wanted.size(); ++i) wanted[i].prompt = &samples[i];
+  GenerationListener listener;
+  listener.on_token = [&job](size_t row, int64_t id) {
+    job.emit("{\"type\":\"token\",\"row\":" + std::to_string(row) + ",\"id\":" + std::to_string(id) + "}");
+  };
+  if (args.values.contains("left")) {
+    const BufferView& flags = args.buffer(args.values["left"]);
+    if (flags.size != wanted.size()) fail(code::kInternal, "A batch needs one flag for each row.");
+    // JavaScript writes them meanwhile.
+    listener.has_left = [&flags](size_t row) {
+      return std::atomic_ref(const_cast<uint8_t&>(flags.data[row])).load(std::memory_order_relaxed) != 0;
+    };
+  }
+  json out = json::array();
+  for (const Generation& answer : generate(loaded(), wanted, device, job, listener)) {
+    out.push_back(
+        {{"tokenIds", add_int32_buffer(reply, answer.token_ids)},
+         {"promptTokens", answer.prompt_tokens},
+         {"finishReason", answer.finish_reason},
+         {"timings",
+          {{"visionMs", answer.vision_ms}, {"prefillMs", answer.prefill_ms}, {"decodeMs", answer.decode_ms}}}});
+  }
+  return out;
 }
 
 json Session::Impl::begin_training(const json& args) {
@@ -459,7 +482,9 @@ Reply Session::handle(const std::string& method, const std::string& args_json, c
     }
     result["pixels"] = std::move(pixels);
   } else if (method == "generate") {
-    result = s.generate_answer(args, reply, job);
+    result = s.generate_answers(args, json::array({v}), reply, job)[0];
+  } else if (method == "generate.batch") {
+    result["answers"] = s.generate_answers(args, v.at("requests"), reply, job);
   } else if (method == "score") {
     result = s.score(args, reply, job);
   } else if (method == "train.begin") {

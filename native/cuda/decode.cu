@@ -1,35 +1,19 @@
-// Decoding at batch 1 reads each weight once for one product: what counts is how many bytes are under way, and how few
+// Decoding one row reads each weight once for one product: what counts is how many bytes are under way, and how few
 // instructions each weight takes. A warp does two rows, so that it reads and converts x once for both; a lane reads 8
 // weights of each at a time, kUnroll times before it computes.
-#include "cuda/vector.cuh"
+#include "cuda/matrix.cuh"
 
 namespace martlet::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kMaxHeadDim = 256, kPerLane = kMaxHeadDim / 32;
 constexpr int kAttentionThreads = 128, kAttentionWarps = kAttentionThreads / 32;
 constexpr int kKeysAtOnce = 4;
 constexpr int kArgmaxThreads = 1024;
 
-__constant__ Nf4Codes codes_on_device = kNf4Codes;
-
-struct Parts {
-  Matrix matrix[3];
-};
-
 __device__ inline float warp_sum(float x) {
   for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;
-}
-
-__device__ inline float nf4_scale(const Matrix& m, uint8_t code, float nested_scale) {
-  return __fadd_rn(__fmul_rn(__ldg(m.nested_map + code), nested_scale), m.nested_offset);
-}
-
-__device__ inline float nf4_scale(const Matrix& m, int64_t block) {
-  if (m.nested_map == nullptr) return static_cast<const float*>(m.scales)[block];
-  return nf4_scale(m, static_cast<const uint8_t*>(m.scales)[block], __ldg(m.nested_scales + block / 256));
 }
 
 // 8 numbers of 16 bits, the first in the lower half of the first word.
@@ -189,7 +173,20 @@ __device__ float any_row(const Matrix& m, int row, const T* x, const float* tabl
   return sum;
 }
 
-// The lanes' parts → row · x + bias as the linear rounds it; every lane has it.
+// B's row · (A x), this lane's part of it.
+template <typename T, typename L>
+__device__ float low_rank(const Lora& lora, int row, int lane) {
+  const L* b = static_cast<const L*>(lora.b) + int64_t{row} * lora.rank;
+  float sum = 0;
+  for (int i = lane; i < lora.rank; i += 32) {
+    const float low = lora.low[i];
+    // As the linear keeps it.
+    sum = fmaf(to_float(b[i]), std::is_same_v<L, float> ? low : rounded<T>(low), sum);
+  }
+  return sum;
+}
+
+// The lanes' parts → row · x + bias as the linear rounds it, and the adapter's part; every lane has it.
 template <typename T>
 __device__ float finished(const Matrix& m, int row, float sum, const T* x, int lane) {
   if (m.storage == Storage::kInt8) {
@@ -199,7 +196,10 @@ __device__ float finished(const Matrix& m, int row, float sum, const T* x, int l
   }
   sum = warp_sum(sum);
   if (m.bias != nullptr) sum += to_float(static_cast<const T*>(m.bias)[row]);
-  return rounded<T>(sum);
+  sum = rounded<T>(sum);
+  if (m.lora.a == nullptr) return sum;
+  const float added = m.lora.is_float ? low_rank<T, float>(m.lora, row, lane) : low_rank<T, T>(m.lora, row, lane);
+  return rounded<T>(fmaf(m.lora.scaling, warp_sum(added), sum));
 }
 
 // Of two rows. Vectors: both are of one storage, and rows and x are such that words can be read.
@@ -217,24 +217,6 @@ __device__ float2 linear_pair(const Matrix& a, int row_a, const Matrix& b, int r
     sum = row_pair<T>(Nf4Row(a, row_a, table), Nf4Row(b, row_b, table), a.columns, x, lane);
   }
   return {finished<T>(a, row_a, sum.x, x, lane), finished<T>(b, row_b, sum.y, x, lane)};
-}
-
-__device__ inline float activate(float x, Activation activation) {
-  switch (activation) {
-    case Activation::kGelu:
-      return 0.5f * x * (1.0f + erff(x * 0.70710678f));
-    case Activation::kGeluTanh:
-      return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-    case Activation::kQuickGelu:
-      return x / (1.0f + expf(-1.702f * x));
-    case Activation::kSilu:
-      return x / (1.0f + expf(-x));
-    case Activation::kRelu:
-      return isnan(x) ? x : fmaxf(x, 0.0f);
-    case Activation::kNone:
-      break;
-  }
-  return x;
 }
 
 // RMSNorm in Llama's order, as rms_norm.cu; LayerNorm rounds at its end. The block's threads do N numbers at a time.
@@ -264,6 +246,41 @@ __device__ void norm_row(const T* x, const Norm& norm, float eps, T* out, int co
   }
 }
 
+// x, or with a norm x normed into the block's shared memory. The block must meet before it is read.
+template <typename T>
+__device__ const T* normed_row(const T* x, const Norm& norm, float eps, int columns) {
+  extern __shared__ uint4 shared[];
+  if (norm.weight == nullptr) return x;
+  T* normed = reinterpret_cast<T*>(shared);
+  if (aligned(x) && aligned(norm.weight) && aligned(norm.bias) && columns % kVector == 0) {
+    norm_row<T, kVector>(x, norm, eps, normed, columns);
+  } else {
+    norm_row<T, 1>(x, norm, eps, normed, columns);
+  }
+  return normed;
+}
+
+// A block does a row of A · norm(x), of all parts' adapters one after the other; blocks.y are rows of x.
+template <typename T>
+__global__ void lora_down(const Parts parts, const T* x, const Norm norm, float eps) {
+  const int columns = parts.matrix[0].columns, of = blockIdx.y;
+  int part = 0, row = blockIdx.x;
+  while (row >= parts.matrix[part].lora.rank) row -= parts.matrix[part++].lora.rank;
+  const Lora& lora = parts.matrix[part].lora;
+  x = normed_row(x + int64_t{of} * columns, norm, eps, columns);
+  __syncthreads();
+  const auto dot = [&]<typename L>(const L* a) {
+    float sum = 0;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < columns; i += kThreads) sum = fmaf(to_float(a[i]), to_float(x[i]), sum);
+    return sum;
+  };
+  const int64_t begin = int64_t{row} * columns;
+  const float sum = row_sum<kThreads>(lora.is_float ? dot(static_cast<const float*>(lora.a) + begin)
+                                                    : dot(static_cast<const T*>(lora.a) + begin));
+  if (threadIdx.x == 0) lora.low[of * lora.rank + row] = sum;
+}
+
 // Two neighbours.
 __host__ __device__ inline int pairs_of(const Matrix& m) { return (m.rows + 1) / 2; }
 
@@ -272,19 +289,10 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     matvec(const Parts parts, bool gated, Activation activation, const T* x, const Norm norm, float eps,
            const T* residual, T* out, int pairs, bool vectors) {
-  extern __shared__ uint4 shared[];
   __shared__ float table[16];
-  const int columns = parts.matrix[0].columns, lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32;
   if (threadIdx.x < 16) table[threadIdx.x] = codes_on_device.values[threadIdx.x];
-  if (norm.weight != nullptr) {
-    T* normed = reinterpret_cast<T*>(shared);
-    if (aligned(x) && aligned(norm.weight) && aligned(norm.bias) && columns % kVector == 0) {
-      norm_row<T, kVector>(x, norm, eps, normed, columns);
-    } else {
-      norm_row<T, 1>(x, norm, eps, normed, columns);
-    }
-    x = normed;
-  }
+  x = normed_row(x, norm, eps, parts.matrix[0].columns);
   __syncthreads();
   int pair = blockIdx.x * kWarps + threadIdx.x / 32;
   if (pair >= pairs) return;
@@ -314,20 +322,58 @@ bool takes_vectors(const Matrix& m) {
          reinterpret_cast<uintptr_t>(m.weight) % bytes == 0;
 }
 
-Status enqueue_matvec(const Matvec& op, Type type, void* stream) {
+template <typename T>
+__global__ void norm_rows(const T* x, const Norm norm, float eps, T* out, int columns) {
+  const int64_t begin = int64_t{blockIdx.x} * columns;
+  x += begin;
+  out += begin;
+  if (aligned(x) && aligned(out) && aligned(norm.weight) && aligned(norm.bias) && columns % kVector == 0) {
+    norm_row<T, kVector>(x, norm, eps, out, columns);
+  } else {
+    norm_row<T, 1>(x, norm, eps, out, columns);
+  }
+}
+
+// Several rows: normed once, not by each block.
+Status enqueue_matmul(Matvec op, Type type, void* stream) {
+  const auto to = static_cast<cudaStream_t>(stream);
+  const int columns = op.parts[0].columns;
   Parts parts = {};
-  bool vectors = aligned(op.x) && (!op.gated || op.parts[0].storage == op.parts[1].storage);
-  int pairs = 0;
+  int ranks = 0;
   for (int i = 0; i < op.count; ++i) {
     parts.matrix[i] = op.parts[i];
+    ranks += op.parts[i].lora.rank;
+  }
+  with_type(type, [&]<typename T>(T) {
+    if (op.norm.weight != nullptr) {
+      norm_rows<T><<<op.batch, kThreads, 0, to>>>(static_cast<const T*>(op.x), op.norm, op.eps,
+                                                  static_cast<T*>(op.normed), columns);
+      op.x = op.normed;
+    }
+    if (ranks > 0)
+      lora_down<T><<<dim3(ranks, op.batch), kThreads, 0, to>>>(parts, static_cast<const T*>(op.x), Norm{}, 0.0f);
+  });
+  return enqueue_products(op, type, stream);
+}
+
+Status enqueue_matvec(const Matvec& op, Type type, void* stream) {
+  if (op.batch > 1) return enqueue_matmul(op, type, stream);
+  Parts parts = {};
+  bool vectors = aligned(op.x) && (!op.gated || op.parts[0].storage == op.parts[1].storage);
+  int pairs = 0, ranks = 0;
+  for (int i = 0; i < op.count; ++i) {
+    parts.matrix[i] = op.parts[i];
+    ranks += op.parts[i].lora.rank;
     vectors = vectors && takes_vectors(op.parts[i]);
     pairs += pairs_of(op.parts[i]);
   }
   if (op.gated) pairs = op.parts[0].rows;  // row i of gate and of up
   const size_t bytes = op.norm.weight == nullptr ? 0 : static_cast<size_t>(op.parts[0].columns) * 2;
   if (bytes > 47 * 1024) return "a normed row of more than 24,064 numbers";
+  const auto to = static_cast<cudaStream_t>(stream);
   with_type(type, [&]<typename T>(T) {
-    matvec<T><<<blocks_for(pairs, kWarps), kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(
+    if (ranks > 0) lora_down<T><<<ranks, kThreads, bytes, to>>>(parts, static_cast<const T*>(op.x), op.norm, op.eps);
+    matvec<T><<<blocks_for(pairs, kWarps), kThreads, bytes, to>>>(
         parts, op.gated, op.activation, static_cast<const T*>(op.x), op.norm, op.eps,
         static_cast<const T*>(op.residual), static_cast<T*>(op.out), pairs, vectors);
   });
@@ -342,14 +388,16 @@ __device__ float turned(float a, float b) {
   return p;
 }
 
-// A warp does a head of q, k or v. q stays in `qkv`; k and v go to their place in the cache. cos null: no rotation.
+// A warp does a head of q, k or v of a row (blocks.y). q stays in `qkv`; k and v go to their place in the cache. cos
+// null: no rotation.
 template <typename T, typename Table>
 __global__ void place(T* qkv, const T* q_norm, const T* k_norm, float eps, const Table* cos, const Table* sin,
-                      const T* query_scale, T* keys, T* values, const int32_t* step_at, int prompt, int heads,
-                      int kv_heads, int head_dim) {
-  const int head = blockIdx.x, lane = threadIdx.x, half = head_dim / 2, step = *step_at;
-  T* x = qkv + int64_t{head} * head_dim;
-  const int64_t slot = (int64_t{prompt} + step) * kv_heads;
+                      const T* query_scale, T* keys, T* values, const int32_t* step_at, const int32_t* prompts,
+                      int steps, int capacity, int heads, int kv_heads, int head_dim) {
+  const int head = blockIdx.x, row = blockIdx.y, lane = threadIdx.x, half = head_dim / 2, step = *step_at;
+  T* x = qkv + (int64_t{row} * gridDim.x + head) * head_dim;
+  const int64_t slot = (int64_t{row} * capacity + prompts[row] + step) * kv_heads;
+  const int64_t turn = int64_t{row} * steps + step;
   if (head >= heads + kv_heads) {
     T* to = values + (slot + head - heads - kv_heads) * head_dim;
     for (int i = lane; i < head_dim; i += 32) to[i] = x[i];
@@ -364,14 +412,14 @@ __global__ void place(T* qkv, const T* q_norm, const T* k_norm, float eps, const
     rstd = rsqrtf(warp_sum(squares) / static_cast<float>(head_dim) + eps);
   }
   T* to = query ? x : keys + (slot + head - heads) * head_dim;
-  const float scale = query && query_scale != nullptr ? to_float(query_scale[step]) : 1.0f;
+  const float scale = query && query_scale != nullptr ? to_float(query_scale[turn]) : 1.0f;
   for (int i = lane; i < half; i += 32) {
     float a = to_float(x[i]), b = to_float(x[i + half]);
     if (norm != nullptr) {
       a = rounded<T>(rounded<T>(a * rstd) * to_float(norm[i]));
       b = rounded<T>(rounded<T>(b * rstd) * to_float(norm[i + half]));
     }
-    const int64_t at = int64_t{step} * half + i;
+    const int64_t at = turn * half + i;
     const float c = cos != nullptr ? to_float(cos[at]) : 1.0f, s = cos != nullptr ? to_float(sin[at]) : 0.0f;
     const float first = rounded<T>(__fsub_rn(turned<T, Table>(a, c), turned<T, Table>(b, s)));
     const float second = rounded<T>(__fadd_rn(turned<T, Table>(b, c), turned<T, Table>(a, s)));
@@ -380,25 +428,29 @@ __global__ void place(T* qkv, const T* q_norm, const T* k_norm, float eps, const
   }
 }
 
-// What one query attends to.
+// What the queries attend to, each row's in its own.
 template <typename T>
 struct Context {
-  const T *keys, *values;  // [.., kv_heads, head_dim]
-  int length;              // before step 0's, which is there too where there are steps
+  const T *keys, *values;  // [rows, capacity, kv_heads, head_dim]
+  int capacity;
+  const int32_t* lengths;  // [rows]: before step 0's, which is there too where there are steps
   const int32_t* step;     // null: it does not grow
   int kv_heads;
   const T* bias;  // as Decode::distance_bias
   int distances;
 };
 
-// One head of the query over one part of the context: the softmax's maximum and sum, and the values' sum before it is
-// divided. partial: [heads, splits, head_dim + 2].
+// One head of a row's query over one part of the context: the softmax's maximum and sum, and the values' sum before it
+// is divided. q: [rows, query_heads, head_dim], its first heads; partial: [rows, heads, splits, head_dim + 2].
 template <typename T>
-__global__ void attend(const T* q, const Context<T> context, float* partial, int heads, int head_dim, float scale) {
+__global__ void attend(const T* q, int query_heads, const Context<T> context, float* partial, int heads, int head_dim,
+                       float scale) {
   __shared__ float maxima[kAttentionWarps], sums[kAttentionWarps], mixed[kAttentionWarps][kMaxHeadDim];
-  const int head = blockIdx.x, splits = gridDim.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const T *keys = context.keys, *values = context.values;
-  const int length = context.length + (context.step != nullptr ? *context.step + 1 : 0);
+  const int head = blockIdx.x, row = blockIdx.z, splits = gridDim.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t begin_of_row = int64_t{row} * context.capacity * context.kv_heads * head_dim;
+  const T *keys = context.keys + begin_of_row, *values = context.values + begin_of_row;
+  q += int64_t{row} * query_heads * head_dim;
+  const int length = context.lengths[row] + (context.step != nullptr ? *context.step + 1 : 0);
   const int share = (length + splits - 1) / splits, kv_heads = context.kv_heads;
   const int begin = min(static_cast<int>(blockIdx.y) * share, length), end = min(begin + share, length);
   const int64_t stride = int64_t{kv_heads} * head_dim, shift = int64_t{head / (heads / kv_heads)} * head_dim;
@@ -472,7 +524,7 @@ __global__ void attend(const T* q, const Context<T> context, float* partial, int
     weights[w] = maxima[w] == -INFINITY ? 0.0f : expf(maxima[w] - top);
     total += weights[w] * sums[w];
   }
-  float* to = partial + (int64_t{head} * splits + blockIdx.y) * (head_dim + 2);
+  float* to = partial + ((int64_t{row} * heads + head) * splits + blockIdx.y) * (head_dim + 2);
   for (int e = threadIdx.x; e < head_dim; e += kAttentionThreads) {
     float y = 0;
     for (int w = 0; w < kAttentionWarps; ++w) y += weights[w] * mixed[w][e];
@@ -486,7 +538,8 @@ __global__ void attend(const T* q, const Context<T> context, float* partial, int
 
 template <typename T>
 __global__ void combine(const float* partial, T* out, int splits, int head_dim) {
-  const float* parts = partial + int64_t{blockIdx.x} * splits * (head_dim + 2);
+  const int64_t head = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;  // of all rows' heads
+  const float* parts = partial + head * splits * (head_dim + 2);
   float top = -INFINITY;
   for (int s = 0; s < splits; ++s) top = fmaxf(top, parts[s * (head_dim + 2) + head_dim]);
   for (int e = threadIdx.x; e < head_dim; e += kAttentionThreads) {
@@ -497,15 +550,16 @@ __global__ void combine(const float* partial, T* out, int splits, int head_dim) 
       y += weight * part[e];
       total += weight * part[head_dim + 1];
     }
-    out[int64_t{blockIdx.x} * head_dim + e] = from_float<T>(y / total);
+    out[head * head_dim + e] = from_float<T>(y / total);
   }
 }
 
 template <typename T>
-void enqueue_attend(const Decode& op, const Context<T>& context, cudaStream_t stream) {
-  attend<T><<<dim3(op.heads, op.splits), kAttentionThreads, 0, stream>>>(static_cast<const T*>(op.qkv), context,
-                                                                         op.partial, op.heads, op.head_dim, op.scale);
-  combine<T><<<op.heads, kAttentionThreads, 0, stream>>>(op.partial, static_cast<T*>(op.mixed), op.splits, op.head_dim);
+void enqueue_attend(const Decode& op, int query_heads, const Context<T>& context, cudaStream_t stream) {
+  attend<T><<<dim3(op.heads, op.splits, op.batch), kAttentionThreads, 0, stream>>>(
+      static_cast<const T*>(op.qkv), query_heads, context, op.partial, op.heads, op.head_dim, op.scale);
+  combine<T><<<dim3(op.heads, op.batch), kAttentionThreads, 0, stream>>>(op.partial, static_cast<T*>(op.mixed),
+                                                                         op.splits, op.head_dim);
 }
 
 Status enqueue_attention(const Decode& op, int32_t index, void* stream) {
@@ -515,20 +569,20 @@ Status enqueue_attention(const Decode& op, int32_t index, void* stream) {
   const auto to = static_cast<cudaStream_t>(stream);
   with_type(op.type, [&]<typename T>(T) {
     const auto placed = [&]<typename Table>(Table) {
-      place<T, Table><<<op.heads + 2 * op.kv_heads, 32, 0, to>>>(
+      place<T, Table><<<dim3(op.heads + 2 * op.kv_heads, op.batch), 32, 0, to>>>(
           static_cast<T*>(op.qkv), static_cast<const T*>(layer.q_norm), static_cast<const T*>(layer.k_norm), op.eps,
           static_cast<const Table*>(op.cos), static_cast<const Table*>(op.sin), static_cast<const T*>(op.query_scale),
-          static_cast<T*>(layer.keys), static_cast<T*>(layer.values), op.step, op.prompt, op.heads, op.kv_heads,
-          op.head_dim);
+          static_cast<T*>(layer.keys), static_cast<T*>(layer.values), op.step, op.prompts, op.steps, op.capacity,
+          op.heads, op.kv_heads, op.head_dim);
     };
     if (op.float_table) {
       placed(float{});
     } else {
       placed(T{});
     }
-    enqueue_attend<T>(op,
-                      {static_cast<const T*>(layer.keys), static_cast<const T*>(layer.values), op.prompt, op.step,
-                       op.kv_heads, static_cast<const T*>(op.distance_bias), op.distances},
+    enqueue_attend<T>(op, op.heads + 2 * op.kv_heads,
+                      {static_cast<const T*>(layer.keys), static_cast<const T*>(layer.values), op.capacity, op.prompts,
+                       op.step, op.kv_heads, static_cast<const T*>(op.distance_bias), op.distances},
                       to);
   });
   return status();
@@ -538,9 +592,9 @@ Status enqueue_cross_attention(const Decode& op, int32_t index, void* stream) {
   if (op.head_dim > kMaxHeadDim) return "attention heads of a shape that the kernel does not take";
   const DecodeLayer& layer = op.layers[index];
   with_type(op.type, [&]<typename T>(T) {
-    enqueue_attend<T>(op,
+    enqueue_attend<T>(op, op.heads,
                       {static_cast<const T*>(layer.cross_keys), static_cast<const T*>(layer.cross_values), op.memory,
-                       nullptr, op.heads, nullptr, 0},
+                       op.memories, nullptr, op.heads, nullptr, 0},
                       static_cast<cudaStream_t>(stream));
   });
   return status();
@@ -548,20 +602,24 @@ Status enqueue_cross_attention(const Decode& op, int32_t index, void* stream) {
 
 // A token that is none (the logits were not finite) reads row 0: its results are thrown away.
 template <typename T>
-__global__ void embed(const T* table, const int64_t* token, const T* positions, const int32_t* step, T* out,
+__global__ void embed(const T* table, const int64_t* token, const T* positions, const int32_t* step, T* out, int steps,
                       int hidden) {
-  const int64_t row = *token < 0 ? 0 : *token;
+  const int row = blockIdx.x;
+  table += max(token[row], int64_t{0}) * hidden;
+  if (positions != nullptr) positions += (int64_t{row} * steps + *step) * hidden;
+  out += int64_t{row} * hidden;
   for (int i = threadIdx.x; i < hidden; i += kThreads) {
-    const T x = table[row * hidden + i];
-    out[i] = positions != nullptr ? from_float<T>(to_float(x) + to_float(positions[int64_t{*step} * hidden + i])) : x;
+    const T x = table[i];
+    out[i] = positions != nullptr ? from_float<T>(to_float(x) + to_float(positions[i])) : x;
   }
 }
 
-// One block. Of equal logits the lowest id, as at::max; −1 if the highest is not finite or there is a NaN.
+// A block a row. Of equal logits the lowest id, as at::max; −1 if the highest is not finite or there is a NaN.
 template <typename T>
 __global__ void argmax(const T* logits, int vocab, int64_t* token, int32_t* step) {
   __shared__ float values[32];
   __shared__ int ids[32];
+  logits += int64_t{blockIdx.x} * vocab;
   float best = -INFINITY;
   int id = vocab;
   const auto take = [&](float value, int at) {
@@ -591,18 +649,21 @@ __global__ void argmax(const T* logits, int vocab, int64_t* token, int32_t* step
   id = ids[threadIdx.x];
   reduce();
   if (threadIdx.x != 0) return;
-  *token = isinf(best) ? -1 : id;
-  ++*step;
+  token[blockIdx.x] = isinf(best) ? -1 : id;
+  if (blockIdx.x == 0) ++*step;
 }
 
 Status enqueue_step(const Decode& op, void* stream) {
   const auto to = static_cast<cudaStream_t>(stream);
   with_type(op.type, [&]<typename T>(T) {
-    embed<T><<<1, kThreads, 0, to>>>(static_cast<const T*>(op.embedding), op.token, static_cast<const T*>(op.positions),
-                                     op.step, static_cast<T*>(op.states), op.hidden);
+    embed<T><<<op.batch, kThreads, 0, to>>>(static_cast<const T*>(op.embedding), op.token,
+                                            static_cast<const T*>(op.positions), op.step, static_cast<T*>(op.states),
+                                            op.steps, op.hidden);
   });
   Status error = status();
-  const auto run = [&](const Matvec& product) {
+  const auto run = [&](Matvec product) {
+    product.batch = op.batch;
+    product.normed = op.normed;
     if (error == nullptr) error = enqueue_matvec(product, op.type, stream);
   };
   // Of the normed states.
@@ -637,7 +698,7 @@ Status enqueue_step(const Decode& op, void* stream) {
   read(&op.head, 1, op.final_norm, op.logits);
   if (error != nullptr) return error;
   with_type(op.type, [&]<typename T>(T) {
-    argmax<T><<<1, kArgmaxThreads, 0, to>>>(static_cast<const T*>(op.logits), op.head.rows, op.token, op.step);
+    argmax<T><<<op.batch, kArgmaxThreads, 0, to>>>(static_cast<const T*>(op.logits), op.head.rows, op.token, op.step);
   });
   return status();
 }
@@ -648,6 +709,7 @@ struct Captured {
   cudaStream_t last = nullptr;
   bool used = false;
   const int64_t* token = nullptr;
+  int32_t batch = 1;
 };
 
 Status message(cudaError_t error) {
@@ -671,6 +733,7 @@ Status capture(const Decode& op, void** graph) {
   *graph = nullptr;
   auto* captured = new Captured{};
   captured->token = op.token;
+  captured->batch = op.batch;
   cudaStream_t own = nullptr;
   cudaGraph_t recorded = nullptr;
   Status error = message(cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking));
@@ -700,7 +763,8 @@ Status replay(void* graph, int64_t* token, int32_t slot, void* stream) {
   captured->used = true;
   Status error = message(cudaGraphLaunch(captured->exec, captured->last));
   if (error == nullptr) {
-    error = message(cudaMemcpyAsync(token, captured->token, sizeof(int64_t), cudaMemcpyDeviceToHost, captured->last));
+    error = message(cudaMemcpyAsync(token, captured->token, captured->batch * sizeof(int64_t), cudaMemcpyDeviceToHost,
+                                    captured->last));
   }
   if (error == nullptr) error = message(cudaEventRecord(captured->done[slot], captured->last));
   return error;

@@ -156,7 +156,7 @@ TEST("packed rows have the states that each has alone; decoding step by step giv
     const PackedBatch batch = pack({&prompt}, *model, at::kCPU);
     DecoderInput input = embed(*model, batch, {}, false);
     KvCache cache(text.config().num_layers);
-    input.pass.cache = &cache;
+    input.pass.caches = {&cache};
     std::vector<at::Tensor> parts = {text.forward(input.hidden, input.pass)};
     const std::vector<int64_t> answer = {11, 3, 16, 9, 5};
     for (const int64_t id : answer) {

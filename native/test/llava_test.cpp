@@ -89,7 +89,7 @@ at::Tensor hidden_states(const VisionLanguageModel& model, const std::vector<con
   const at::NoGradGuard no_grad;
   const PackedBatch batch = pack(samples, model, at::kCPU);
   DecoderInput input = embed(model, batch, {}, false);
-  input.pass.cache = cache;
+  if (cache != nullptr) input.pass.caches = {cache};
   return model.language_model().forward(input.hidden, input.pass);
 }
 
@@ -189,7 +189,7 @@ TEST("decoding token by token against the cache gives what one pass over the who
   EXPECT_EQ(cache.length(), prompt);
   for (const int64_t id : answer) {
     DecoderPass pass;
-    pass.cache = &cache;
+    pass.caches = {&cache};
     const int64_t place = cache.length();
     model->language_model().place(pass, at::tensor({place}, at::kLong), {{1, place + 1, place}}, at::kFloat);
     parts.push_back(model->language_model().forward(model->language_model().embed(at::tensor({id}, at::kLong)), pass));

@@ -137,7 +137,7 @@ at::Tensor hidden_states(const VisionLanguageModel& model, const std::vector<con
   const at::NoGradGuard no_grad;
   const PackedBatch batch = pack(samples, model, at::kCPU);
   DecoderInput input = embed(model, batch, {}, false);
-  input.pass.cache = cache;
+  if (cache != nullptr) input.pass.caches = {cache};
   return model.language_model().forward(input.hidden, input.pass);
 }
 
@@ -321,7 +321,7 @@ TEST("decoding goes on at the row's next position and gives what one pass over t
     EXPECT(position < cache.length());  // pictures take fewer positions than tokens
     for (const int64_t id : {11, 3, 16}) {
       DecoderPass pass;
-      pass.cache = &cache;
+      pass.caches = {&cache};
       model->language_model().place(pass, at::tensor({position}, at::kLong), {{1, position + 1, cache.length()}},
                                     at::kFloat);
       ++position;

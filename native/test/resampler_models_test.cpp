@@ -139,12 +139,12 @@ TEST("decoding token by token gives what one pass over the whole row gives, as l
     DecoderInput input = start(*model, batch);
     const LanguageModel& decoder = model->language_model();
     KvCache cache(decoder.config().num_layers);
-    input.pass.cache = &cache;
+    input.pass.caches = {&cache};
     std::vector<at::Tensor> parts = {decoder.forward(input.hidden, input.pass)};
     const int64_t prompt = batch.tokens;
     for (const int64_t id : {11, 3, 16, 9, 5}) {
       DecoderPass pass;
-      pass.cache = &cache;
+      pass.caches = {&cache};
       const int64_t at = cache.length();
       decoder.place(pass, at::tensor({at}, at::kLong), {{1, at + 1, prompt}}, at::kFloat);
       parts.push_back(decoder.forward(decoder.embed(at::tensor({id}, at::kLong)), pass));

@@ -91,6 +91,8 @@ for (const form of BLIP2_FORMS) {
         const expected = JSON.parse(readFileSync(blip2Dir(form, 'expected.json'), 'utf8'));
         const old = layout === 'model-old';
         await withModel(blip2Dir(form, layout), async (model) => {
+          const requests = [];
+          const answers: number[][] = [];
           for (const { id, ...row } of rowsOf(form)) {
             const { loss } = await model.score(row);
             const wanted = old ? expected.oldLosses[id] : expected.losses[id].loss;
@@ -98,9 +100,17 @@ for (const form of BLIP2_FORMS) {
             const answer = (old ? expected.oldGreedy : expected.greedy)[id];
             if (answer === undefined) continue;
             const messages = row.messages.slice(0, -1);
-            const { tokenIds } = await model.generate({ ...row, messages, temperature: 0, maxNewTokens: 24 });
+            const request = { ...row, messages, temperature: 0, maxNewTokens: 24 };
+            const { tokenIds } = await model.generate(request);
             assert.deepEqual([...tokenIds], answer, id);
+            requests.push(request, { ...request, maxNewTokens: 3 + requests.length });
+            answers.push(answer, answer.slice(0, 3 + answers.length));
           }
+          const batch = await model.generateBatch(requests);
+          assert.deepEqual(
+            batch.map(({ tokenIds }) => [...tokenIds]),
+            answers,
+          );
         });
       });
     }

@@ -40,6 +40,7 @@ test('a wrong command line exits with 2 and says what was meant', async () => {
     [['infer'], /--model or --adapters/],
     [['infer', '--model', MODEL, '--image', IMAGE], /--text/],
     [['infer', '--model', MODEL, '--text', 'x', '--temperature', 'hot'], /must be a number/],
+    [['infer', '--model', MODEL, '--input', 'x', '--max_batch_size', '0'], /max_batch_size must be/],
     [['infer', '--model', MODEL, '--text', 'x', '--temperature', '-1'], /temperature must be/],
     [['infer', '--model', MODEL, '--multi_modal_inputs', '{"image"'], /not JSON/],
     [['infer', '--model', MODEL, '--multi_modal_inputs', '{"image":"a.png"}'], /"text" is missing/],
@@ -98,7 +99,7 @@ test('infer: --image and --text, --multi_modal_inputs, --json, --stream', async 
   assert.deepEqual(JSON.parse(adapted.stdout).tokenIds, expectedJson.adapterGreedy.single);
 });
 
-test('infer --input: one line an item, a failing item does not stop the others, exit code 1', async () => {
+test('infer --input: one line an item, a failing item does not stop the others, exit code 1; the same with several at once', async () => {
   const file = join(root, 'questions.jsonl');
   await cp(IMAGE, join(root, 'beside.png'));
   const { messages } = getCase('text-only');
@@ -114,6 +115,10 @@ test('infer --input: one line an item, a failing item does not stop the others, 
   await writeFile(file, lines.join('\n'));
   const { code, stdout } = await cli(['infer', '--model', MODEL, ...GREEDY, '--input', file]);
   assert.equal(code, 1);
+  for (const size of ['2', '4', '16']) {
+    const batched = await cli(['infer', '--model', MODEL, ...GREEDY, '--input', file, '--max_batch_size', size]);
+    assert.deepEqual([batched.code, batched.stdout], [code, stdout], size);
+  }
   const items = jsonLines(stdout) as unknown as {
     tokenIds?: number[];
     reference?: string;

@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
-import { convertCheckpoint, loadModel, type Model, mergeAdapter, quantizeModel } from '../../lib/index.js';
+import { convertCheckpoint, infer, loadModel, type Model, mergeAdapter, quantizeModel } from '../../lib/index.js';
 import { expectedJson, expectedPixels, getCase, llava, maxDifference } from '../support/fixtures.js';
 
 const MODEL = join(llava, 'model-4x');
@@ -99,6 +99,86 @@ test('an answer ends before a stop string, in text and tokens, streamed or not',
   assert.equal(unmatched.text, full.text);
   assert.deepEqual(unmatched.tokenIds, full.tokenIds);
   assert.equal(unmatched.finishReason, 'length');
+});
+
+test('a batch gives each request what it gives alone: prompts of several lengths, limits, stop strings, sampling, chunks by row', async () => {
+  const names = Object.keys(expectedJson.greedy);
+  const alone = await Promise.all(names.map((name) => model.generate({ ...question(name), ...greedy })));
+  const stop = (alone[0] as (typeof alone)[0]).text.slice(6, 9);
+  const requests = [
+    ...names.map((name) => ({ ...question(name), temperature: 0, maxNewTokens: 24 })),
+    ...names.map((name, i) => ({ ...question(name), temperature: 0, maxNewTokens: i + 1 })),
+    { ...question(names[0] as string), temperature: 0, maxNewTokens: 200, stop },
+    { ...question(names[1] as string), temperature: 1, topP: 0.95, topK: 50, maxNewTokens: 16, seed: 7 },
+    { ...question(names[1] as string), temperature: 0, repetitionPenalty: 1.3, maxNewTokens: 16, seed: 7 },
+  ];
+  const expected = [];
+  for (const request of requests) expected.push(await model.generate({ ...request, adapter: null }));
+  const heard = requests.map(() => '');
+  for (const onChunk of [
+    undefined,
+    (row: number, { text }: { text: string }) => {
+      heard[row] += text;
+    },
+  ]) {
+    const out = await model.generateBatch(requests, { adapter: null, ...(onChunk && { onChunk }) });
+    const told = ({ text, tokenIds, finishReason, usage }: (typeof out)[0]) => ({
+      text,
+      tokenIds: [...tokenIds],
+      finishReason,
+      usage,
+    });
+    assert.deepEqual(out.map(told), expected.map(told));
+  }
+  assert.deepEqual(
+    heard,
+    expected.map(({ text }) => text),
+  );
+  const { adapterGreedy } = expectedJson;
+  const tuned = await model.generateBatch(
+    Object.keys(adapterGreedy).map((name) => ({ ...question(name), temperature: 0, maxNewTokens: 24 })),
+    { adapter: 'tuned' },
+  );
+  assert.deepEqual(
+    tuned.map(({ tokenIds }) => [...tokenIds]),
+    Object.values(adapterGreedy),
+  );
+  assert.deepEqual(await model.generateBatch([]), []);
+});
+
+test('infer answers several questions, two at once, as it answers each', async () => {
+  const image = question('single').images[0] as string;
+  const shared = { model: MODEL, device: 'cpu', temperature: 0, maxNewTokens: 12 } as const;
+  const questions = [{ image, text: 'What is this?' }, { text: 'Say a word.' }, { image: [image], text: 'And this?' }];
+  const answers = await infer({ ...shared, questions, batchSize: 2 });
+  const alone = [];
+  for (const one of questions) alone.push(await infer({ ...shared, ...one }));
+  assert.deepEqual(
+    answers.map(({ tokenIds, text }) => [[...tokenIds], text]),
+    alone.map(({ tokenIds, text }) => [[...tokenIds], text]),
+  );
+  await assert.rejects(infer({ ...shared, questions, batchSize: 0 }), { code: 'ERR_MARTLET_USAGE' });
+});
+
+test('a batch that fails or is left frees the model: a bad request, a listener that throws, an abort', async () => {
+  const good = { ...question('single'), temperature: 0, maxNewTokens: 24 };
+  await assert.rejects(model.generateBatch([good, { ...good, temperature: -1 }]), { code: 'ERR_MARTLET_USAGE' });
+  await assert.rejects(model.generateBatch([good, { ...good, images: ['/no/such.png'] }]), {
+    code: 'ERR_MARTLET_IMAGE',
+  });
+  const thrown = new Error('enough');
+  const onChunk = () => {
+    throw thrown;
+  };
+  await assert.rejects(model.generateBatch([good, good], { onChunk }), thrown);
+  const control = new AbortController();
+  const running = model.generateBatch([good, { ...good, maxNewTokens: 400 }], {
+    signal: control.signal,
+    onChunk: (row) => row === 1 && control.abort(),
+  });
+  await assert.rejects(running, { code: 'ERR_MARTLET_ABORTED' });
+  const [again] = await model.generateBatch([good], { adapter: null });
+  assert.deepEqual([...(again as NonNullable<typeof again>).tokenIds], expectedJson.greedy.single);
 });
 
 test('leaving a stream cancels its job: the model is free at once', async () => {

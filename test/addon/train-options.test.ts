@@ -595,6 +595,29 @@ describe('runs', () => {
     assert.equal(result.bestCheckpoint, join(dir, 'out', `checkpoint-${evals[first]?.step}`));
   });
 
+  test('predict_with_generate: several rows at once give the answers that each gives alone', async () => {
+    const told = [];
+    for (const size of [1, 3, 100]) {
+      const dir = await folder();
+      const path = join(dir, 'val.json');
+      const names = ['single', 'text-only', 'single', 'text-only', 'single'];
+      writeFileSync(path, JSON.stringify(names.map((name, i) => ({ ...row(name), id: `${name} ${i}` }))));
+      await train(
+        smallConfig(dir, {
+          val_dataset: path,
+          predict_with_generate: true,
+          per_device_eval_batch_size: size,
+          max_new_tokens: 20,
+          eval_steps: 6,
+          max_steps: 6,
+        }),
+      );
+      told.push(readFileSync(join(dir, 'out', 'predict.jsonl'), 'utf8'));
+    }
+    assert.equal(told[0]?.trim().split('\n').length, 5);
+    assert.deepEqual(told, [told[0], told[0], told[0]]);
+  });
+
   test("load_best_model_at_end: the best checkpoint's weights stand in output_dir, adapters and whole models", async () => {
     const worse = { lr_scheduler_type: 'constant', learning_rate: 0.02, lora_dropout: 0, max_steps: 6 };
     const whole = { ...worse, sft_type: 'full', max_shard_size: '200KB' };

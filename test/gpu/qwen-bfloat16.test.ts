@@ -34,12 +34,22 @@ for (const family of QWEN_FAMILIES) {
         });
       }
 
+      const held = async (name: string, answer: number[]) => {
+        const buffers: ArrayBufferView[] = [];
+        const sample = await fixture.sample(name, buffers, 'promptIds');
+        await assertGreedy(engine, sample, buffers, fixture.case(name).default.promptIds, answer);
+      };
+
       test('the cached decode path chooses what the whole pass would', async () => {
-        for (const name of Object.keys(expectedJson.greedy)) {
-          const buffers: ArrayBufferView[] = [];
-          const sample = await fixture.sample(name, buffers, 'promptIds');
-          const { promptIds } = fixture.case(name).default;
-          await assertGreedy(engine, sample, buffers, promptIds, await fixture.greedy(engine, name));
+        for (const name of Object.keys(expectedJson.greedy)) await held(name, await fixture.greedy(engine, name));
+      });
+
+      test('several rows at once choose what the whole pass of each would', async () => {
+        const all = Object.keys(expectedJson.greedy);
+        for (const rows of [2, 5, 16, 19]) {
+          const names = Array.from({ length: rows }, (_, i) => all[i % all.length] as string);
+          const answers = await fixture.greedyBatch(engine, names);
+          for (const [i, name] of names.entries()) await held(name, answers[i] as number[]);
         }
       });
     });

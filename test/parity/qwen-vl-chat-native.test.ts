@@ -10,6 +10,7 @@ import { convertCheckpoint, mergeAdapter } from '../../lib/index.js';
 import type { Engine } from '../../lib/native/engine.js';
 import { maxDifference } from '../support/fixtures.js';
 import {
+  assertBatchIsEachAlone,
   gradients,
   greedy,
   labelledRows,
@@ -117,6 +118,16 @@ describe('Qwen-VL-Chat', { skip }, () => {
         assert(maxDifference(logits, labelledRows(sample, long('logits'))) < 5e-5);
         const prompt = textSample(long('prompt_ids').data);
         assert.deepEqual(await greedy(engine, prompt, 24), [...long('greedy_tokens').data]);
+        // Each row turns by the alpha of its own prompt, and is scaled by its own position.
+        const ids = [...long('prompt_ids').data];
+        await assertBatchIsEachAlone(engine, [
+          textSample(ids.slice(0, 20)),
+          prompt,
+          textSample(ids.slice(0, 66)),
+          textSample(ids.slice(0, 5)),
+          textSample(ids.slice(0, 58)),
+          prompt,
+        ]);
       });
       for (const [changes, name] of [
         [{ use_logn_attn: false }, 'logits_only_ntk'],

@@ -6,7 +6,14 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import sharp from 'sharp';
-import type { Dtype, ImageArg, SampleArg, TrainBeginArgs } from '../../lib/native/binding.js';
+import type {
+  Dtype,
+  GenerateRequest,
+  GenerateResult,
+  ImageArg,
+  SampleArg,
+  TrainBeginArgs,
+} from '../../lib/native/binding.js';
 import { Engine } from '../../lib/native/engine.js';
 import { maxDifference, relativeError } from './fixtures.js';
 import { QWEN_FAMILIES, type QwenFamily, qwenCases, qwenDir, qwenImage } from './qwen-vl.js';
@@ -170,26 +177,36 @@ export class QwenFixture {
   }
 
   async greedy(engine: Engine, name: string, adapter?: string): Promise<number[]> {
+    return (await this.greedyBatch(engine, [name], adapter))[0] as number[];
+  }
+
+  /** One row by `generate`, several by `generate.batch`. */
+  async greedyBatch(engine: Engine, names: string[], adapter?: string): Promise<number[][]> {
     const buffers: ArrayBufferView[] = [];
     const { eos_token_id: stopTokenIds } = JSON.parse(
       readFileSync(qwenDir(this.family, 'model-4x/generation_config.json'), 'utf8'),
     ) as { eos_token_id: number[] };
-    const { result, buffers: out } = await engine.call(
-      'generate',
-      {
-        sample: await this.sample(name, buffers, 'promptIds'),
-        maxNewTokens: 24,
-        temperature: 0,
-        topP: 1,
-        topK: 0,
-        repetitionPenalty: 1,
-        seed: 0,
-        stopTokenIds,
-        ...(adapter !== undefined && { adapter }),
-      },
-      { buffers },
-    );
-    return Array.from(new Int32Array(out[result.tokenIds] as ArrayBuffer));
+    const settings = {
+      maxNewTokens: 24,
+      temperature: 0,
+      topP: 1,
+      topK: 0,
+      repetitionPenalty: 1,
+      seed: 0,
+      stopTokenIds,
+    };
+    const requests: GenerateRequest[] = [];
+    for (const name of names) requests.push({ sample: await this.sample(name, buffers, 'promptIds'), ...settings });
+    const [only, ...others] = requests as [GenerateRequest, ...GenerateRequest[]];
+    const using = adapter !== undefined && { adapter };
+    const tokens = (answer: GenerateResult, out: ArrayBuffer[]) =>
+      Array.from(new Int32Array(out[answer.tokenIds] as ArrayBuffer));
+    if (others.length === 0) {
+      const { result, buffers: out } = await engine.call('generate', { ...only, ...using }, { buffers });
+      return [tokens(result, out)];
+    }
+    const { result, buffers: out } = await engine.call('generate.batch', { requests, ...using }, { buffers });
+    return result.answers.map((answer) => tokens(answer, out));
   }
 
   async gradients(engine: Engine, names: string[]) {
@@ -336,6 +353,14 @@ export function qwenFloat32Parity(device: string): void {
             assert.deepEqual(await fixture.greedy(engine, name), tokens);
           });
         }
+
+        test('greedy tokens: all rows at once, each twice', async () => {
+          const names = [...Object.keys(expectedJson.greedy), ...Object.keys(expectedJson.greedy)];
+          assert.deepEqual(
+            await fixture.greedyBatch(engine, names),
+            names.map((name) => expectedJson.greedy[name]),
+          );
+        });
 
         test('two adapters, in both spellings, give the reference logits and tokens, and leave the base as it was', async () => {
           for (const dir of adapters) await engine.call('adapter.load', { name: dir, dir: qwenDir(family, dir) });

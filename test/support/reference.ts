@@ -115,24 +115,27 @@ export function labelledRows(
   return out;
 }
 
+const GREEDY = { temperature: 0, topP: 1, topK: 0, repetitionPenalty: 1, seed: 0, stopTokenIds: [] };
+
 export async function greedy(engine: Engine, sample: EncodedSample, maxNewTokens: number, adapter?: string) {
   const job = new JobBuffers();
   const { result, buffers } = await engine.call(
     'generate',
-    {
-      sample: job.sample(sample),
-      maxNewTokens,
-      temperature: 0,
-      topP: 1,
-      topK: 0,
-      repetitionPenalty: 1,
-      seed: 0,
-      stopTokenIds: [],
-      ...(adapter !== undefined && { adapter }),
-    },
+    { sample: job.sample(sample), maxNewTokens, ...GREEDY, ...(adapter !== undefined && { adapter }) },
     { buffers: job.buffers },
   );
   return Array.from(new Int32Array(buffers[result.tokenIds] as ArrayBuffer));
+}
+
+/** Holds a batch of them to what each gives alone; their answers are of different lengths. */
+export async function assertBatchIsEachAlone(engine: Engine, samples: EncodedSample[]) {
+  const job = new JobBuffers();
+  const requests = samples.map((sample, i) => ({ sample: job.sample(sample), maxNewTokens: 24 - (i % 5), ...GREEDY }));
+  const { result, buffers } = await engine.call('generate.batch', { requests }, { buffers: job.buffers });
+  const answers = result.answers.map(({ tokenIds }) => [...new Int32Array(buffers[tokenIds] as ArrayBuffer)]);
+  const alone = [];
+  for (const [i, sample] of samples.entries()) alone.push(await greedy(engine, sample, 24 - (i % 5)));
+  assert.deepEqual(answers, alone);
 }
 
 export async function gradients(engine: Engine, samples: EncodedSample[]): Promise<NamedGradients> {

@@ -296,6 +296,12 @@ export const uses = {
     };
     const result = await infer({ ...options, device: 'cpu', maxNewTokens: 8, temperature: 0.7 });
     same<typeof result, GenerateResult>();
+    const results = await infer({
+      model: 'dir',
+      questions: [{ text: 'a' }, { image: 'a.png', text: 'b' }],
+      batchSize: 2,
+    });
+    same<typeof results, GenerateResult[]>();
     // @ts-expect-error the question is needed
     await infer({ model: 'dir' });
     // @ts-expect-error one adapter, by its folder

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <deque>
 #include <nlohmann/json.hpp>
 
 #include "core/base/error.h"
@@ -19,10 +20,13 @@ class Stopwatch {
   explicit Stopwatch(at::Device device) : device_(device), start_(std::chrono::steady_clock::now()) {}
   double lap_ms() {
     synchronize(device_);
-    const auto now = std::chrono::steady_clock::now();
-    const double ms = std::chrono::duration<double, std::milli>(now - start_).count();
-    start_ = now;
+    const double ms = elapsed_ms();
+    start_ = std::chrono::steady_clock::now();
     return ms;
+  }
+  // Of the host: what it has been told.
+  double elapsed_ms() const {
+    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start_).count();
   }
 
  private:
@@ -30,14 +34,52 @@ class Stopwatch {
   std::chrono::steady_clock::time_point start_;
 };
 
-}  // namespace
+constexpr size_t kMaxRowsAtOnce = FastDecoder::kMaxRows;
 
-Generation generate(const VisionLanguageModel& model, const Sample& prompt, const GenerateOptions& options,
-                    at::Device device, JobContext& job, const std::function<void(int64_t)>& on_token) {
-  const c10::InferenceMode inference;
-  const LanguageModel& language_model = model.language_model();
-  const PackedBatch batch = pack({&prompt}, model, device);
+// One request on its way.
+struct Answer {
+  Answer(const GenerateRequest& request, size_t row, const VisionLanguageModel& model)
+      : row(row),
+        options(request.options),
+        cache(model.language_model().config().num_layers),
+        // What an encoder reads is not repeated by its decoder.
+        sampler(options.sampling, model.info().is_encoder_decoder()
+                                      ? std::vector<int64_t>{model.info().decoder_start_id}
+                                      : request.prompt->input_ids) {}
+  size_t row;
+  const GenerateOptions& options;
+  KvCache cache;
+  Sampler sampler;
+  int64_t limit = 0, next_position = 0, token = 0;
   Generation out;
+
+  // The next token; false: the answer has ended.
+  bool take(int64_t next, const GenerationListener& listener) {
+    const std::vector<int64_t>& stops = options.stop_token_ids;
+    if (std::find(stops.begin(), stops.end(), next) != stops.end()) {
+      out.finish_reason = "stop";
+      return false;
+    }
+    token = next;
+    out.token_ids.push_back(next);
+    listener.on_token(row, next);
+    if (static_cast<int64_t>(out.token_ids.size()) == limit) return false;
+    if (!listener.has_left(row)) return true;
+    out.finish_reason = "stop";
+    return false;
+  }
+};
+
+// What the head gives of some states: [rows, vocab].
+at::Tensor logits_of(const VisionLanguageModel& model, const at::Tensor& states, const ForwardOptions& options) {
+  return at::linear(model.language_model().head_input(states, options), model.head_weight());
+}
+
+// Reads the prompt. Whether an answer has begun.
+bool read_prompt(const VisionLanguageModel& model, const Sample& prompt, Answer& answer, at::Device device,
+                 JobContext& job, const GenerationListener& listener) {
+  const PackedBatch batch = pack({&prompt}, model, device);
+  Generation& out = answer.out;
   out.prompt_tokens = batch.tokens;
   const int64_t max_positions = model.info().max_positions;
   if (max_positions > 0 && batch.tokens >= max_positions) {
@@ -46,60 +88,110 @@ Generation generate(const VisionLanguageModel& model, const Sample& prompt, cons
              std::to_string(max_positions) + " positions. Shorten the text or send fewer pictures.",
          {{"promptTokens", batch.tokens}, {"maxPositions", max_positions}});
   }
-  const int64_t limit =
-      max_positions > 0 ? std::min(options.max_new_tokens, max_positions - batch.tokens) : options.max_new_tokens;
+  const int64_t wanted = answer.options.max_new_tokens;
+  answer.limit = max_positions > 0 ? std::min(wanted, max_positions - batch.tokens) : wanted;
+  answer.next_position = batch.next_positions[0];
 
   Stopwatch watch(device);
   const ForwardOptions forward = {.job = &job};
-  auto [hidden, pass] = embed(model, batch, forward, /*vision_needs_grad=*/false, options.features);
+  auto [hidden, pass] = embed(model, batch, forward, /*vision_needs_grad=*/false, answer.options.features);
   out.vision_ms = watch.lap_ms();
   job.check();
 
-  KvCache cache(language_model.config().num_layers);
-  pass.cache = &cache;
-  hidden = language_model.forward(hidden, pass);
-  pass.deepstack.clear();
-  int64_t next_position = batch.next_positions[0];
-  const auto logits_at_end = [&](const at::Tensor& states) {
-    const at::Tensor last = language_model.head_input(states.narrow(0, states.size(0) - 1, 1), forward);
-    return at::linear(last, model.head_weight()).squeeze(0);
-  };
-  // What an encoder reads is not repeated by its decoder.
-  Sampler sampler(options.sampling, model.info().is_encoder_decoder()
-                                        ? std::vector<int64_t>{model.info().decoder_start_id}
-                                        : prompt.input_ids);
+  pass.caches = {&answer.cache};
+  hidden = model.language_model().forward(hidden, pass);
   out.finish_reason = "length";
-  if (limit > 0) {
-    int64_t token = sampler.next(logits_at_end(hidden));
-    out.prefill_ms = watch.lap_ms();
-    std::unique_ptr<FastDecoder> fast;
-    while (true) {
-      job.check();
-      const auto& stops = options.stop_token_ids;
-      if (std::find(stops.begin(), stops.end(), token) != stops.end()) {
-        out.finish_reason = "stop";
-        break;
-      }
-      out.token_ids.push_back(token);
-      on_token(token);
-      if (static_cast<int64_t>(out.token_ids.size()) == limit) break;
-      if (out.token_ids.size() == 1) {  // after the first has been told
-        fast = FastDecoder::make(language_model, model.head_weight(), cache,
-                                 {.next_position = next_position, .prompt = out.prompt_tokens, .steps = limit - 1});
-        // It has a copy.
-        if (fast != nullptr) cache = KvCache(language_model.config().num_layers);
-      }
-      if (fast != nullptr) {
-        token = fast->next(token, sampler);
-        continue;
-      }
-      const at::Tensor ids = at::full({1}, token, at::TensorOptions().dtype(at::kLong).device(device));
-      const at::Tensor position = at::full({1}, next_position++, at::TensorOptions().dtype(at::kLong).device(device));
-      language_model.place(pass, position, {{1, next_position, out.prompt_tokens}}, hidden.scalar_type());
-      token = sampler.next(logits_at_end(language_model.forward(language_model.embed(ids), pass)));
-    }
+  if (answer.limit <= 0) return false;
+  const at::Tensor last = hidden.narrow(0, hidden.size(0) - 1, 1);
+  const int64_t token = answer.sampler.next(logits_of(model, last, forward).squeeze(0));
+  out.prefill_ms = watch.lap_ms();
+  job.check();
+  return answer.take(token, listener);
+}
+
+// One new position of each answer: its next token.
+std::vector<int64_t> step(const VisionLanguageModel& model, const std::vector<Answer*>& answers, at::Device device,
+                          JobContext& job) {
+  const LanguageModel& language_model = model.language_model();
+  std::vector<int64_t> ids, positions;
+  std::vector<LanguageModel::Row> rows;
+  std::vector<Sampler*> samplers;
+  DecoderPass pass;
+  pass.options.job = &job;
+  for (Answer* answer : answers) {
+    ids.push_back(answer->token);
+    positions.push_back(answer->next_position++);
+    rows.push_back({1, answer->next_position, answer->out.prompt_tokens});
+    samplers.push_back(&answer->sampler);
+    pass.caches.push_back(&answer->cache);
   }
-  out.decode_ms = watch.lap_ms();
+  const auto to_device = [device](const std::vector<int64_t>& x) { return at::tensor(x, at::kLong).to(device); };
+  const at::Tensor hidden = language_model.embed(to_device(ids));
+  language_model.place(pass, to_device(positions), rows, hidden.scalar_type());
+  return next_tokens(samplers, logits_of(model, language_model.forward(hidden, pass), pass.options));
+}
+
+// Null where the answers are not of a form that it takes; else the caches are in it.
+std::unique_ptr<FastDecoder> fast_decoder(const VisionLanguageModel& model, const std::vector<Answer*>& answers) {
+  std::vector<FastDecoder::Row> rows;
+  for (const Answer* answer : answers)
+    rows.push_back({&answer->cache, answer->next_position, answer->out.prompt_tokens, answer->limit - 1});
+  auto fast = FastDecoder::make(model.language_model(), model.head_weight(), rows, {});
+  if (fast == nullptr) return nullptr;
+  for (Answer* answer : answers) answer->cache = KvCache(model.language_model().config().num_layers);
+  return fast;
+}
+
+std::vector<int64_t> step(FastDecoder& fast, const std::vector<Answer*>& answers) {
+  std::vector<int64_t> tokens;
+  std::vector<Sampler*> samplers;
+  for (Answer* answer : answers) {
+    tokens.push_back(answer->token);
+    samplers.push_back(&answer->sampler);
+  }
+  return fast.next(tokens, samplers);
+}
+
+// Until all have ended.
+void decode(const VisionLanguageModel& model, std::vector<Answer*> live, at::Device device, JobContext& job,
+            const GenerationListener& listener) {
+  const Stopwatch watch(device);
+  const std::unique_ptr<FastDecoder> fast = fast_decoder(model, live);
+  while (!live.empty()) {
+    job.check();
+    const std::vector<int64_t> tokens = fast != nullptr ? step(*fast, live) : step(model, live, device, job);
+    std::vector<Answer*> going_on;
+    std::vector<int64_t> places;
+    for (size_t i = 0; i < live.size(); ++i) {
+      if (live[i]->take(tokens[i], listener)) {
+        going_on.push_back(live[i]);
+        places.push_back(static_cast<int64_t>(i));
+      } else {
+        live[i]->out.decode_ms = watch.elapsed_ms();
+      }
+    }
+    if (fast != nullptr && places.size() < live.size()) fast->keep(places);
+    live = std::move(going_on);
+  }
+}
+
+}  // namespace
+
+std::vector<Generation> generate(const VisionLanguageModel& model, const std::vector<GenerateRequest>& requests,
+                                 at::Device device, JobContext& job, const GenerationListener& listener) {
+  const c10::InferenceMode inference;
+  std::vector<Generation> out;
+  while (out.size() < requests.size()) {
+    const size_t begin = out.size(), count = std::min(requests.size() - begin, kMaxRowsAtOnce);
+    std::deque<Answer> answers;
+    std::vector<Answer*> live;
+    for (size_t row = begin; row < begin + count; ++row) {
+      Answer& answer = answers.emplace_back(requests[row], row, model);
+      if (read_prompt(model, *requests[row].prompt, answer, device, job, listener)) live.push_back(&answer);
+    }
+    decode(model, live, device, job, listener);
+    for (Answer& answer : answers) out.push_back(std::move(answer.out));
+  }
   return out;
 }
 

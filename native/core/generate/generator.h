@@ -1,4 +1,4 @@
-// One answer: prefill of the whole prompt, then one position at a time against the key-value cache.
+// Answers: prefill of the whole prompt, then one position at a time against the key-value cache.
 #pragma once
 
 #include <functional>
@@ -23,11 +23,26 @@ struct Generation {
   std::vector<int64_t> token_ids;  // without the stop token
   int64_t prompt_tokens = 0;
   std::string finish_reason;  // stop | length
-  double vision_ms = 0, prefill_ms = 0, decode_ms = 0;
+  double vision_ms = 0, prefill_ms = 0;
+  double decode_ms = 0;  // until this row ended
 };
 
-// `on_token` is called for each token of the answer as it comes.
-Generation generate(const VisionLanguageModel& model, const Sample& prompt, const GenerateOptions& options,
-                    at::Device device, JobContext& job, const std::function<void(int64_t)>& on_token);
+struct GenerateRequest {
+  const Sample* prompt = nullptr;
+  GenerateOptions options;
+};
+
+// What the caller hears and says of a row while its answer comes.
+struct GenerationListener {
+  std::function<void(size_t row, int64_t token)> on_token;
+  // Asked after each token: true ends the row's answer.
+  std::function<bool(size_t row)> has_left = [](size_t) { return false; };
+};
+
+// An answer to each request, 16 at once. Their prompts are read one by one; then each step is one new position of every
+// row that has not ended. With temperature 0 a row's tokens are those that it gives alone, as far as the arithmetic of
+// a product does not depend on how many rows it has.
+std::vector<Generation> generate(const VisionLanguageModel& model, const std::vector<GenerateRequest>& requests,
+                                 at::Device device, JobContext& job, const GenerationListener& listener);
 
 }  // namespace martlet

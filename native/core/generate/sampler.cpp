@@ -23,6 +23,18 @@ void check_finite(double highest) {
   if (!std::isfinite(highest)) fail_not_finite();
 }
 
+// logits: [rows, vocab].
+std::vector<int64_t> highest_of(const at::Tensor& logits) {
+  const auto [highest, ids] = logits.max(1);
+  const at::Tensor values = highest.to(at::kCPU, at::kDouble), chosen = ids.to(at::kCPU);
+  std::vector<int64_t> out;
+  for (int64_t i = 0; i < values.numel(); ++i) {
+    check_finite(values.const_data_ptr<double>()[i]);
+    out.push_back(chosen.const_data_ptr<int64_t>()[i]);
+  }
+  return out;
+}
+
 }  // namespace
 
 Sampler::Sampler(const SamplingOptions& options, const std::vector<int64_t>& prompt)
@@ -31,11 +43,7 @@ Sampler::Sampler(const SamplingOptions& options, const std::vector<int64_t>& pro
 int64_t Sampler::next(const at::Tensor& logits) {
   const bool greedy = options_.temperature <= 0;
   const bool penalised = options_.repetition_penalty != 1.0;
-  if (is_argmax()) {
-    const auto [highest, id] = logits.max(0);
-    check_finite(highest.item<double>());
-    return id.item<int64_t>();
-  }
+  if (is_argmax()) return highest_of(logits.unsqueeze(0))[0];
 
   const at::Tensor row = logits.to(at::kFloat).to(at::kCPU).clone();
   float* values = row.data_ptr<float>();
@@ -79,6 +87,15 @@ int64_t Sampler::next(const at::Tensor& logits) {
   }
   if (penalised) seen_.push_back(chosen);
   return chosen;
+}
+
+std::vector<int64_t> next_tokens(const std::vector<Sampler*>& samplers, const at::Tensor& logits) {
+  if (std::all_of(samplers.begin(), samplers.end(), [](const Sampler* s) { return s->is_argmax(); }))
+    return highest_of(logits);
+  std::vector<int64_t> out;
+  for (size_t i = 0; i < samplers.size(); ++i)
+    out.push_back(samplers[i]->next(logits.select(0, static_cast<int64_t>(i))));
+  return out;
 }
 
 }  // namespace martlet

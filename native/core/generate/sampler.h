@@ -35,4 +35,7 @@ class Sampler {
   std::vector<int64_t> seen_;  // prompt and answer, for the repetition penalty
 };
 
+// For each row of logits, [rows, vocab], its sampler's choice.
+std::vector<int64_t> next_tokens(const std::vector<Sampler*>& samplers, const at::Tensor& logits);
+
 }  // namespace martlet

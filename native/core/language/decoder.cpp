@@ -54,11 +54,10 @@ at::Tensor DecoderAttention::forward(const at::Tensor& x, const DecoderPass& pas
   const at::Tensor k = rotated(states[1], k_norm), &v = states[2];
   if (pass.query_scale.defined()) q = q * pass.query_scale;
   at::Tensor mixed;
-  if (pass.cache != nullptr && pass.cache->length() > 0) {
-    const auto [keys, values] = pass.cache->append(layer, k, v);
-    mixed = decode_attention(q, keys, values);
+  if (decodes(pass.caches)) {
+    mixed = decode_attention(pass.caches, layer, q, k, v);
   } else {
-    if (pass.cache != nullptr) pass.cache->append(layer, k, v);
+    append_prompts(pass.caches, layer, k, v, *pass.rows);
     AttentionExtras extras;
     extras.dropout = {dropout_, ModelDropout::kDecoder, layer, 0};
     extras.source = pass.options.dropout;
@@ -224,7 +223,7 @@ at::Tensor Decoder::forward(at::Tensor hidden, const DecoderPass& pass) const {
     if (i < static_cast<int64_t>(pass.deepstack.size()))
       hidden = hidden.index_add(0, pass.image_rows, pass.deepstack[i]);
   }
-  if (pass.cache != nullptr) pass.cache->advance(hidden.size(0));
+  advance(pass.caches, decodes(pass.caches) ? nullptr : pass.rows);
   return hidden;
 }
 

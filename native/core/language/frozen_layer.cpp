@@ -58,7 +58,7 @@ c10::intrusive_ptr<FrozenLayer> FrozenLayer::of(const DecoderLayer& layer, const
   const ForwardOptions& options = pass.options;
   const auto* mlp = dynamic_cast<const GatedMlp*>(layer.mlp.get());
   const auto drops = [&](double rate) { return ModelDropout{rate}.active_rate(options.dropout) > 0; };
-  if (!options.training || !at::GradMode::is_enabled() || pass.cache != nullptr || outputs_observed() ||
+  if (!options.training || !at::GradMode::is_enabled() || !pass.caches.empty() || outputs_observed() ||
       config.norm != NormType::kRms || mlp == nullptr || !pass.rotary.cos.defined() || pass.query_scale.defined() ||
       drops(config.dropout) || drops(config.attention_dropout) || trains(*layer.input_layernorm) ||
       trains(*layer.post_attention_layernorm) || x.dim() != 2 || !x.is_contiguous())

@@ -25,4 +25,54 @@ std::pair<at::Tensor, at::Tensor> KvCache::append(int64_t layer, const at::Tenso
   return {cache.k.narrow(0, 0, needed), cache.v.narrow(0, 0, needed)};
 }
 
+namespace {
+
+int64_t length_of(const SequenceLengths& rows, size_t row) { return rows.offsets[row + 1] - rows.offsets[row]; }
+
+// of(row) for all rows, one under the other.
+template <typename Fn>
+at::Tensor by_row(const RowCaches& caches, Fn&& of) {
+  if (caches.size() == 1) return of(0);
+  std::vector<at::Tensor> out;
+  for (size_t i = 0; i < caches.size(); ++i) out.push_back(of(static_cast<int64_t>(i)));
+  return at::cat(out);
+}
+
+}  // namespace
+
+void append_prompts(const RowCaches& caches, int64_t layer, const at::Tensor& k, const at::Tensor& v,
+                    const SequenceLengths& rows) {
+  for (size_t i = 0; i < caches.size(); ++i) {
+    const int64_t begin = rows.offsets[i], length = length_of(rows, i);
+    caches[i]->append(layer, k.narrow(0, begin, length), v.narrow(0, begin, length));
+  }
+}
+
+at::Tensor decode_attention(const RowCaches& caches, int64_t layer, const at::Tensor& q, const at::Tensor& k,
+                            const at::Tensor& v, const AttentionExtras& extras) {
+  return by_row(caches, [&](int64_t i) {
+    const auto [keys, values] = caches[i]->append(layer, k.narrow(0, i, 1), v.narrow(0, i, 1));
+    return decode_attention(q.narrow(0, i, 1), keys, values, extras);
+  });
+}
+
+void keep_memory(const RowCaches& caches, int64_t layer, const KvCache::Memory& memory, const SequenceLengths& rows) {
+  for (size_t i = 0; i < caches.size(); ++i) {
+    const auto own = [&](const at::Tensor& x) { return x.narrow(0, rows.offsets[i], length_of(rows, i)); };
+    caches[i]->memory(layer) = {own(memory.k), own(memory.v)};
+  }
+}
+
+at::Tensor decode_cross_attention(const RowCaches& caches, int64_t layer, const at::Tensor& q,
+                                  const AttentionExtras& extras) {
+  return by_row(caches, [&](int64_t i) {
+    const KvCache::Memory& memory = caches[i]->memory(layer);
+    return decode_attention(q.narrow(0, i, 1), memory.k, memory.v, extras);
+  });
+}
+
+void advance(const RowCaches& caches, const SequenceLengths* rows) {
+  for (size_t i = 0; i < caches.size(); ++i) caches[i]->advance(rows != nullptr ? length_of(*rows, i) : 1);
+}
+
 }  // namespace martlet

@@ -58,6 +58,23 @@ class KvCache {
   int64_t length_ = 0;
 };
 
+// The caches of a pass's rows are all empty (it reads the prompts), or none is (it is one new position of each row).
+using RowCaches = std::vector<KvCache*>;
+inline bool decodes(const RowCaches& caches) { return !caches.empty() && caches[0]->length() > 0; }
+// Each row's part of k and v, [T, kv_heads, d], into its empty cache.
+void append_prompts(const RowCaches& caches, int64_t layer, const at::Tensor& k, const at::Tensor& v,
+                    const SequenceLengths& rows);
+// Appends the new positions' k and v, [rows, kv_heads, d], and attends to what is then there.
+// q: [rows, heads, d] → [rows, heads, d].
+at::Tensor decode_attention(const RowCaches& caches, int64_t layer, const at::Tensor& q, const at::Tensor& k,
+                            const at::Tensor& v, const AttentionExtras& extras = {});
+// Each row's part of the keys and values of what the encoder read, [read, heads, d].
+void keep_memory(const RowCaches& caches, int64_t layer, const KvCache::Memory& memory, const SequenceLengths& rows);
+at::Tensor decode_cross_attention(const RowCaches& caches, int64_t layer, const at::Tensor& q,
+                                  const AttentionExtras& extras);
+// Once all layers have appended. rows: of the prompts; null where it decodes.
+void advance(const RowCaches& caches, const SequenceLengths* rows);
+
 // What one pass over the layers needs besides the hidden states; made once a step.
 struct DecoderPass {
   const SequenceLengths* rows = nullptr;  // of the hidden states that the pass begins with
@@ -70,7 +87,7 @@ struct DecoderPass {
   // Encoder-decoder: what the decoder is given while `rows` are the encoder's. Not there once it decodes.
   at::Tensor decoder_ids;  // [D]
   const SequenceLengths* decoder_rows = nullptr;
-  KvCache* cache = nullptr;  // inference only; with a non-empty cache the pass is one new position
+  RowCaches caches;  // inference only, one a row
   ForwardOptions options;
 };
 

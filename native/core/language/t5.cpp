@@ -48,7 +48,7 @@ using Lengths = std::pair<int64_t, int64_t>;  // of a row's queries and keys
 // What one pass of a stack shares; copies of it outlive the backward pass.
 struct StackPass {
   SequenceLengths rows, memory_rows;
-  KvCache* cache = nullptr;
+  RowCaches caches;
   ForwardOptions options;
   // By lengths: buckets, and the bias where it is not trained.
   std::shared_ptr<std::map<Lengths, at::Tensor>> buckets = std::make_shared<std::map<Lengths, at::Tensor>>(),
@@ -161,11 +161,8 @@ class T5::Layer : public Module {
                      v = self_.heads(self_.v, x, source);
     AttentionExtras with = extras(kSelf, source);
     with.bias = bias;
-    if (pass.cache != nullptr) {
-      const bool decodes = pass.cache->length() > 0;
-      const auto [keys, values] = pass.cache->append(index_, k, v);
-      if (decodes) return self_.out(decode_attention(q, keys, values, with), source);
-    }
+    if (decodes(pass.caches)) return self_.out(decode_attention(pass.caches, index_, q, k, v, with), source);
+    append_prompts(pass.caches, index_, k, v, pass.rows);
     const bool causal = stack_ == ModelDropout::kDecoder;
     return self_.out(packed_attention(q, k, v, pass.rows, causal, with), source);
   }
@@ -174,14 +171,9 @@ class T5::Layer : public Module {
     DropoutSource* source = pass.options.dropout;
     const at::Tensor q = cross_->heads(cross_->q, x, source);
     const AttentionExtras with = extras(kCross, source);
-    KvCache::Memory read;
-    if (memory.defined()) {
-      read = {cross_->heads(cross_->k, memory, source), cross_->heads(cross_->v, memory, source)};
-      if (pass.cache != nullptr) pass.cache->memory(index_) = read;
-    } else {
-      read = pass.cache->memory(index_);
-      return cross_->out(decode_attention(q, read.k, read.v, with), source);
-    }
+    if (!memory.defined()) return cross_->out(decode_cross_attention(pass.caches, index_, q, with), source);
+    const KvCache::Memory read = {cross_->heads(cross_->k, memory, source), cross_->heads(cross_->v, memory, source)};
+    keep_memory(pass.caches, index_, read, pass.memory_rows);
     return cross_->out(packed_attention(q, read.k, read.v, pass.rows, pass.memory_rows, /*causal=*/false, with),
                        source);
   }
@@ -236,7 +228,7 @@ class T5::Stack : public Module {
                                                       const at::Tensor& m) { return layer->forward(h, m, pass, bias); },
                     x, memory, pass.options);
     }
-    if (pass.cache != nullptr) pass.cache->advance(x.size(0));
+    advance(pass.caches, decodes(pass.caches) ? nullptr : &pass.rows);
     return x;
   }
 
@@ -304,9 +296,9 @@ const Module* T5::encoder() const { return encoder_.get(); }
 
 at::Tensor T5::forward(at::Tensor hidden, const DecoderPass& pass) const {
   StackPass decoding;
-  decoding.cache = pass.cache;
+  decoding.caches = pass.caches;
   decoding.options = pass.options;
-  if (pass.cache != nullptr && pass.cache->length() > 0) return decoder_->forward(hidden, at::Tensor(), decoding);
+  if (decodes(pass.caches)) return decoder_->forward(hidden, at::Tensor(), decoding);
   StackPass reading;
   reading.rows = *pass.rows;
   reading.options = pass.options;

@@ -37,7 +37,7 @@ const std::vector<std::pair<const char*, QuantizationOptions>> kStorages = {
 
 }  // namespace
 
-TEST("GB/s of matrix times vector") {
+TEST("GB/s of matrix times vector, and times several") {
   const at::NoGradGuard no_grad;
   const at::Tensor any = at::empty({1}, at::dtype(at::kBFloat16).device(gpu()));
   const cuda::DecodeKernels& kernels = cuda_kernels(any)->decode;
@@ -68,22 +68,28 @@ TEST("GB/s of matrix times vector") {
         part.columns = static_cast<int32_t>(columns);
         parts.push_back(part);
       }
-      const at::Tensor x = at::empty({columns}, any.options()).normal_(), y = at::empty({rows}, any.options());
-      for (const bool normed : {false, true}) {
+      const at::Tensor x = at::empty({16, columns}, any.options()).normal_(), y = at::empty({16, rows}, any.options());
+      struct Form {
+        int32_t batch;
+        bool normed;
+      };
+      for (const auto& [batch, normed] :
+           {Form{1, false}, Form{1, true}, Form{2, false}, Form{8, false}, Form{16, false}}) {
         if (normed && columns > 8192) continue;
         int64_t turn = 0;
         const double time = seconds(200, [&] {
           cuda::Matvec op = {};
           op.parts = &parts[turn++ % copies];
           op.count = 1;
+          op.batch = batch;
           op.x = x.const_data_ptr();
           if (normed) op.norm.weight = x.const_data_ptr();
           op.eps = 1e-6f;
           op.out = y.mutable_data_ptr();
           check_cuda(kernels.matvec(op, cuda::Type::kBFloat16, cuda_stream(x)));
         });
-        std::printf("  %s %lld×%lld%s: %.1f us, %.0f GB/s\n", name, static_cast<long long>(rows),
-                    static_cast<long long>(columns), normed ? " normed" : "", time * 1e6, bytes / time / 1e9);
+        std::printf("  %s %lld×%lld, %d rows%s: %.1f us, %.0f GB/s\n", name, static_cast<long long>(rows),
+                    static_cast<long long>(columns), batch, normed ? " normed" : "", time * 1e6, bytes / time / 1e9);
         // A launch costs microseconds, which the large ones hide.
         if (!quantization.enabled() && rows > 100000) EXPECT(bytes / time > 0.5 * copy);
       }
@@ -159,23 +165,41 @@ double seconds_per_token(const std::function<int64_t(int64_t)>& next, int64_t st
 }
 
 template <typename Config>
-void bench_decoder(const std::string& what, const Config& config, const QuantizationOptions& quantization,
-                   double copy) {
+void bench_decoder(const std::string& what, const Config& config, const QuantizationOptions& quantization, double copy,
+                   int64_t lora_rank = 0) {
   constexpr int64_t kPrompt = 320, kSteps = 256, kReferenceSteps = 33;
-  const RandomDecoder decoder = random_decoder(config, at::kBFloat16, gpu(), quantization);
+  RandomDecoder decoder = random_decoder(config, at::kBFloat16, gpu(), quantization);
+  if (lora_rank > 0) add_adapters(decoder, lora_rank, at::kBFloat16);
   const double bytes = step_bytes(decoder);
   Reference reference(decoder, at::arange(1, kPrompt + 1, at::kLong));
   for (const bool graph : {true, false}) {
-    const auto fast = FastDecoder::make(*decoder.model, decoder.head, reference.cache,
-                                        {.next_position = kPrompt, .prompt = kPrompt, .steps = kSteps, .graph = graph});
+    const auto fast = FastDecoder::make(*decoder.model, decoder.head, {{&reference.cache, kPrompt, kPrompt, kSteps}},
+                                        {.graph = graph});
     if (fast == nullptr) return record_failure(__FILE__, __LINE__, what + ": no fast decoder was made");
     Sampler sampler({}, {});
-    const double time = seconds_per_token([&](int64_t token) { return fast->next(token, sampler); }, kSteps);
+    const double time = seconds_per_token([&](int64_t token) { return fast->next({token}, {&sampler})[0]; }, kSteps);
     std::printf("  %s%s: %.1f tok/s, %.0f GB/s (copy %.0f)\n", what.c_str(), graph ? ", graph" : "", 1 / time,
                 bytes / time / 1e9, copy / 1e9);
-    if (graph && !quantization.enabled()) EXPECT(bytes / time > 0.4 * copy);
+    if (graph && !quantization.enabled() && lora_rank == 0) EXPECT(bytes / time > 0.4 * copy);
   }
-  if (quantization.enabled()) return;
+  for (const size_t batch : {2, 4, 8, 16}) {
+    const auto fast =
+        FastDecoder::make(*decoder.model, decoder.head,
+                          std::vector<FastDecoder::Row>(batch, {&reference.cache, kPrompt, kPrompt, kSteps}), {});
+    if (fast == nullptr) return record_failure(__FILE__, __LINE__, what + ": no fast decoder was made");
+    Sampler sampler({}, {});
+    const std::vector<Sampler*> samplers(batch, &sampler);
+    std::vector<int64_t> tokens(batch, 1);
+    const double time = seconds_per_token(
+        [&](int64_t) {
+          tokens = fast->next(tokens, samplers);
+          return tokens[0];
+        },
+        kSteps);
+    std::printf("  %s, %zu rows: %.1f tok/s, %.0f GB/s\n", what.c_str(), batch, static_cast<double>(batch) / time,
+                bytes / time / 1e9);
+  }
+  if (quantization.enabled() || lora_rank > 8) return;
   const auto by_operators = [&](int64_t token) {
     reference.next(token);
     return reference.logits.argmax().item<int64_t>();

@@ -2,7 +2,10 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <deque>
 #include <functional>
+#include <map>
+#include <numeric>
 
 #include "check.h"
 #include "core/base/cuda_kernels.h"
@@ -35,7 +38,7 @@ void check_near(const at::Tensor& actual, const at::Tensor& expected, double who
 }
 
 struct TestMatrix {
-  at::Tensor dense, bias;
+  at::Tensor dense, bias, a, b, low;
   QuantizedPtr quantized;
   cuda::Matrix described = {};
 };
@@ -76,14 +79,33 @@ const std::vector<std::pair<Activation, cuda::Activation>> kActivations = {
     {Activation::kQuickGelu, cuda::Activation::kQuickGelu},
     {Activation::kRelu, cuda::Activation::kRelu}};
 
+// An adapter's pair of numbers of `type`.
+void add_lora(TestMatrix& m, int64_t rank, at::ScalarType type, uint64_t seed, int64_t batch = 1) {
+  const int64_t rows = m.dense.size(0), columns = m.dense.size(1);
+  m.a = (randn({rank, columns}, seed) / std::sqrt(static_cast<double>(columns))).to(type).to(gpu());
+  m.b = (randn({rows, rank}, seed + 1) / std::sqrt(static_cast<double>(rank))).to(type).to(gpu());
+  m.low = at::full({batch, rank}, 99.0, m.a.options().dtype(at::kFloat));
+  m.described.lora = {.a = m.a.const_data_ptr(),
+                      .b = m.b.const_data_ptr(),
+                      .low = m.low.mutable_data_ptr<float>(),
+                      .scaling = 1.5f,
+                      .rank = static_cast<int32_t>(rank),
+                      .is_float = type == at::kFloat};
+}
+
+// Of a row, or of several.
 at::Tensor linear32(const TestMatrix& m, const at::Tensor& x) {
-  const at::Tensor y = at::mv(m.dense.cpu().to(at::kFloat), x.cpu().to(at::kFloat));
-  return (m.bias.defined() ? y + m.bias.cpu().to(at::kFloat) : y);
+  const auto times = [](const at::Tensor& x, const at::Tensor& w) {
+    return at::matmul(x.cpu().to(at::kFloat), w.cpu().to(at::kFloat).t());
+  };
+  at::Tensor y = times(x, m.dense);
+  if (m.bias.defined()) y = y + m.bias.cpu().to(at::kFloat);
+  return m.a.defined() ? y + 1.5 * times(times(x, m.a), m.b) : y;
 }
 
 }  // namespace
 
-TEST("matrix times vector: 16 bits, int8, NF4; norms, bias, residual, three parts, activations, gated") {
+TEST("matrix times vector: 16 bits, int8, NF4; norms, bias, residual, three parts, activations, gated, adapters") {
   const at::NoGradGuard no_grad;
   const cuda::DecodeKernels& kernels = cuda_kernels(at::empty({1}, at::dtype(at::kHalf).device(gpu())))->decode;
   for (const at::ScalarType type : kTypes) {
@@ -94,9 +116,9 @@ TEST("matrix times vector: 16 bits, int8, NF4; norms, bias, residual, three part
         const at::Tensor x = randn({columns}, 1).to(type).to(gpu()),
                          norm = (1 + 0.1 * randn({columns}, 2)).to(type).to(gpu());
         const at::Tensor residual = randn({rows}, 3).to(type).to(gpu());
-        const TestMatrix a = matrix(rows, columns, type, quantization, 10, true),
-                         b = matrix(rows, columns, type, quantization, 20, false),
-                         c = matrix(rows + 3, columns, type, quantization, 30, true);
+        TestMatrix a = matrix(rows, columns, type, quantization, 10, true),
+                   b = matrix(rows, columns, type, quantization, 20, false),
+                   c = matrix(rows + 3, columns, type, quantization, 30, true);
         // The rest of `op` is the caller's. Where `added` is given, the result is added to it.
         const auto run = [&](cuda::Matvec op, const std::vector<cuda::Matrix>& parts, int64_t n,
                              const at::Tensor& added = {}) {
@@ -131,6 +153,69 @@ TEST("matrix times vector: 16 bits, int8, NF4; norms, bias, residual, three part
           check_near(run({.activation = its, .norm = rms}, {a.described}, rows), first, 3e-2, named);
           check_near(run({.gated = true, .activation = its, .norm = rms}, {a.described, b.described}, rows),
                      first * linear32(b, normed), 3e-2, named + ", gated");
+        }
+        add_lora(a, 5, type, 40);
+        add_lora(c, 70, at::kFloat, 50);
+        check_near(run({.norm = rms}, {a.described, b.described, c.described}, 3 * rows + 3),
+                   at::cat({linear32(a, normed), linear32(b, normed), linear32(c, normed)}), 1e-2,
+                   what + ", adapters on two of three parts");
+        check_near(run({}, {c.described}, rows + 3, residual.new_ones({rows + 3})), linear32(c, x) + 1, 1e-2,
+                   what + ", adapter and residual");
+      }
+    }
+  }
+}
+
+TEST("matrices times several rows: 16 bits, int8, NF4; norms, bias, residual, three parts, gated, adapters") {
+  const at::NoGradGuard no_grad;
+  const cuda::DecodeKernels& kernels = cuda_kernels(at::empty({1}, at::dtype(at::kHalf).device(gpu())))->decode;
+  for (const at::ScalarType type : kTypes) {
+    for (const auto& [name, quantization] : kStorages) {
+      // Read as words where columns are a multiple of 16 (NF4: 64), else one by one.
+      for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{
+               {5, 1}, {13, 7}, {70, 80}, {7, 64}, {9, 514}, {33, 3584}, {129, 520}, {64, 1024}, {40, 18944}}) {
+        for (const int64_t batch : {2, 7, 8, 9, 16}) {
+          const std::string what = name + " " + std::to_string(rows) + "×" + std::to_string(columns) + ", " +
+                                   std::to_string(batch) + " rows";
+          const at::Tensor x = randn({batch, columns}, 1).to(type).to(gpu()),
+                           norm = (1 + 0.1 * randn({columns}, 2)).to(type).to(gpu());
+          const at::Tensor residual = randn({batch, rows}, 3).to(type).to(gpu());
+          TestMatrix a = matrix(rows, columns, type, quantization, 10, true),
+                     b = matrix(rows, columns, type, quantization, 20, false),
+                     c = matrix(rows + 3, columns, type, quantization, 30, true);
+          const at::Tensor scratch = at::full_like(x, 99.0);
+          const auto run = [&](cuda::Matvec op, const std::vector<cuda::Matrix>& parts, int64_t n,
+                               const at::Tensor& added = {}) {
+            at::Tensor y = added.defined() ? added.clone() : at::full({batch, n}, 99.0, x.options());
+            op.parts = parts.data();
+            op.count = static_cast<int32_t>(parts.size());
+            op.batch = static_cast<int32_t>(batch);
+            op.x = x.const_data_ptr();
+            op.eps = 1e-6f;
+            op.residual = added.defined() ? y.const_data_ptr() : nullptr;
+            op.out = y.mutable_data_ptr();
+            op.normed = scratch.mutable_data_ptr();
+            check_cuda(kernels.matvec(op, cuda_type(type), cuda_stream(x)));
+            return y;
+          };
+          check_near(run({}, {a.described}, rows, residual), linear32(a, x) + residual.cpu().to(at::kFloat), 1e-2,
+                     what + " with residual");
+          const cuda::Norm rms = {norm.const_data_ptr(), nullptr};
+          const at::Tensor normed = at::rms_norm(x.cpu(), {columns}, std::nullopt, 1e-6) * norm.cpu();
+          const auto three = [&] {
+            return at::cat({linear32(a, normed), linear32(b, normed), linear32(c, normed)}, 1);
+          };
+          const std::vector<cuda::Matrix> parts = {a.described, b.described, c.described};
+          check_near(run({.norm = rms}, parts, 3 * rows + 3), three(), 1e-2, what + ", three parts of normed rows");
+          check_near(run({.gated = true, .activation = cuda::Activation::kSilu, .norm = rms},
+                         {a.described, b.described}, rows),
+                     activate(linear32(a, normed), Activation::kSilu) * linear32(b, normed), 3e-2, what + ", gated");
+          add_lora(a, 5, type, 40, batch);
+          add_lora(c, 70, at::kFloat, 50, batch);
+          check_near(run({.norm = rms}, {a.described, b.described, c.described}, 3 * rows + 3), three(), 1e-2,
+                     what + ", adapters on two of three parts");
+          check_near(run({}, {c.described}, rows + 3, residual.new_ones({batch, rows + 3})), linear32(c, x) + 1, 1e-2,
+                     what + ", adapter and residual");
         }
       }
     }
@@ -190,7 +275,11 @@ TEST("attention of one query, rotary, norms of q and k, and the cache") {
           op.heads = heads;
           op.kv_heads = kv_heads;
           op.head_dim = d;
-          op.prompt = static_cast<int32_t>(context) - 1 - step;
+          const at::Tensor prompts = at::full({1}, context - 1 - step, at::kInt).to(gpu());
+          op.batch = 1;
+          op.steps = 3;
+          op.capacity = static_cast<int32_t>(context) + 5;
+          op.prompts = prompts.const_data_ptr<int32_t>();
           op.splits = splits;
           op.eps = 1e-6f;
           op.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d)));
@@ -244,9 +333,13 @@ TEST("attention without rotation: a bias by distance; to what an encoder read") 
       op.num_layers = 1;
       op.heads = op.kv_heads = kHeads;
       op.head_dim = kDim;
-      op.prompt = static_cast<int32_t>(context) - 1;
+      const at::Tensor lengths = at::tensor({context - 1, read.size(1)}, at::kInt).to(gpu());
+      op.batch = op.steps = 1;
+      op.capacity = static_cast<int32_t>(context) + 1;
+      op.prompts = lengths.const_data_ptr<int32_t>();
       op.splits = kSplits;
       op.memory = static_cast<int32_t>(read.size(1));
+      op.memories = op.prompts + 1;
       op.scale = 0.25f;
       op.type = cuda_type(type);
       op.distance_bias = bias.const_data_ptr();
@@ -321,18 +414,19 @@ constexpr int64_t kSteps = 40;
 
 template <typename Config>
 void check_decoder(const std::string& what, const Config& config, at::ScalarType type,
-                   const QuantizationOptions& quantization) {
+                   const QuantizationOptions& quantization, std::optional<at::ScalarType> lora = std::nullopt) {
   const at::NoGradGuard no_grad;
-  const RandomDecoder decoder = random_decoder(config, type, gpu(), quantization);
+  RandomDecoder decoder = random_decoder(config, type, gpu(), quantization);
+  if (lora) add_adapters(decoder, 8, *lora);
   const RandomDecoder exact = random_decoder(config, at::kFloat, at::kCPU, {}, &decoder);
   const at::Tensor prompt = at::arange(1, 24, at::kLong);
   Reference reference(decoder, prompt), truth(exact, prompt);
   // Room for 7 steps at first: it grows on the way.
-  FastDecoder::Options options = {.next_position = 23, .prompt = 23, .steps = kSteps, .graph = true, .spare = 7};
-  const auto forced = FastDecoder::make(*decoder.model, decoder.head, reference.cache, options);
-  const auto greedy = FastDecoder::make(*decoder.model, decoder.head, reference.cache, options);
-  options.graph = false;
-  const auto plain = FastDecoder::make(*decoder.model, decoder.head, reference.cache, options);
+  const auto made = [&](bool graph) {
+    return FastDecoder::make(*decoder.model, decoder.head, {{&reference.cache, 23, 23, kSteps}},
+                             {.graph = graph, .spare = 7});
+  };
+  const auto forced = made(true), greedy = made(true), plain = made(false);
   if (forced == nullptr || greedy == nullptr || plain == nullptr)
     return record_failure(__FILE__, __LINE__, what + ": no fast decoder was made");
   // Not greedy in the sampler's eyes, so that each step reads the token that it is given.
@@ -341,16 +435,17 @@ void check_decoder(const std::string& what, const Config& config, at::ScalarType
   int64_t token = first, of_greedy = first, of_plain = first;
   double fast_error = 0, reference_error = 0, apart = 0;  // root mean squares of the steps, and the largest
   for (int64_t i = 0; i < kSteps; ++i) {
-    forced->next(token, given);
+    forced->next({token}, {&given});
     const int64_t before = of_greedy;
-    of_greedy = greedy->next(of_greedy, highest);
-    of_plain = plain->next(before, highest);
+    of_greedy = greedy->next({of_greedy}, {&highest})[0];
+    of_plain = plain->next({before}, {&highest})[0];
     EXPECT_EQ(of_greedy, of_plain);
     reference.next(token);
     truth.next(token);
-    fast_error += std::pow(distance(forced->logits(), truth.logits), 2) / kSteps;
+    const at::Tensor logits = forced->logits()[0];
+    fast_error += std::pow(distance(logits, truth.logits), 2) / kSteps;
     reference_error += std::pow(distance(reference.logits, truth.logits), 2) / kSteps;
-    apart = std::max(apart, distance(forced->logits(), reference.logits));
+    apart = std::max(apart, distance(logits, reference.logits));
     token = reference.logits.argmax().item<int64_t>();
   }
   EXPECT_SAME(greedy->logits().cpu(), plain->logits().cpu());
@@ -388,10 +483,147 @@ TEST("a whole decoder: 40 steps beside the generator's own path, with a graph an
   check_decoder("T5 with a plain MLP and a scaled output", config, at::kBFloat16, {});
 }
 
+TEST("a whole decoder with an adapter on every linear that is not merged, of 16 bits and of float32") {
+  for (const at::ScalarType type : kTypes) {
+    for (const at::ScalarType lora : {type, at::kFloat}) {
+      const std::string with = lora == type ? ", LoRA" : ", LoRA in float32";
+      for (const auto& [name, quantization] : kStorages) check_decoder(name + with, tiny(), type, quantization, lora);
+      check_decoder("OPT" + with, tiny_opt(), type, {}, lora);
+      if (type == at::kBFloat16) check_decoder("T5" + with, tiny_t5(), type, {}, lora);
+    }
+  }
+}
+
+namespace {
+
+// Columns of all products are multiples of 64, where weights are read as words.
+DecoderConfig tiny_even() {
+  DecoderConfig config = tiny();
+  config.hidden_size = config.num_heads * config.head_dim * 4 / 3;  // 256
+  config.intermediate_size = 320;
+  return config;
+}
+
+// Rows of several lengths that leave one after the other: each beside the generator's own path for it alone.
+template <typename Config>
+void check_rows(const std::string& what, const Config& config, at::ScalarType type,
+                const QuantizationOptions& quantization, std::optional<at::ScalarType> lora = std::nullopt) {
+  const at::NoGradGuard no_grad;
+  constexpr int64_t kRowSteps = 30;
+  RandomDecoder decoder = random_decoder(config, type, gpu(), quantization);
+  if (lora) add_adapters(decoder, 8, *lora);
+  const RandomDecoder exact = random_decoder(config, at::kFloat, at::kCPU, {}, &decoder);
+  // Which of the rows that are left go on after a step: 11 rows become 8 (a smaller batch), 7, 4 (smaller), 1
+  // (smallest).
+  const std::map<int64_t, std::vector<int64_t>> kept = {
+      {4, {1, 2, 4, 5, 6, 7, 8, 9}}, {9, {0, 1, 2, 4, 5, 6, 7}}, {12, {0, 3, 5, 6}}, {20, {2}}};
+  std::deque<Reference> references, truths;
+  std::vector<FastDecoder::Row> rows;
+  for (const int64_t length : {23, 5, 17, 1, 9, 23, 2, 13, 20, 3, 7}) {
+    const at::Tensor prompt = at::arange(1 + length, 1 + 2 * length, at::kLong);
+    references.emplace_back(decoder, prompt);
+    truths.emplace_back(exact, prompt);
+    rows.push_back({&references.back().cache, length, length, kRowSteps});
+  }
+  const auto made = [&](bool graph) {
+    return FastDecoder::make(*decoder.model, decoder.head, rows, {.graph = graph, .spare = 7});
+  };
+  const auto forced = made(true), greedy = made(true), plain = made(false);
+  if (forced == nullptr || greedy == nullptr || plain == nullptr)
+    return record_failure(__FILE__, __LINE__, what + ": no fast decoder was made");
+  Sampler given({.repetition_penalty = 1 + 1e-9}, {}), highest({}, {});
+  std::vector<size_t> live(references.size());
+  std::iota(live.begin(), live.end(), 0);
+  std::vector<int64_t> tokens;
+  for (const Reference& reference : references) tokens.push_back(reference.logits.argmax().item<int64_t>());
+  std::vector<int64_t> of_greedy = tokens;
+  double fast_error = 0, reference_error = 0, apart = 0, count = 0, worst = 0;
+  size_t worst_row = 0;
+  int64_t worst_step = 0;
+  for (int64_t i = 0; i < kRowSteps; ++i) {
+    forced->next(tokens, std::vector<Sampler*>(live.size(), &given));
+    const std::vector<Sampler*> samplers(live.size(), &highest);
+    plain->next(of_greedy, samplers);
+    of_greedy = greedy->next(of_greedy, samplers);
+    // The step that was under way when rows left was one of the larger batch, whose sums are taken in another order:
+    // the same tokens but for roundings.
+    const at::Tensor beside = plain->logits().cpu().to(at::kFloat);
+    for (size_t place = 0; place < live.size(); ++place) {
+      const at::Tensor row = beside[static_cast<int64_t>(place)];
+      const double highest = row.max().item<double>(), chosen = row[of_greedy[place]].item<double>();
+      if (highest - chosen <= 0.05 * std::abs(highest)) continue;
+      record_failure(__FILE__, __LINE__,
+                     what + ": step " + std::to_string(i) + ", row " + std::to_string(live[place]) + ": token " +
+                         std::to_string(of_greedy[place]) + " has logit " + std::to_string(chosen) +
+                         ", the highest is " + std::to_string(highest));
+    }
+    const at::Tensor logits = forced->logits();
+    EXPECT_EQ(logits.size(0), static_cast<int64_t>(live.size()));
+    for (size_t place = 0; place < live.size(); ++place) {
+      Reference &reference = references[live[place]], &truth = truths[live[place]];
+      reference.next(tokens[place]);
+      truth.next(tokens[place]);
+      const at::Tensor own = logits[static_cast<int64_t>(place)];
+      const double error = distance(own, truth.logits);
+      if (error > worst) {
+        worst = error;
+        worst_row = live[place];
+        worst_step = i;
+      }
+      fast_error += std::pow(error, 2);
+      reference_error += std::pow(distance(reference.logits, truth.logits), 2);
+      apart = std::max(apart, distance(own, reference.logits));
+      count += 1;
+      tokens[place] = reference.logits.argmax().item<int64_t>();
+    }
+    const auto leaving = kept.find(i);
+    if (leaving == kept.end()) continue;
+    for (FastDecoder* fast : {forced.get(), greedy.get(), plain.get()}) fast->keep(leaving->second);
+    const auto left = [&](auto& of) {
+      std::decay_t<decltype(of)> out;
+      for (const int64_t place : leaving->second) out.push_back(of[static_cast<size_t>(place)]);
+      of = std::move(out);
+    };
+    left(live);
+    left(tokens);
+    left(of_greedy);
+  }
+  fast_error = std::sqrt(fast_error / count);
+  reference_error = std::sqrt(reference_error / count);
+  std::printf("  %s: from float32 %.4f (reference %.4f; most %.4f, row %zu, step %lld), at most %.4f apart\n",
+              what.c_str(), fast_error, reference_error, worst, worst_row, static_cast<long long>(worst_step), apart);
+  EXPECT(fast_error <= 1.3 * reference_error + 2e-3);
+}
+
+}  // namespace
+
+TEST("several rows at once: each beside the generator's own path for it alone, while rows leave") {
+  for (const at::ScalarType type : kTypes) {
+    for (const auto& [name, quantization] : kStorages) {
+      check_rows("rows, " + name, tiny_even(), type, quantization);
+      check_rows("rows, LoRA, " + name, tiny_even(), type, quantization, type);
+    }
+    check_rows("rows, odd sizes", tiny(), type, {});
+    check_rows("rows, OPT", tiny_opt(), type, {});
+    DecoderConfig config = tiny_even();
+    config.qk_norm = true;
+    config.fused_qkv = true;
+    config.rope_float32 = true;
+    config.long_context = LongContext{.trained_length = 20, .dynamic_ntk = true, .log_scale = true};
+    check_rows("rows, norms of q and k, alpha and log-n scale of each row", config, type, {});
+  }
+  check_rows("rows, T5", tiny_t5(), at::kBFloat16, {});
+}
+
 TEST("a decoder of another form is left to the generator's own path") {
   const at::NoGradGuard no_grad;
   const RandomDecoder decoder = random_decoder(tiny_t5(), at::kHalf, gpu());
   Reference reference(decoder, at::arange(1, 5, at::kLong));
-  EXPECT(FastDecoder::make(*decoder.model, decoder.head, reference.cache,
-                           {.next_position = 4, .prompt = 4, .steps = 3}) == nullptr);
+  EXPECT(FastDecoder::make(*decoder.model, decoder.head, {{&reference.cache, 4, 4, 3}}, {}) == nullptr);
+  RandomDecoder dora = random_decoder(tiny(), at::kHalf, gpu());
+  add_adapters(dora, 4, at::kHalf);
+  LoraLayer& first = *dora.adapters.front();
+  first.magnitude = first.weight_norm = at::ones({first.b.size(0)}, first.b.options());
+  Reference of_dora(dora, at::arange(1, 5, at::kLong));
+  EXPECT(FastDecoder::make(*dora.model, dora.head, {{&of_dora.cache, 4, 4, 3}}, {}) == nullptr);
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <map>
 #include <memory>
+#include <vector>
 
 #include "check.h"
 #include "core/generate/fast_decoder.h"
@@ -17,18 +18,43 @@ namespace martlet::test {
 struct RandomDecoder {
   std::unique_ptr<LanguageModel> model;
   at::Tensor head;  // [vocab, hidden]
+  std::vector<std::unique_ptr<LoraLayer>> adapters;
 };
+
+// Every linear of the model in one order.
+inline std::vector<Linear*> linears_of(const RandomDecoder& decoder) {
+  std::vector<Linear*> out;
+  decoder.model->visit([&out](const std::string&, Module& module) {
+    if (auto* linear = dynamic_cast<Linear*>(&module)) out.push_back(linear);
+  });
+  return out;
+}
+
+// A random pair on every linear, about a quarter as strong as the weight.
+inline void add_adapters(RandomDecoder& decoder, int64_t rank, at::ScalarType dtype) {
+  for (Linear* linear : linears_of(decoder)) {
+    const auto drawn = [&](int64_t rows, int64_t columns) {
+      return at::empty({rows, columns}, decoder.head.options().dtype(dtype)).normal_() /
+             std::sqrt(static_cast<double>(columns));
+    };
+    auto pair = std::make_unique<LoraLayer>();
+    pair->a = drawn(rank, linear->in_features());
+    pair->b = drawn(linear->out_features(), rank);
+    pair->scaling = 0.25;
+    linear->lora = decoder.adapters.emplace_back(std::move(pair)).get();
+  }
+}
 
 inline std::unique_ptr<LanguageModel> make_model(const DecoderConfig& config) {
   return std::make_unique<Decoder>(config);
 }
 inline std::unique_ptr<LanguageModel> make_model(const T5Config& config) { return std::make_unique<T5>(config); }
 
-// Weights are drawn on `device`. With `like` its weights, in `dtype`.
+// Weights are drawn on `device`. With `like` its weights and adapters, in `dtype`.
 template <typename Config>
 RandomDecoder random_decoder(const Config& config, at::ScalarType dtype, at::Device device,
                              QuantizationOptions quantization = {}, const RandomDecoder* like = nullptr) {
-  RandomDecoder out{make_model(config), at::Tensor()};
+  RandomDecoder out{make_model(config), at::Tensor(), {}};
   std::map<std::string, std::vector<int64_t>> shapes;
   std::map<std::string, at::Tensor> values;
   out.model->visit_parameters([&](const std::string& name, Parameter& parameter) { shapes[name] = parameter.shape; });
@@ -54,6 +80,15 @@ RandomDecoder random_decoder(const Config& config, at::ScalarType dtype, at::Dev
       },
       options);
   out.head = like != nullptr ? like->head.to(device, dtype) : drawn({config.vocab_size, config.hidden_size});
+  if (like != nullptr && !like->adapters.empty()) {
+    const std::vector<Linear*> own = linears_of(out), theirs = linears_of(*like);
+    for (size_t i = 0; i < own.size(); ++i) {
+      auto pair = std::make_unique<LoraLayer>(*theirs[i]->lora);
+      pair->a = pair->a.to(device, dtype);
+      pair->b = pair->b.to(device, dtype);
+      own[i]->lora = out.adapters.emplace_back(std::move(pair)).get();
+    }
+  }
   return out;
 }
 
@@ -76,7 +111,7 @@ class Reference {
     const at::Device device = decoder_.head.device();
     DecoderPass pass;
     pass.rows = &rows_;
-    pass.cache = &cache;
+    pass.caches = {&cache};
     pass.decoder_rows = &start_row_;
     pass.decoder_ids = at::zeros({1}, at::TensorOptions().dtype(at::kLong).device(device));
     const int64_t n = ids.numel(), end = cache.length() + n;
