@@ -10,6 +10,7 @@
 #include "core/base/error.h"
 #include "core/base/memory.h"
 #include "core/generate/fast_decoder.h"
+#include "core/nn/matvec.h"
 
 namespace martlet {
 namespace {
@@ -62,7 +63,7 @@ Generation generate(const VisionLanguageModel& model, const Sample& prompt, cons
   int64_t next_position = batch.next_positions[0];
   const auto logits_at_end = [&](const at::Tensor& states) {
     const at::Tensor last = language_model.head_input(states.narrow(0, states.size(0) - 1, 1), forward);
-    return at::linear(last, model.head_weight()).squeeze(0);
+    return product(last, model.head_weight(), at::Tensor()).squeeze(0);
   };
   // What an encoder reads is not repeated by its decoder.
   Sampler sampler(options.sampling, model.info().is_encoder_decoder()

@@ -29,7 +29,7 @@ struct LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction>
                             const std::optional<at::Tensor>& bias, const at::Tensor& a, const at::Tensor& b,
                             const c10::intrusive_ptr<QuantizedHolder>& quantized,
                             const c10::intrusive_ptr<MaskHolder>& mask, double scaling) {
-    at::Tensor y = at::linear(x, quantized ? quantized->weight->dequantize() : *weight, bias);
+    at::Tensor y = base_product(x, weight, quantized, bias);
     const at::Tensor h = at::mm(dropped(x, mask).to(a.scalar_type()), a.t());  // [T, r]
     if (a.scalar_type() == y.scalar_type()) {
       y.addmm_(h, b.t(), 1, scaling);

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "core/nn/checkpoint.h"
+#include "core/nn/matvec.h"
 
 namespace martlet {
 namespace {
@@ -32,7 +33,7 @@ struct BaseLinearFunction : public torch::autograd::Function<BaseLinearFunction>
     if (quantized) ctx->saved_data["quantized"] = c10::IValue::make_capsule(quantized);
     ctx->saved_data["has_weight"] = weight.has_value();
     ctx->saved_data["has_bias"] = bias.has_value();
-    return at::linear(x, quantized ? quantized->weight->dequantize() : *weight, bias);
+    return base_product(x, weight, quantized, bias);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -68,13 +69,18 @@ at::Tensor KeptInput::restore(AutogradContext* ctx, const at::Tensor& saved) {
   return c10::static_intrusive_pointer_cast<RecipeHolder>(it->second.toCapsule())->recipe();
 }
 
+at::Tensor base_product(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                        const c10::intrusive_ptr<QuantizedHolder>& quantized, const std::optional<at::Tensor>& bias) {
+  const at::Tensor b = bias.value_or(at::Tensor());
+  return quantized ? product(x, *quantized->weight, b) : product(x, *weight, b);
+}
+
 at::Tensor base_linear(const at::Tensor& x, const Parameter& weight, const at::Tensor& bias) {
   if (weight.value.defined()) {
-    if (!weight.value.requires_grad() || recipe_of(x) == nullptr) return at::linear(x, weight.value, optional(bias));
+    if (!weight.value.requires_grad() || recipe_of(x) == nullptr) return product(x, weight.value, bias);
     return BaseLinearFunction::apply(x, optional(weight.value), optional(bias), c10::intrusive_ptr<QuantizedHolder>());
   }
-  if (!x.requires_grad() && !(bias.defined() && bias.requires_grad()))
-    return at::linear(x, weight.quantized->dequantize(), optional(bias));
+  if (!x.requires_grad() && !(bias.defined() && bias.requires_grad())) return product(x, *weight.quantized, bias);
   return BaseLinearFunction::apply(x, std::optional<at::Tensor>(), optional(bias),
                                    c10::make_intrusive<QuantizedHolder>(weight.quantized));
 }
