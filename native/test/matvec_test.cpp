@@ -13,7 +13,7 @@
 #include "core/nn/linear.h"
 #include "core/quant/int8.h"
 #include "core/quant/nf4.h"
-#include "cuda/random_decoder.h"
+#include "random_decoder.h"
 
 using namespace martlet;
 using namespace martlet::test;

@@ -77,7 +77,8 @@ constexpr Kernels kPlainKernels = {
 
 #ifdef MARTLET_X86
 
-// ---- AVX2, FMA, F16C: 8 numbers at a time
+// ---- AVX2, FMA, F16C: 8 numbers at a time. Scalar code of the SSE kind is slow while the registers' upper halves are
+// in use, and the compiler does not clear them before a call in the place of a return.
 
 MARTLET_AVX2 void avx2_bf16(const c10::BFloat16* in, int64_t n, float* out) {
   int64_t i = 0;
@@ -85,6 +86,7 @@ MARTLET_AVX2 void avx2_bf16(const c10::BFloat16* in, int64_t n, float* out) {
     const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
     _mm256_storeu_ps(out + i, _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
   }
+  _mm256_zeroupper();
   plain_decode(in + i, n - i, out + i);
 }
 
@@ -92,6 +94,7 @@ MARTLET_AVX2 void avx2_fp16(const c10::Half* in, int64_t n, float* out) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8)
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+  _mm256_zeroupper();
   plain_decode(in + i, n - i, out + i);
 }
 
@@ -101,6 +104,7 @@ MARTLET_AVX2 void avx2_int8(const int8_t* in, int64_t n, float* out) {
     const __m256i codes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(in + i)));
     _mm256_storeu_ps(out + i, _mm256_cvtepi32_ps(codes));
   }
+  _mm256_zeroupper();
   plain_decode(in + i, n - i, out + i);
 }
 
@@ -120,6 +124,7 @@ MARTLET_AVX2 void avx2_nf4(const uint8_t* pairs, int64_t n, float scale, float* 
     _mm256_storeu_ps(out + i, _mm256_blendv_ps(_mm256_permutevar8x32_ps(below, codes),
                                                _mm256_permutevar8x32_ps(above, codes), choice));
   }
+  _mm256_zeroupper();
   plain_nf4(pairs + i / 2, n - i, scale, out + i);
 }
 
@@ -134,6 +139,7 @@ MARTLET_AVX2 float avx2_dot(const float* a, const float* b, int64_t n) {
   }
   alignas(32) float sums[8];
   _mm256_store_ps(sums, _mm256_add_ps(_mm256_add_ps(s0, s1), _mm256_add_ps(s2, s3)));
+  _mm256_zeroupper();
   float sum = plain_dot(a + i, b + i, n - i);
   for (const float part : sums) sum += part;
   return sum;
@@ -143,42 +149,52 @@ constexpr Kernels kAvx2Kernels = {avx2_bf16, avx2_fp16, avx2_int8, avx2_nf4, avx
 
 // ---- AVX-512: 16 numbers at a time, a mask for the rest
 
-MARTLET_AVX512 inline __mmask16 first_lanes(int64_t n) {
-  return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1);
+__mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }  // n < 16
+
+MARTLET_AVX512 inline __m512 from_bf16(__m256i bits) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+MARTLET_AVX512 inline __m512 from_int8(__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)); }
+
+// 8 bytes; as in avx2_nf4, but the permutation reads all 4 bits.
+MARTLET_AVX512 inline __m512 from_nf4(__m128i pairs, __m512 table) {
+  const __m512i bytes = _mm512_cvtepu8_epi64(pairs);
+  return _mm512_permutexvar_ps(_mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32)), table);
 }
 
 MARTLET_AVX512 void avx512_bf16(const c10::BFloat16* in, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 lanes = first_lanes(n - i);
-    const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, in + i)), 16);
-    _mm512_mask_storeu_ps(out + i, lanes, _mm512_castsi512_ps(bits));
-  }
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    _mm512_storeu_ps(out + i, from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i))));
+  const __mmask16 rest = first_lanes(n - i);
+  _mm512_mask_storeu_ps(out + i, rest, from_bf16(_mm256_maskz_loadu_epi16(rest, in + i)));
 }
 
 MARTLET_AVX512 void avx512_fp16(const c10::Half* in, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 lanes = first_lanes(n - i);
-    _mm512_mask_storeu_ps(out + i, lanes, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, in + i)));
-  }
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i))));
+  const __mmask16 rest = first_lanes(n - i);
+  _mm512_mask_storeu_ps(out + i, rest, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(rest, in + i)));
 }
 
 MARTLET_AVX512 void avx512_int8(const int8_t* in, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 lanes = first_lanes(n - i);
-    const __m512i codes = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes, in + i));
-    _mm512_mask_storeu_ps(out + i, lanes, _mm512_cvtepi32_ps(codes));
-  }
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    _mm512_storeu_ps(out + i, from_int8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+  const __mmask16 rest = first_lanes(n - i);
+  _mm512_mask_storeu_ps(out + i, rest, from_int8(_mm_maskz_loadu_epi8(rest, in + i)));
 }
 
 MARTLET_AVX512 void avx512_nf4(const uint8_t* pairs, int64_t n, float scale, float* out) {
   const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(cuda::kNf4Codes.values), _mm512_set1_ps(scale));
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 lanes = first_lanes(n - i), bytes_there = first_lanes((std::min<int64_t>(n - i, 16) + 1) / 2);
-    // As in avx2_nf4; the permutation reads the 4 lowest bits.
-    const __m512i bytes = _mm512_cvtepu8_epi64(_mm_maskz_loadu_epi8(bytes_there, pairs + i / 2));
-    const __m512i codes = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
-    _mm512_mask_storeu_ps(out + i, lanes, _mm512_permutexvar_ps(codes, table));
-  }
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    _mm512_storeu_ps(out + i, from_nf4(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(pairs + i / 2)), table));
+  const __mmask16 rest = first_lanes(n - i);
+  _mm512_mask_storeu_ps(out + i, rest,
+                        from_nf4(_mm_maskz_loadu_epi8(first_lanes((n - i + 1) / 2), pairs + i / 2), table));
 }
 
 MARTLET_AVX512 float avx512_dot(const float* a, const float* b, int64_t n) {
@@ -190,10 +206,9 @@ MARTLET_AVX512 float avx512_dot(const float* a, const float* b, int64_t n) {
     s2 = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 32), _mm512_loadu_ps(b + i + 32), s2);
     s3 = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 48), _mm512_loadu_ps(b + i + 48), s3);
   }
-  for (; i < n; i += 16) {
-    const __mmask16 lanes = first_lanes(n - i);
-    s0 = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, a + i), _mm512_maskz_loadu_ps(lanes, b + i), s0);
-  }
+  for (; i + 16 <= n; i += 16) s0 = _mm512_fmadd_ps(_mm512_loadu_ps(a + i), _mm512_loadu_ps(b + i), s0);
+  const __mmask16 rest = first_lanes(n - i);
+  s0 = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(rest, a + i), _mm512_maskz_loadu_ps(rest, b + i), s0);
   return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(s0, s1), _mm512_add_ps(s2, s3)));
 }
 
@@ -220,28 +235,31 @@ MARTLET_AVX512_BF16 float avx512_bf16_dot(const c10::BFloat16* a, const c10::BFl
   return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(s0, s1), _mm512_add_ps(s2, s3)));
 }
 
+MARTLET_AVX512_BF16 inline __m512 add_nf4_block(__m512 sum, const uint8_t* pairs, float scale, const uint16_t* x,
+                                                __m512i table) {
+  // A byte a lane of 16 bits: first the codes of the upper halves, then those of the lower.
+  const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs)));
+  const __m512i upper = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
+  const __m512i lower = _mm512_permutexvar_epi16(bytes, table);
+  __m512 own = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)upper, (__m512bh)_mm512_loadu_epi16(x));
+  own = _mm512_dpbf16_ps(own, (__m512bh)lower, (__m512bh)_mm512_loadu_epi16(x + 32));
+  return _mm512_fmadd_ps(own, _mm512_set1_ps(scale), sum);
+}
+
 MARTLET_AVX512_BF16 float avx512_nf4_dot(const uint8_t* pairs, const float* scales, const c10::BFloat16* x,
                                          int64_t blocks) {
   // Twice, since the permutation reads 5 bits of a code and the fifth belongs to another.
   alignas(64) c10::BFloat16 codes[32];
   for (int64_t i = 0; i < 32; ++i) codes[i] = cuda::kNf4Codes.values[i % 16];
   const __m512i table = _mm512_load_si512(codes);
-  const __m512 zero = _mm512_setzero_ps();
   const auto* numbers = reinterpret_cast<const uint16_t*>(x);
-  __m512 s0 = zero, s1 = zero;
-  for (int64_t i = 0; i < blocks; ++i) {
-    // A byte a lane of 16 bits: first the codes of the upper halves, then those of the lower.
-    const __m512i bytes =
-        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs + i * kBlock / 2)));
-    const __m512i upper = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
-    const __m512i lower = _mm512_permutexvar_epi16(bytes, table);
-    const uint16_t* own = numbers + i * kBlock;
-    const __m512 first = _mm512_dpbf16_ps(zero, (__m512bh)upper, (__m512bh)_mm512_loadu_epi16(own));
-    const __m512 second = _mm512_dpbf16_ps(zero, (__m512bh)lower, (__m512bh)_mm512_loadu_epi16(own + 32));
-    const __m512 scale = _mm512_set1_ps(scales[i]);
-    s0 = _mm512_fmadd_ps(first, scale, s0);
-    s1 = _mm512_fmadd_ps(second, scale, s1);
+  __m512 s0 = _mm512_setzero_ps(), s1 = s0;
+  int64_t i = 0;
+  for (; i + 2 <= blocks; i += 2) {
+    s0 = add_nf4_block(s0, pairs + i * kBlock / 2, scales[i], numbers + i * kBlock, table);
+    s1 = add_nf4_block(s1, pairs + (i + 1) * kBlock / 2, scales[i + 1], numbers + (i + 1) * kBlock, table);
   }
+  if (i < blocks) s0 = add_nf4_block(s0, pairs + i * kBlock / 2, scales[i], numbers + i * kBlock, table);
   return _mm512_reduce_add_ps(_mm512_add_ps(s0, s1));
 }
 
@@ -338,8 +356,8 @@ class Product {
       const int64_t blocks = columns_ / kBlock, first = row * blocks;
       const auto* codes = static_cast<const uint8_t*>(weight_.weight) + row * columns_ / 2;
       const auto* x = x_.const_data_ptr<c10::BFloat16>();
-      for (int64_t i = 0; i < blocks; ++i) piece[i] = block_scale(first + i);
-      for (int64_t r = 0; r < rows_; ++r) sums[r] = kernels_.nf4_dot(codes, piece, x + r * columns_, blocks);
+      const float* scales = block_scales(first, blocks, piece);
+      for (int64_t r = 0; r < rows_; ++r) sums[r] = kernels_.nf4_dot(codes, scales, x + r * columns_, blocks);
       return;
     }
     const auto* x = x_.const_data_ptr<float>();
@@ -366,7 +384,8 @@ class Product {
     const auto* codes = static_cast<const uint8_t*>(weight_.weight);
     for (int64_t done = 0; done < n;) {
       const int64_t element = begin + done, count = std::min(n - done, kBlock - element % kBlock);
-      const float scale = block_scale(element / kBlock);
+      float own;
+      const float scale = *block_scales(element / kBlock, 1, &own);
       // In a matrix of an odd number of columns a row may begin in the middle of a byte.
       const int64_t half = element % 2;
       if (half != 0) out[done] = scale * cuda::kNf4Codes.values[codes[element / 2] & 15];
@@ -386,10 +405,14 @@ class Product {
     return out;
   }
 
-  float block_scale(int64_t block) const {
-    if (weight_.nested_map == nullptr) return static_cast<const float*>(weight_.scales)[block];
-    const uint8_t code = static_cast<const uint8_t*>(weight_.scales)[block];
-    return weight_.nested_map[code] * weight_.nested_scales[block / kScaleBlock] + weight_.nested_offset;
+  // Of NF4's blocks from `first` on; `out` has room for them.
+  const float* block_scales(int64_t first, int64_t n, float* out) const {
+    if (weight_.nested_map == nullptr) return static_cast<const float*>(weight_.scales) + first;
+    const auto* codes = static_cast<const uint8_t*>(weight_.scales);
+    const float *map = weight_.nested_map, *nested = weight_.nested_scales, offset = weight_.nested_offset;
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = map[codes[first + i]] * nested[static_cast<uint64_t>(first + i) / kScaleBlock] + offset;
+    return out;
   }
 
   void add_outliers(int64_t row, float* piece, float* sums) const {

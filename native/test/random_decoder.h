@@ -1,4 +1,4 @@
-// A language model with random weights on the GPU, prefilled, and the two ways to go on.
+// A language model with random weights, prefilled, and its next tokens by the generator's own path.
 #pragma once
 
 #include <ATen/ATen.h>
