@@ -36,6 +36,8 @@ using cuda::Storage;
 constexpr int64_t kBlock = 64, kScaleBlock = 256;
 // Weights that are decoded at a time, a multiple of the block: 4 KB of float32, which the first-level cache keeps.
 constexpr int64_t kPiece = 1024;
+// Bytes of the weights that are fetched before they are needed: while a piece is worked on, memory would rest.
+constexpr int64_t kAhead = 4096;
 
 // n weights as float32, and the sum of products of float32. The pointers need no alignment, n may be anything.
 struct Kernels {
@@ -307,6 +309,14 @@ at::Tensor nf4_order(const at::Tensor& x) {
   return x.view({x.size(0), -1, kBlock / 2, 2}).transpose(2, 3).contiguous();
 }
 
+// The `bytes` that lie kAhead behind `here`. Past the end of the weights nothing is fetched.
+void fetch_ahead([[maybe_unused]] const void* here, [[maybe_unused]] int64_t bytes) {
+#ifdef __GNUC__
+  const auto address = reinterpret_cast<uintptr_t>(here) + kAhead;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(address + i));
+#endif
+}
+
 class Product {
  public:
   Product(const at::Tensor& x, const Matrix& weight, Isa isa)
@@ -349,6 +359,7 @@ class Product {
     if (form_ == Form::kBf16Pairs) {
       const auto* own = static_cast<const c10::BFloat16*>(weight_.weight) + row * columns_;
       const auto* x = x_.const_data_ptr<c10::BFloat16>();
+      fetch_ahead(own, columns_ * 2);
       for (int64_t r = 0; r < rows_; ++r) sums[r] = kernels_.bf16_dot(own, x + r * columns_, columns_);
       return;
     }
@@ -356,6 +367,7 @@ class Product {
       const int64_t blocks = columns_ / kBlock, first = row * blocks;
       const auto* codes = static_cast<const uint8_t*>(weight_.weight) + row * columns_ / 2;
       const auto* x = x_.const_data_ptr<c10::BFloat16>();
+      fetch_ahead(codes, columns_ / 2);
       const float* scales = block_scales(first, blocks, piece);
       for (int64_t r = 0; r < rows_; ++r) sums[r] = kernels_.nf4_dot(codes, scales, x + r * columns_, blocks);
       return;
@@ -378,10 +390,13 @@ class Product {
   const float* decode(int64_t begin, int64_t n, float* out) const {
     if (weight_.storage == Storage::kDense) return decode_dense(weight_.weight, begin, n, out);
     if (weight_.storage == Storage::kInt8) {
-      kernels_.int8(static_cast<const int8_t*>(weight_.weight) + begin, n, out);
+      const auto* in = static_cast<const int8_t*>(weight_.weight) + begin;
+      fetch_ahead(in, n);
+      kernels_.int8(in, n, out);
       return out;
     }
     const auto* codes = static_cast<const uint8_t*>(weight_.weight);
+    fetch_ahead(codes + begin / 2, n / 2);
     for (int64_t done = 0; done < n;) {
       const int64_t element = begin + done, count = std::min(n - done, kBlock - element % kBlock);
       float own;
