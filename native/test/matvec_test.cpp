@@ -2,12 +2,7 @@
 #include "core/nn/matvec.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-
-#include <chrono>
-#include <cmath>
-#include <cstdio>
-#include <functional>
+#include <ATen/core/grad_mode.h>
 
 #include "check.h"
 #include "core/nn/linear.h"
@@ -111,6 +106,22 @@ TEST("a row of a transposed input and a weight that is a view of another") {
   const at::Tensor x = randn({128, 2}, 10, at::kBFloat16).t(),
                    w = randn({64, 256}, 11, at::kBFloat16).narrow(1, 64, 128);
   for (const Isa isa : levels()) EXPECT_SAME(matvec(x, w, {}, isa), matvec(x.contiguous(), w.contiguous(), {}, isa));
+}
+
+TEST("with an adapter: by the kernels while nothing is recorded, by the dense product in training") {
+  Linear linear(128, 32, true);
+  linear.weight.quantized = Nf4Tensor::quantize(randn({32, 128}, 12), true);
+  linear.bias.value = randn({32}, 13);
+  LoraLayer lora;
+  lora.a = randn({4, 128}, 14).requires_grad_(true);
+  lora.b = randn({32, 4}, 15).requires_grad_(true);
+  linear.lora = &lora;
+  const at::Tensor x = randn({2, 128}, 16), dense = linear.weight.quantized->dequantize();
+  const at::Tensor pair = at::mm(at::mm(x, lora.a.detach().t()), lora.b.detach().t());
+  const at::Tensor expected = at::linear(x, dense, linear.bias.value) + pair;
+  EXPECT_CLOSE(linear.forward(x).detach(), expected, 1e-4);
+  const at::NoGradGuard no_grad;
+  EXPECT_CLOSE(linear.forward(x), matvec(x, *linear.weight.quantized, linear.bias.value) + pair, 1e-5);
 }
 
 namespace {

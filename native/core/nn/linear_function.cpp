@@ -33,7 +33,7 @@ struct BaseLinearFunction : public torch::autograd::Function<BaseLinearFunction>
     if (quantized) ctx->saved_data["quantized"] = c10::IValue::make_capsule(quantized);
     ctx->saved_data["has_weight"] = weight.has_value();
     ctx->saved_data["has_bias"] = bias.has_value();
-    return base_product(x, weight, quantized, bias);
+    return at::linear(x, quantized ? quantized->weight->dequantize() : *weight, bias);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -67,12 +67,6 @@ at::Tensor KeptInput::restore(AutogradContext* ctx, const at::Tensor& saved) {
   const auto it = ctx->saved_data.find(kRecipe);
   if (it == ctx->saved_data.end()) return saved;
   return c10::static_intrusive_pointer_cast<RecipeHolder>(it->second.toCapsule())->recipe();
-}
-
-at::Tensor base_product(const at::Tensor& x, const std::optional<at::Tensor>& weight,
-                        const c10::intrusive_ptr<QuantizedHolder>& quantized, const std::optional<at::Tensor>& bias) {
-  const at::Tensor b = bias.value_or(at::Tensor());
-  return quantized ? product(x, *quantized->weight, b) : product(x, *weight, b);
 }
 
 at::Tensor base_linear(const at::Tensor& x, const Parameter& weight, const at::Tensor& bias) {

@@ -19,10 +19,6 @@ struct QuantizedHolder : torch::CustomClassHolder {
 // x Wᵀ + bias. `bias` may be undefined.
 at::Tensor base_linear(const at::Tensor& x, const Parameter& weight, const at::Tensor& bias);
 
-// The same inside an autograd function: `weight` is absent where `quantized` stands for it, `bias` may be absent.
-at::Tensor base_product(const at::Tensor& x, const std::optional<at::Tensor>& weight,
-                        const c10::intrusive_ptr<QuantizedHolder>& quantized, const std::optional<at::Tensor>& bias);
-
 // What a linear keeps of its input for the backward pass: the tensor, or how it is made again (see nn/checkpoint.h).
 struct KeptInput {
   // In forward(): gives what to put into save_for_backward (undefined when the input is made again).
