@@ -11,6 +11,7 @@
 #include "core/base/error.h"
 #include "core/base/memory.h"
 #include "core/generate/fast_decoder.h"
+#include "core/nn/matvec.h"
 
 namespace martlet {
 namespace {
@@ -72,7 +73,7 @@ struct Answer {
 
 // What the head gives of some states: [rows, vocab].
 at::Tensor logits_of(const VisionLanguageModel& model, const at::Tensor& states, const ForwardOptions& options) {
-  return at::linear(model.language_model().head_input(states, options), model.head_weight());
+  return product(model.language_model().head_input(states, options), model.head_weight(), at::Tensor());
 }
 
 // Reads the prompt. Whether an answer has begun.

@@ -1,11 +1,13 @@
 #include "core/lora/lora_layer.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 
 #include "core/nn/linear_function.h"
+#include "core/nn/matvec.h"
 
 namespace martlet {
 namespace {
@@ -24,12 +26,18 @@ struct MaskHolder : torch::CustomClassHolder {
 
 struct LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> {
   // `weight` is absent where `quantized` stands for it; `bias` may be absent, `mask` null. (An undefined tensor would
-  // have no device to be asked for.)
+  // have no device to be asked for.) `recorded`: gradients may be asked for, which are those of the dense product.
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const std::optional<at::Tensor>& weight,
                             const std::optional<at::Tensor>& bias, const at::Tensor& a, const at::Tensor& b,
                             const c10::intrusive_ptr<QuantizedHolder>& quantized,
-                            const c10::intrusive_ptr<MaskHolder>& mask, double scaling) {
-    at::Tensor y = at::linear(x, quantized ? quantized->weight->dequantize() : *weight, bias);
+                            const c10::intrusive_ptr<MaskHolder>& mask, double scaling, bool recorded) {
+    at::Tensor y;
+    if (recorded) {
+      y = at::linear(x, quantized ? quantized->weight->dequantize() : *weight, bias);
+    } else {
+      const at::Tensor own_bias = bias.value_or(at::Tensor());
+      y = quantized ? product(x, *quantized->weight, own_bias) : product(x, *weight, own_bias);
+    }
     const at::Tensor h = at::mm(dropped(x, mask).to(a.scalar_type()), a.t());  // [T, r]
     if (a.scalar_type() == y.scalar_type()) {
       y.addmm_(h, b.t(), 1, scaling);
@@ -83,7 +91,7 @@ struct LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction>
     }
     if (bias_grad) dbias = dy.sum(0);
     if (b_grad) db = at::mm(dy_low.t(), h).mul_(scaling);
-    return {dx, dweight, dbias, da, db, at::Tensor(), at::Tensor(), at::Tensor()};
+    return {dx, dweight, dbias, da, db, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
   }
 
  private:
@@ -100,7 +108,7 @@ at::Tensor pair_linear(const at::Tensor& x, const Parameter& weight, const at::T
   if (dropout != nullptr) mask = c10::make_intrusive<MaskHolder>(*dropout, lora.dropout, lora.index);
   const auto optional = [](const at::Tensor& t) { return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt; };
   return LoraLinearFunction::apply(x, optional(weight.value), optional(bias), lora.a, lora.b, quantized, mask,
-                                   lora.scaling);
+                                   lora.scaling, at::GradMode::is_enabled());
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "core/nn/checkpoint.h"
+#include "core/nn/matvec.h"
 
 namespace martlet {
 namespace {
@@ -70,11 +71,10 @@ at::Tensor KeptInput::restore(AutogradContext* ctx, const at::Tensor& saved) {
 
 at::Tensor base_linear(const at::Tensor& x, const Parameter& weight, const at::Tensor& bias) {
   if (weight.value.defined()) {
-    if (!weight.value.requires_grad() || recipe_of(x) == nullptr) return at::linear(x, weight.value, optional(bias));
+    if (!weight.value.requires_grad() || recipe_of(x) == nullptr) return product(x, weight.value, bias);
     return BaseLinearFunction::apply(x, optional(weight.value), optional(bias), c10::intrusive_ptr<QuantizedHolder>());
   }
-  if (!x.requires_grad() && !(bias.defined() && bias.requires_grad()))
-    return at::linear(x, weight.quantized->dequantize(), optional(bias));
+  if (!x.requires_grad() && !(bias.defined() && bias.requires_grad())) return product(x, *weight.quantized, bias);
   return BaseLinearFunction::apply(x, std::optional<at::Tensor>(), optional(bias),
                                    c10::make_intrusive<QuantizedHolder>(weight.quantized));
 }

@@ -35,7 +35,7 @@ class QuantizedTensor {
   virtual at::Tensor dequantize() const = 0;
   // The tensors of a checkpoint by what follows the weight's name ("" = the weight itself), as bitsandbytes saves them.
   virtual std::vector<std::pair<std::string, at::Tensor>> stored() const = 0;
-  // Codes and scales for the kernels that multiply by them; on a CUDA device. They belong to this tensor.
+  // Codes and scales for the kernels that multiply by them, CUDA's and the CPU's. They belong to this tensor.
   virtual void describe(cuda::Matrix& out) const = 0;
 
   at::IntArrayRef sizes() const { return shape_; }

@@ -9,7 +9,7 @@
 #include "core/base/cuda_kernels.h"
 #include "core/base/memory.h"
 #include "cuda/gpu.h"
-#include "cuda/random_decoder.h"
+#include "random_decoder.h"
 
 using namespace martlet;
 using namespace martlet::test;

@@ -11,7 +11,7 @@
 #include "core/base/cuda_kernels.h"
 #include "core/quant/quantized_tensor.h"
 #include "cuda/gpu.h"
-#include "cuda/random_decoder.h"
+#include "random_decoder.h"
 
 using namespace martlet;
 using namespace martlet::test;

@@ -1,4 +1,4 @@
-// A language model with random weights on the GPU, prefilled, and the two ways to go on.
+// A language model with random weights, prefilled, and its next tokens by the generator's own path.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -12,6 +12,7 @@
 #include "core/generate/fast_decoder.h"
 #include "core/language/decoder.h"
 #include "core/language/t5.h"
+#include "core/nn/matvec.h"
 
 namespace martlet::test {
 
@@ -118,7 +119,7 @@ class Reference {
     model.place(pass, at::arange(end - n, end, at::TensorOptions().dtype(at::kLong).device(device)),
                 {{n, end, prompt_}}, decoder_.head.scalar_type());
     const at::Tensor states = model.forward(model.embed(ids.to(device)), pass);
-    return at::linear(model.head_input(states.narrow(0, states.size(0) - 1, 1), {}), decoder_.head).squeeze(0);
+    return product(model.head_input(states.narrow(0, states.size(0) - 1, 1), {}), decoder_.head, {}).squeeze(0);
   }
 
   const RandomDecoder& decoder_;
