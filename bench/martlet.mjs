@@ -241,28 +241,28 @@ const TASKS = {
     return { seconds, parameters, weightBytes, peakAllocated, tokenBytes: await tokenBytes(weightBytes) };
   },
 
-  /**
-   * `batch` answers asked for at once, which the engine gives one after the other. One: tokens/s after the first token. More: all tokens by the time
-   * of the whole request.
-   */
+  /** `batch` answers at once. One: tokens/s after the first token. More: all tokens by the time of the whole request. */
   async decode({ promptTokens, newTokens, warmup, repeats, batch }) {
     const runs = [];
     const warmupSeconds = [];
     let peak;
     for (let i = 0; i < warmup + repeats; i++) {
-      const prompts = Array.from({ length: batch }, (_, row) => rows(row, 1, promptTokens));
+      const { samples, buffers } = rows(0, batch, promptTokens);
+      const requests = samples.map((sample) => ({ sample, ...greedy(newTokens) }));
       const times = [];
       const began = performance.now();
-      const answers = await Promise.all(
-        prompts.map(async ({ samples, buffers }) => {
-          const out = await engine.call(
-            'generate',
-            { sample: samples[0], ...greedy(newTokens) },
-            { buffers, onEvent: () => times.push(performance.now()) },
-          );
-          return [...new Int32Array(out.buffers[out.result.tokenIds])];
-        }),
-      );
+      const onEvent = () => times.push(performance.now());
+      const out =
+        batch === 1
+          ? await engine.call('generate', requests[0], { buffers, onEvent })
+          : await engine.call(
+              'generate.batch',
+              { requests, left: buffers.push(new Uint8Array(batch)) - 1 },
+              { buffers, onEvent },
+            );
+      const answers = (batch === 1 ? [out.result] : out.result.answers).map(({ tokenIds }) => [
+        ...new Int32Array(out.buffers[tokenIds]),
+      ]);
       if (answers.some((ids) => ids.length !== newTokens) || times.length !== batch * newTokens)
         throw new Error(`${times.length} tokens came`);
       const first = (times[0] - began) / 1000;

@@ -293,7 +293,7 @@ function section(result) {
   const learning = [`### LoRA training: tokens/s (p10–p90 over steps), peak device memory in tensors`, rows];
   const answering = [
     `### Answering`,
-    `One picture, ${prompt?.tokens} prompt tokens, ${prompt?.newTokens} new tokens, greedy. One answer: tokens/s after the first token; the first token is from the call on, its picture in memory. More answers: all their tokens by the time of the whole request; martlet gives them one after the other. “GB read a token”: martlet’s weights as they are kept, without tower, projector and embedding, and the cache in the middle of the answer.`,
+    `One picture, ${prompt?.tokens} prompt tokens, ${prompt?.newTokens} new tokens, greedy. One answer: tokens/s after the first token; the first token is from the call on, its picture in memory. More answers: all their tokens by the time of the whole request. “GB read a token”: martlet’s weights as they are kept, without tower, projector and embedding, and the cache in the middle of the answer.`,
   ];
   const starting = [`### Loading`, `Files in the page cache, to weights on the device; the process runs already.`];
   const fed = [`### From files`, has('data') ? dataText(result) : ''];

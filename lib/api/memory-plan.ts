@@ -230,9 +230,11 @@ export function estimateMemory(
   const head = trained.head ? vocabSize * h * computeBytes : 0;
   const weightGradient = trained.parameters > 0 ? largestLinear * computeBytes : 0;
   const layerAtWork = tokens * layer.atWork + weightGradient + (model.decoder.tiedHead ? head : 0);
-  const rows = Math.min(labelled, Math.max(1, Math.floor(2 ** 25 / vocabSize)));
-  // float32 logits, and as many for their exponentials (native/core/train/loss.cpp)
-  const loss = rows * vocabSize * 8;
+  // A chunk of logits (native/core/train/loss.cpp): in float32, and as many for their exponentials; in 16 bits, which a
+  // kernel turns into their gradient.
+  const byKernel = !options.cpu && computeBytes === 2;
+  const rows = Math.min(labelled, Math.max(1, Math.floor(2 ** (byKernel ? 26 : 25) / vocabSize)));
+  const loss = rows * vocabSize * (byKernel ? 2 : 8);
   // native/core/quant: three float32 temporaries of a part
   const part = options.cpu ? 2 ** 20 : 2 ** 24;
   const dequantised = largest * computeBytes + 12 * Math.min(part, largest);

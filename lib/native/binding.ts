@@ -9,7 +9,7 @@ export interface Addon {
   /** The libtorch version the addon was compiled against, e.g. `2.13.0`. */
   readonly compiledTorchVersion: string;
   /** Loads CUDA libraries if they are beside libtorch (before the first question about CUDA), sets thread counts. Call once a process. */
-  initialize(options: { libtorchLib: string; cuda: boolean; threads: number }): void;
+  initialize(options: { libtorchLib: string; cuda: boolean; threads: number; threadsBesideGpu: number }): void;
   /** JSON of {@link SystemInfo}. */
   systemInfo(): string;
   Engine: new () => RawEngine;

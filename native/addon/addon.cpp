@@ -15,8 +15,9 @@ Napi::Value initialize(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   const Napi::Object options = info[0].As<Napi::Object>();
   try {
-    initialize_runtime(options.Get("libtorchLib").As<Napi::String>().Utf8Value(), options.Get("cuda").ToBoolean(),
-                       options.Get("threads").ToNumber().Int32Value());
+    initialize_runtime(
+        options.Get("libtorchLib").As<Napi::String>().Utf8Value(), options.Get("cuda").ToBoolean(),
+        {options.Get("threads").ToNumber().Int32Value(), options.Get("threadsBesideGpu").ToNumber().Int32Value()});
   } catch (const std::exception& e) {
     throw Napi::Error::New(env, e.what());
   }

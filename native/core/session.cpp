@@ -217,6 +217,7 @@ json Session::Impl::load(const json& args, JobContext& job) {
   }
   family = &family_for(config, model_dir);
   device = parse_device(args.at("device").get<std::string>());
+  use_threads(device);
   const Checkpoint checkpoint = Checkpoint::open(model_dir);
 
   std::map<std::string, std::string> stored, quantized_parts;  // canonical → as in the file

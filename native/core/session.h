@@ -37,9 +37,14 @@ class Session {
   std::unique_ptr<Impl> impl_;
 };
 
+// libtorch's threads in an operation on host memory; 0: as many as it likes. `beside_gpu`: of a model on a GPU, whose
+// host work is small: more would only spin, on cores that the threads that feed the GPU need.
+struct ThreadCounts {
+  int cpu = 0, beside_gpu = 0;
+};
 // Process-wide: loads the CUDA libraries found in `libtorch_lib` when `cuda` is asked for (before anything asks whether
 // CUDA is there), and sets intra-op threads for threads started later. Idempotent.
-void initialize_runtime(const std::string& libtorch_lib, bool cuda, int threads);
+void initialize_runtime(const std::string& libtorch_lib, bool cuda, ThreadCounts threads);
 // JSON of SystemInfo in lib/native/binding.ts.
 std::string system_info_json();
 // Version of the headers compiled against, e.g. "2.13.0".

@@ -24,6 +24,7 @@ namespace {
 
 std::mutex mutex;
 bool initialized = false;
+ThreadCounts thread_counts;
 std::string cuda_error;  // why CUDA cannot be used; empty when it can
 
 // Counts devices without asking before the libraries are there: at::hasCUDA() remembers its first answer.
@@ -40,7 +41,7 @@ int cuda_devices() {
 
 }  // namespace
 
-void initialize_runtime(const std::string& libtorch_lib, bool cuda, int threads) {
+void initialize_runtime(const std::string& libtorch_lib, bool cuda, ThreadCounts threads) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (initialized) return;
   initialized = true;
@@ -57,8 +58,14 @@ void initialize_runtime(const std::string& libtorch_lib, bool cuda, int threads)
     open_cuda_kernels();
   }
   if (const char* limit = std::getenv("MARTLET_CPU_MEMORY_LIMIT")) limit_cpu_memory(std::strtoull(limit, nullptr, 10));
-  if (threads > 0) at::set_num_threads(threads);
+  thread_counts = threads;
+  use_threads(at::kCPU);
   at::set_num_interop_threads(1);
+}
+
+void use_threads(at::Device device) {
+  const int threads = device.is_cpu() ? thread_counts.cpu : thread_counts.beside_gpu;
+  if (threads > 0) at::set_num_threads(threads);
 }
 
 void set_deterministic(bool on) {

@@ -11,6 +11,9 @@ namespace martlet {
 // ERR_MARTLET_CUDA_UNAVAILABLE, saying whether the libraries, the driver or the device is missing.
 c10::Device parse_device(const std::string& name);
 
+// libtorch's threads in operations on host memory, for the calling thread: those of ThreadCounts.
+void use_threads(c10::Device device);
+
 // Same bits from the same calls, or an error from an operator that cannot. For the whole process; not while another
 // thread reads the environment.
 void set_deterministic(bool on);

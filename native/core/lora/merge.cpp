@@ -170,6 +170,7 @@ json merge_adapter_json(const json& args, JobContext& job) {
 
   ShardWriter writer(args.at("outputDir").get<std::string>(), plan, args.at("maxShardSize").get<int64_t>());
   const at::Device device = parse_device(args.value("device", "cpu"));
+  use_threads(device);
   WeightReader reader;
   const auto on_device = [&](const at::Tensor& value) {
     if (device.is_cpu()) return value;

@@ -28,6 +28,7 @@ std::string feature_fingerprint(VisionLanguageModel& model, const nlohmann::json
   print.add(config.dump());
   print.add(c10::DeviceTypeName(device.type()));
   print.add(TORCH_VERSION);
+  print.add(MARTLET_VERSION);
   const auto add = [&](const std::string& name, const at::Tensor& tensor) {
     const at::Tensor flat = tensor.to(at::kCPU).contiguous();
     print.add(name);

@@ -100,6 +100,7 @@ json quantize_checkpoint_json(const json& args, JobContext& job) {
   options.method = QuantizationOptions::parse(args.at("quantization").get<std::string>());
   options.double_quantization = args.value("doubleQuantization", true);
   const at::Device device = parse_device(args.at("device").get<std::string>());
+  use_threads(device);
   const at::ScalarType dtype = parse_dtype(args.at("dtype").get<std::string>());
 
   // Built without weights, for its names.

@@ -15,7 +15,7 @@ inline at::Device gpu() {
   static const at::Device device = [] {
     link_map* torch = nullptr;
     ::dlinfo(::dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD), RTLD_DI_LINKMAP, &torch);
-    initialize_runtime(std::filesystem::path(torch->l_name).parent_path(), /*cuda=*/true, /*threads=*/4);
+    initialize_runtime(std::filesystem::path(torch->l_name).parent_path(), /*cuda=*/true, {.cpu = 4, .beside_gpu = 4});
     return at::Device(at::kCUDA, 0);
   }();
   return device;
