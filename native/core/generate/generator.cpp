@@ -36,6 +36,8 @@ class Stopwatch {
 };
 
 constexpr size_t kMaxRowsAtOnce = FastDecoder::kMaxRows;
+// Of prompts packed into one pass: enough to fill a GPU, and less than a training step's states.
+constexpr int64_t kPromptTokensAtOnce = 4096;
 
 // One request on its way.
 struct Answer {
@@ -76,38 +78,60 @@ at::Tensor logits_of(const VisionLanguageModel& model, const at::Tensor& states,
   return product(model.language_model().head_input(states, options), model.head_weight(), at::Tensor());
 }
 
-// Reads the prompt. Whether an answer has begun.
-bool read_prompt(const VisionLanguageModel& model, const Sample& prompt, Answer& answer, at::Device device,
-                 JobContext& job, const GenerationListener& listener) {
-  const PackedBatch batch = pack({&prompt}, model, device);
-  Generation& out = answer.out;
-  out.prompt_tokens = batch.tokens;
-  const int64_t max_positions = model.info().max_positions;
-  if (max_positions > 0 && batch.tokens >= max_positions) {
+// How many new tokens a prompt leaves room for.
+int64_t room_after(const GenerateRequest& request, const VisionLanguageModel& model) {
+  const auto tokens = static_cast<int64_t>(request.prompt->input_ids.size());
+  const int64_t max_positions = model.info().max_positions, wanted = request.options.max_new_tokens;
+  if (max_positions == 0) return wanted;
+  if (tokens >= max_positions) {
     fail(code::kConfig,
-         "The prompt has " + std::to_string(batch.tokens) + " tokens (image tokens included); the model has " +
+         "The prompt has " + std::to_string(tokens) + " tokens (image tokens included); the model has " +
              std::to_string(max_positions) + " positions. Shorten the text or send fewer pictures.",
-         {{"promptTokens", batch.tokens}, {"maxPositions", max_positions}});
+         {{"promptTokens", tokens}, {"maxPositions", max_positions}});
   }
-  const int64_t wanted = answer.options.max_new_tokens;
-  answer.limit = max_positions > 0 ? std::min(wanted, max_positions - batch.tokens) : wanted;
-  answer.next_position = batch.next_positions[0];
+  return std::min(wanted, max_positions - tokens);
+}
+
+// Reads the prompts of these in one pass, packed; gives the answers that have begun.
+std::vector<Answer*> read_prompts(const VisionLanguageModel& model, const std::vector<const GenerateRequest*>& requests,
+                                  std::deque<Answer>& answers, at::Device device, JobContext& job,
+                                  const GenerationListener& listener) {
+  std::vector<const Sample*> prompts;
+  for (const GenerateRequest* request : requests) prompts.push_back(request->prompt);
+  const PackedBatch batch = pack(prompts, model, device);
+  const size_t first = answers.size() - requests.size();
 
   Stopwatch watch(device);
   const ForwardOptions forward = {.job = &job};
-  auto [hidden, pass] = embed(model, batch, forward, /*vision_needs_grad=*/false, answer.options.features);
-  out.vision_ms = watch.lap_ms();
+  auto [hidden, pass] = embed(model, batch, forward, /*vision_needs_grad=*/false, requests[0]->options.features);
+  const double vision_ms = watch.lap_ms();
   job.check();
 
-  pass.caches = {&answer.cache};
+  for (size_t i = 0; i < requests.size(); ++i) pass.caches.push_back(&answers[first + i].cache);
   hidden = model.language_model().forward(hidden, pass);
-  out.finish_reason = "length";
-  if (answer.limit <= 0) return false;
-  const at::Tensor last = hidden.narrow(0, hidden.size(0) - 1, 1);
-  const int64_t token = answer.sampler.next(logits_of(model, last, forward).squeeze(0));
-  out.prefill_ms = watch.lap_ms();
+  const SequenceLengths& states = model.info().is_encoder_decoder() ? batch.decoder_rows : batch.rows;
+  std::vector<int64_t> ends;
+  std::vector<Sampler*> samplers;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    ends.push_back(states.offsets[i + 1] - 1);
+    samplers.push_back(&answers[first + i].sampler);
+  }
+  const at::Tensor last = hidden.index_select(0, at::tensor(ends, at::kLong).to(device));
+  const std::vector<int64_t> tokens = next_tokens(samplers, logits_of(model, last, forward));
+  const double prefill_ms = watch.lap_ms();
   job.check();
-  return answer.take(token, listener);
+
+  std::vector<Answer*> begun;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    Answer& answer = answers[first + i];
+    answer.next_position = batch.next_positions[i];
+    answer.out.prompt_tokens = batch.rows.offsets[i + 1] - batch.rows.offsets[i];
+    answer.out.vision_ms = vision_ms;
+    answer.out.prefill_ms = prefill_ms;
+    answer.out.finish_reason = "length";
+    if (answer.limit > 0 && answer.take(tokens[i], listener)) begun.push_back(&answer);
+  }
+  return begun;
 }
 
 // One new position of each answer: its next token.
@@ -186,9 +210,16 @@ std::vector<Generation> generate(const VisionLanguageModel& model, const std::ve
     const size_t begin = out.size(), count = std::min(requests.size() - begin, kMaxRowsAtOnce);
     std::deque<Answer> answers;
     std::vector<Answer*> live;
-    for (size_t row = begin; row < begin + count; ++row) {
-      Answer& answer = answers.emplace_back(requests[row], row, model);
-      if (read_prompt(model, *requests[row].prompt, answer, device, job, listener)) live.push_back(&answer);
+    for (size_t row = begin; row < begin + count;) {
+      std::vector<const GenerateRequest*> packed;
+      for (int64_t tokens = 0; row < begin + count; ++row) {
+        tokens += static_cast<int64_t>(requests[row].prompt->input_ids.size());
+        if (!packed.empty() && tokens > kPromptTokensAtOnce) break;
+        packed.push_back(&requests[row]);
+        answers.emplace_back(requests[row], row, model).limit = room_after(requests[row], model);
+      }
+      const auto begun = read_prompts(model, packed, answers, device, job, listener);
+      live.insert(live.end(), begun.begin(), begun.end());
     }
     decode(model, live, device, job, listener);
     for (Answer& answer : answers) out.push_back(std::move(answer.out));

@@ -22,9 +22,9 @@ struct GenerateOptions {
 struct Generation {
   std::vector<int64_t> token_ids;  // without the stop token
   int64_t prompt_tokens = 0;
-  std::string finish_reason;  // stop | length
-  double vision_ms = 0, prefill_ms = 0;
-  double decode_ms = 0;  // until this row ended
+  std::string finish_reason;             // stop | length
+  double vision_ms = 0, prefill_ms = 0;  // of the prompts that were read with this one, together
+  double decode_ms = 0;                  // until this row ended
 };
 
 struct GenerateRequest {
@@ -39,9 +39,9 @@ struct GenerationListener {
   std::function<bool(size_t row)> has_left = [](size_t) { return false; };
 };
 
-// An answer to each request, 16 at once. Their prompts are read one by one; then each step is one new position of every
-// row that has not ended. With temperature 0 a row's tokens are those that it gives alone, as far as the arithmetic of
-// a product does not depend on how many rows it has.
+// An answer to each request, 16 at once. Their prompts are read packed, some thousand tokens at once; then each step is
+// one new position of every row that has not ended. With temperature 0 a row's tokens are those that it gives alone, as
+// far as the arithmetic of a product does not depend on how many rows it has.
 std::vector<Generation> generate(const VisionLanguageModel& model, const std::vector<GenerateRequest>& requests,
                                  at::Device device, JobContext& job, const GenerationListener& listener);
 
