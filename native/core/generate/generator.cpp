@@ -84,7 +84,7 @@ bool read_prompt(const VisionLanguageModel& model, const Sample& prompt, Answer&
   out.prompt_tokens = batch.tokens;
   const int64_t max_positions = model.info().max_positions;
   if (max_positions > 0 && batch.tokens >= max_positions) {
-    fail(code::kConfig,
+    fail(code::kUsage,
          "The prompt has " + std::to_string(batch.tokens) + " tokens (image tokens included); the model has " +
              std::to_string(max_positions) + " positions. Shorten the text or send fewer pictures.",
          {{"promptTokens", batch.tokens}, {"maxPositions", max_positions}});
