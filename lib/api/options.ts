@@ -85,8 +85,9 @@ export const OPTIONS = {
   stream: GENERATE,
   generateBatch: keysOf<GenerateBatchOptions>({ adapter: true, signal: true, onChunk: true }),
   'a request of generateBatch': without(GENERATE, 'adapter', 'signal'),
-  score: [...PROMPT, 'logits'],
-  prepare: [...PROMPT, 'for'],
+  // a question can be looked at as it was asked: what steers the answer has no part in the prompt
+  score: [...GENERATE, 'logits'],
+  prepare: [...GENERATE, 'for'],
   'model.parseBoxes': [...LIMITS, 'width', 'height', 'adapter'],
   infer: [...INFER, ...QUESTION],
   'infer with questions': [

@@ -115,8 +115,10 @@ for (const [name, call, wrong, meant] of calls) {
   });
 }
 
-test('an option with the value undefined is absent', async () => {
+test('an option with the value undefined is absent; prepare and score take what generate was asked', async () => {
   await model.generate({ ...ask, temprature: undefined } as Loose);
+  await model.prepare(ask as Loose);
+  await model.score({ ...ask, ...told } as Loose);
 });
 
 test('no argument, null, a text or a list: an error with a code, not a TypeError', async () => {
