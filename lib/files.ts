@@ -109,7 +109,7 @@ export async function writeDirAtomic(
       await rename(temporary, target);
       await rm(old, { recursive: true, force: true });
     } else {
-      for (const name of await readdir(temporary)) await rename(join(temporary, name), join(target, name));
+      await moveInto(temporary, target);
       await rm(temporary, { recursive: true, force: true });
       await syncDir(target);
     }
@@ -117,6 +117,15 @@ export async function writeDirAtomic(
   } catch (error) {
     await rm(temporary, { recursive: true, force: true });
     throw ioError(error, 'write', target);
+  }
+}
+
+/** Folders that are in both places are merged: the system renames none onto one that holds files. */
+async function moveInto(from: string, target: string): Promise<void> {
+  for (const name of await readdir(from)) {
+    const [source, place] = [join(from, name), join(target, name)];
+    if ((await isDirectory(source)) && (await isDirectory(place))) await moveInto(source, place);
+    else await rename(source, place);
   }
 }
 

@@ -6,6 +6,7 @@ import { QWEN2_5_VL } from '../processing/qwen2_5_vl.js';
 import { QWEN2_VL } from '../processing/qwen2_vl.js';
 import { QWEN3_VL } from '../processing/qwen3_vl.js';
 import { smartResize } from '../processing/smart-resize.js';
+import { checkOptions } from './options.js';
 
 const FAMILIES = { qwen_vl: QWEN_VL_GROUNDING, qwen2_vl: QWEN2_VL, qwen2_5_vl: QWEN2_5_VL, qwen3_vl: QWEN3_VL };
 
@@ -40,6 +41,7 @@ export function parseBoxes(text: string, options: ParseBoxesOptions): ParsedBox[
       { field: 'text' },
     );
   }
+  checkOptions('parseBoxes', options);
   const { family, width, height, minPixels = 3136, maxPixels = 12_845_056 } = options;
   const normBbox =
     options.normBbox ??

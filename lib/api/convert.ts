@@ -3,6 +3,7 @@ import { resolveModel } from '../hub/index.js';
 import { Engine } from '../native/engine.js';
 import { abortedError, throwIfAborted } from './abort.js';
 import { DEFAULT_SHARD_SIZE, writeModelFolder } from './model-folder.js';
+import { checkOptions } from './options.js';
 import { parseSize } from './size.js';
 import type { ConvertOptions, ConvertReport } from './types.js';
 
@@ -14,6 +15,7 @@ import type { ConvertOptions, ConvertReport } from './types.js';
  */
 export async function convertCheckpoint(options: ConvertOptions): Promise<ConvertReport> {
   const started = performance.now();
+  checkOptions('convertCheckpoint', options);
   const { outputDir, dtype, overwrite, signal, onProgress } = options;
   requireText(outputDir, 'outputDir');
   throwIfAborted(signal);

@@ -6,6 +6,7 @@ import { parseBoxes } from '../processing/grounding.js';
 import { DEFAULT_MAX_IMAGE_PIXELS, decodeImage } from '../processing/image.js';
 import type { ParsedBox } from '../processing/index.js';
 import type { ImageSource } from '../processing/types.js';
+import { checkOptions } from './options.js';
 
 export interface DrawBoxesOptions {
   /** File to write as well; its ending says the format: .png, .jpg, .jpeg or .webp. */
@@ -29,8 +30,17 @@ const COLOURS = ['#1f77b4', '#ff7f0e', '#2ca02c', '#d62728', '#9467bd', '#8c564b
 export async function drawBoxes(
   image: ImageSource,
   answer: string | ParsedBox[],
-  { output, exifOrientation = true, signal }: DrawBoxesOptions = {},
+  options: DrawBoxesOptions = {},
 ): Promise<Buffer> {
+  checkOptions('drawBoxes', options);
+  if (typeof answer !== 'string' && !Array.isArray(answer)) {
+    throw new MartletError(
+      'ERR_MARTLET_USAGE',
+      `drawBoxes takes the text of an answer or a list of boxes, not ${typeof answer}.`,
+      { field: 'answer' },
+    );
+  }
+  const { output, exifOrientation = true, signal } = options;
   const format = output === undefined ? 'png' : FORMATS[extname(output).toLowerCase()];
   if (format === undefined) {
     throw new MartletError(

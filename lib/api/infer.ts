@@ -1,6 +1,7 @@
 import { MartletError } from '../errors.js';
 import { pickVisionOptions } from '../processing/vision-options.js';
 import { loadModel } from './model.js';
+import { checkOptions } from './options.js';
 import type { GenerateResult, InferBatchOptions, InferOptions, InferQuestion } from './types.js';
 
 /**
@@ -10,16 +11,21 @@ import type { GenerateResult, InferBatchOptions, InferOptions, InferQuestion } f
 export function infer(options: InferBatchOptions): Promise<GenerateResult[]>;
 export function infer(options: InferOptions): Promise<GenerateResult>;
 export async function infer(options: InferOptions | InferBatchOptions): Promise<GenerateResult | GenerateResult[]> {
-  const { model, adapter, device, dtype, quantization, template, system, exifOrientation, ...rest } = options;
+  checkInferOptions(options);
+  const { model, adapter, ...others } = options;
+  const { device, dtype, quantization, template, labels, system, exifOrientation, ...unloaded } = others;
+  const { visionCache, visionCacheSize, normBbox, bboxFormat, ...rest } = unloaded;
   const { signal } = rest;
-  if ('questions' in rest) checkBatchSize(rest.batchSize);
   const loaded = await loadModel(model, {
     device,
     dtype,
     quantization,
     template,
+    labels,
     system,
     exifOrientation,
+    visionCache,
+    visionCacheSize,
     ...pickVisionOptions(options),
     ...(adapter !== undefined && { adapters: { default: adapter } }),
     signal,
@@ -42,6 +48,31 @@ export async function infer(options: InferOptions | InferBatchOptions): Promise<
 }
 
 const DEFAULT_BATCH_SIZE = 8;
+
+/** All of them before a model is loaded. */
+function checkInferOptions(options: InferOptions | InferBatchOptions): void {
+  if (typeof options !== 'object' || options === null || !('questions' in options)) {
+    checkOptions('infer', options);
+    checkText(options);
+    return;
+  }
+  checkOptions('infer with questions', options);
+  if (!Array.isArray(options.questions)) {
+    throw new MartletError('ERR_MARTLET_USAGE', `questions must be a list, not ${typeof options.questions}.`, {
+      field: 'questions',
+    });
+  }
+  for (const question of options.questions) {
+    checkOptions('a question of infer', question);
+    checkText(question);
+  }
+  checkBatchSize(options.batchSize);
+}
+
+function checkText({ text }: InferQuestion): void {
+  if (typeof text === 'string') return;
+  throw new MartletError('ERR_MARTLET_USAGE', `text must be a text, not ${typeof text}.`, { field: 'text' });
+}
 
 function checkBatchSize(size: number | undefined): void {
   if (size === undefined || (Number.isInteger(size) && size >= 1)) return;

@@ -86,10 +86,12 @@ export function trainedElements(config: Config, model: ModelDescription): Traine
   const whole = config.sft_type === 'lora_llm';
   const { target_modules: targets } = config;
   const quantizable = new Set(model.parameters.filter((one) => one.quantizable).map(({ name }) => name));
+  // modules_to_save trains what it names, and all in it, in place of pairs
+  const saved = (path: string) => config.modules_to_save.some((name) => `.${path}.`.includes(`.${name}.`));
   const matches = (path: string, part: 'vision' | 'projector' | 'language') => {
     // of the language model only the head is never quantised, and never gets a pair
     const isHead = part === 'language' && !quantizable.has(`${path}.weight`);
-    if (isHead || (whole ? part !== 'language' : frozen[part])) return false;
+    if (isHead || saved(path) || (whole ? part !== 'language' : frozen[part])) return false;
     if (targets === 'all-linear') return true;
     if (typeof targets === 'string') return new RegExp(`^(?:${targets})$`).test(path);
     return targets.some((name) => name === 'all-linear' || path === name || path.endsWith(`.${name}`));
@@ -97,9 +99,13 @@ export function trainedElements(config: Config, model: ModelDescription): Traine
   const chosen = model.linears.filter(({ path, part }) => matches(path, part));
   return {
     adapters: sum(chosen.map((linear) => config.lora_rank * (linear.in + linear.out))),
-    parameters: whole ? sum(model.parameters.filter(({ part }) => part !== 'language').map(({ numel }) => numel)) : 0,
+    parameters: sum(
+      model.parameters
+        .filter(({ name, part }) => (whole && part !== 'language') || saved(name))
+        .map(({ numel }) => numel),
+    ),
     ranks: config.lora_rank * chosen.filter(({ part }) => part === 'language').length,
-    read: readBy(chosen),
+    read: readBy(model.linears.filter((linear) => chosen.includes(linear) || (saved(linear.path) && linear.reads))),
     head: config.modules_to_save.some((name) => /(^|\.)lm_head$/.test(name)),
   };
 }

@@ -9,6 +9,7 @@ import { visionOptionsToKeys } from '../processing/vision-options.js';
 import { abortedError, throwIfAborted } from './abort.js';
 import { ARGS_FILE, adapterBaseModel, readAdapterArgs } from './adapter-args.js';
 import { changeConfig, DEFAULT_SHARD_SIZE, writeModelFolder } from './model-folder.js';
+import { checkOptions } from './options.js';
 import { parseSize } from './size.js';
 import type { MergeOptions, MergeReport } from './types.js';
 
@@ -20,6 +21,7 @@ import type { MergeOptions, MergeReport } from './types.js';
  */
 export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> {
   const started = performance.now();
+  checkOptions('mergeAdapter', options);
   const { adapter, outputDir, signal, onProgress } = options;
   requireText(adapter, 'adapter');
   requireText(outputDir, 'outputDir');

@@ -7,8 +7,12 @@ import { throwIfAborted } from './abort.js';
 
 export const DEFAULT_SHARD_SIZE = '5GB';
 
-/** Weight files: written anew by a merge or a full save. Everything else in a model folder is kept byte for byte. */
-const WEIGHT_FILE = /\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf)$|\.(safetensors|bin)\.index\.json$/;
+/**
+ * Weight files: written anew by a merge or a full save; and what transformers' Trainer leaves beside them (training_args.bin, optimizer.pt). A .bin of
+ * another name is weights only if an index names it: tokenizers have such files too. Everything else in a model folder is kept byte for byte.
+ */
+const WEIGHT_FILE =
+  /\.(safetensors|pt|pth|h5|msgpack|onnx|gguf)$|^(.*pytorch_model.*|model(-\d+-of-\d+)?|mm_projector|non_lora_trainables|training_args|optimizer|scheduler)\.bin$|\.index\.json$/;
 
 export interface ModelFolder {
   modelDir: string;
@@ -39,13 +43,14 @@ export async function writeModelFolder<T extends { shards: string[] }>(
     }
   }
   await checkOutputDir(outputDir, overwrite === true);
+  const before = await weightFiles(outputDir);
   let written: T | undefined;
   await writeDirAtomic(resolve(outputDir), 'merge', async (dir) => {
     await copyModelFiles(modelDir, dir, signal);
     written = await writeWeights(dir);
     throwIfAborted(signal);
   });
-  await removeStaleWeights(outputDir, (written as unknown as T).shards);
+  await removeStaleWeights(outputDir, before, (written as unknown as T).shards);
   return written as unknown as T;
 }
 
@@ -76,18 +81,34 @@ async function checkOutputDir(outputDir: string, overwrite: boolean): Promise<vo
 }
 
 /** In a folder written over: weights of the model that was there before, which a loader would mix up with the new ones. */
-async function removeStaleWeights(outputDir: string, shards: string[]): Promise<void> {
+async function removeStaleWeights(outputDir: string, before: Set<string>, shards: string[]): Promise<void> {
   const index = shards.length > 1 ? 'model.safetensors.index.json' : '';
-  for (const name of await listDir(outputDir)) {
-    if (WEIGHT_FILE.test(name) && !shards.includes(name) && name !== index) await rm(join(outputDir, name));
+  for (const name of before) {
+    if (!shards.includes(name) && name !== index) await rm(join(outputDir, name), { force: true });
   }
+}
+
+/** By their names, or since an index names them. */
+async function weightFiles(dir: string): Promise<Set<string>> {
+  const names = await listDir(dir);
+  const indexed = new Set<string>();
+  for (const name of names.filter((candidate) => candidate.endsWith('.index.json'))) {
+    try {
+      const { weight_map } = JSON.parse(await readFile(join(dir, name), 'utf8')) as { weight_map?: object };
+      for (const shard of Object.values(weight_map ?? {})) indexed.add(shard as string);
+    } catch {
+      // reading the weights says what is wrong with it
+    }
+  }
+  return new Set(names.filter((name) => WEIGHT_FILE.test(name) || indexed.has(name)));
 }
 
 /** Copies the files of a model folder, weights and hidden files left out, byte for byte. */
 export async function copyModelFiles(modelDir: string, target: string, signal?: AbortSignal): Promise<void> {
+  const weights = await weightFiles(modelDir);
   for (const name of (await readdir(modelDir)).sort()) {
     throwIfAborted(signal);
-    if (WEIGHT_FILE.test(name) || name.startsWith('.')) continue;
+    if (weights.has(name) || name.startsWith('.')) continue;
     const source = join(modelDir, name);
     if (await isDirectory(source)) {
       await makeDir(join(target, name));

@@ -9,6 +9,7 @@ import { type EncodedSample, loadProcessor, type ParsedBox, type Processor } fro
 import { pickVisionOptions } from '../processing/vision-options.js';
 import { abortedError, throwIfAborted } from './abort.js';
 import { readAdapterArgs } from './adapter-args.js';
+import { checkOptions } from './options.js';
 import { JobBuffers } from './samples.js';
 import { TokenText } from './stop-text.js';
 import type {
@@ -33,6 +34,7 @@ const DEFAULT_MAX_NEW_TOKENS = 512;
  * `_OUT_OF_MEMORY`, `_LIBTORCH_NOT_FOUND` or `_ABORTED`; nothing stays allocated then.
  */
 export async function loadModel(dirOrId: string, options: LoadModelOptions = {}): Promise<Model> {
+  checkOptions('loadModel', options);
   const { signal, onProgress } = options;
   throwIfAborted(signal);
   const { quantization = 'none' } = options;
@@ -179,6 +181,7 @@ class LoadedModel implements Model {
   }
 
   async generate(options: GenerateOptions): Promise<GenerateResult> {
+    checkOptions('generate', options);
     const generation = await this.#prepareGeneration(options);
     const stop = stopStrings(options.stop);
     if (stop.length === 0) {
@@ -203,9 +206,17 @@ class LoadedModel implements Model {
 
   async generateBatch(
     requests: Omit<GenerateOptions, 'adapter' | 'signal'>[],
-    { adapter: name, signal, onChunk }: GenerateBatchOptions = {},
+    options: GenerateBatchOptions = {},
   ): Promise<GenerateResult[]> {
     const started = performance.now();
+    if (!Array.isArray(requests)) {
+      throw new MartletError('ERR_MARTLET_USAGE', `generateBatch takes a list of requests, not ${typeof requests}.`, {
+        field: 'requests',
+      });
+    }
+    checkOptions('generateBatch', options);
+    for (const request of requests) checkOptions('a request of generateBatch', request);
+    const { adapter: name, signal, onChunk } = options;
     const adapter = this.#adapter(name);
     if (requests.length === 0) return [];
     const job = new JobBuffers();
@@ -274,6 +285,7 @@ class LoadedModel implements Model {
   }
 
   async *stream(options: GenerateOptions): AsyncGenerator<StreamChunk, undefined> {
+    checkOptions('stream', options);
     const generation = await this.#prepareGeneration(options);
     const text = new TokenText(this.#streamDecoder(options), stopStrings(options.stop));
     const ready: StreamChunk[] = [];
@@ -312,9 +324,11 @@ class LoadedModel implements Model {
   }
 
   async score(options: PromptOptions & { logits?: boolean }): Promise<ScoreResult> {
+    checkOptions('score', options);
     const adapter = this.#adapter(options.adapter);
     const sample = await this.#encode(options, 'train');
     const labels = sample.labels as Int32Array;
+    this.#checkLength(sample.inputIds.length - 1, 'the row');
     const job = new JobBuffers();
     const { result, buffers } = await this.#call(
       'score',
@@ -336,7 +350,15 @@ class LoadedModel implements Model {
   }
 
   async prepare(options: PromptOptions & { for?: 'train' | 'generate' }): Promise<PrepareResult> {
-    const sample = await this.#encode(options, options.for ?? 'generate');
+    checkOptions('prepare', options);
+    const { for: purpose = 'generate' } = options;
+    if (purpose !== 'train' && purpose !== 'generate') {
+      throw new MartletError('ERR_MARTLET_USAGE', `for must be train or generate, not ${String(purpose)}.`, {
+        field: 'for',
+        value: purpose,
+      });
+    }
+    const sample = await this.#encode(options, purpose);
     const job = new JobBuffers();
     const images = sample.images.map((image) => job.image(image));
     const pixels: PrepareResult['pixels'] = {};
@@ -360,10 +382,9 @@ class LoadedModel implements Model {
     return { inputIds: sample.inputIds, ...(sample.labels && { labels: sample.labels }), pixels };
   }
 
-  parseBoxes(
-    answer: string | ArrayLike<number>,
-    { width, height, adapter, ...limits }: Parameters<Model['parseBoxes']>[1],
-  ): ParsedBox[] {
+  parseBoxes(answer: string | ArrayLike<number>, picture: Parameters<Model['parseBoxes']>[1]): ParsedBox[] {
+    checkOptions('model.parseBoxes', picture);
+    const { width, height, adapter, ...limits } = picture;
     const processor = this.#processorOf(adapter);
     const text = typeof answer === 'string' ? answer : processor.decode(answer, { skipSpecialTokens: false });
     return processor.parseBoxes(text, { width, height, vision: pickVisionOptions(limits) });
@@ -432,14 +453,8 @@ class LoadedModel implements Model {
     };
     checkSettings(settings);
     const sample = await this.#encode(options, 'generate');
+    this.#checkLength(sample.inputIds.length, 'the prompt');
     const room = this.#maxPositions - sample.inputIds.length;
-    if (this.#maxPositions > 0 && room <= 0) {
-      throw new MartletError(
-        'ERR_MARTLET_USAGE',
-        `the prompt has ${sample.inputIds.length} tokens (image tokens included), the model takes ${this.#maxPositions}: shorten the text or use fewer images.`,
-        { promptTokens: sample.inputIds.length, maxPositions: this.#maxPositions },
-      );
-    }
     return {
       promptTokens: sample.inputIds.length,
       request: {
@@ -451,13 +466,31 @@ class LoadedModel implements Model {
     };
   }
 
+  /** Positions are left for one more token, or none is needed: `tokens` leaves a row's last one out. */
+  #checkLength(tokens: number, what: 'the prompt' | 'the row'): void {
+    if (this.#maxPositions <= 0 || tokens < this.#maxPositions) return;
+    const promptTokens = what === 'the row' ? tokens + 1 : tokens;
+    throw new MartletError(
+      'ERR_MARTLET_USAGE',
+      `${what} has ${promptTokens} tokens (image tokens included), the model takes ${this.#maxPositions}: shorten the text or use fewer images.`,
+      { promptTokens, maxPositions: this.#maxPositions },
+    );
+  }
+
   async #encode(options: PromptOptions, purpose: 'train' | 'generate'): Promise<EncodedSample> {
     this.#checkOpen();
-    const { messages, images = [], videos, objects, signal } = options;
+    const { messages, id, images = [], videos, objects, signal } = options;
     throwIfAborted(signal);
     try {
       return await this.#processorOf(options.adapter).encode(
-        { messages, images, videos, objects, vision: pickVisionOptions(options) },
+        {
+          messages,
+          ...(id !== undefined && { id: String(id) }),
+          images,
+          videos,
+          objects,
+          vision: pickVisionOptions(options),
+        },
         { for: purpose, signal },
       );
     } catch (error) {

@@ -17,6 +17,7 @@ import {
   USABLE,
 } from './memory-advice.js';
 import { type MemoryEstimate, trainedElements } from './memory-plan.js';
+import { checkOptions } from './options.js';
 import { parseSize } from './size.js';
 import { loadTrainingData } from './train-setup.js';
 
@@ -70,10 +71,13 @@ interface Candidate {
  * fits. The rows of a step stay as many as the config asks for.
  */
 export async function planTraining(input: string | TrainConfigInput, options: PlanOptions = {}): Promise<TrainingPlan> {
+  checkOptions('planTraining', options);
   const notes: string[] = [];
   // a plan needs no data
   const withData =
-    typeof input === 'string' || 'dataset' in input || 'train_dataset' in input ? input : { ...input, dataset: '-' };
+    typeof input !== 'object' || input === null || 'dataset' in input || 'train_dataset' in input
+      ? input
+      : { ...input, dataset: '-' };
   const { config } = await loadTrainConfig(withData, { overrides: options.overrides });
   const modelDir = await localModel(config.model);
   const model = await describeModel(modelDir);

@@ -5,6 +5,7 @@ import type { Dtype, ModelDescription } from '../native/binding.js';
 import { Engine } from '../native/engine.js';
 import { abortedError, throwIfAborted } from './abort.js';
 import { changeConfig, DEFAULT_SHARD_SIZE, writeModelFolder } from './model-folder.js';
+import { checkOptions } from './options.js';
 import { parseSize } from './size.js';
 import type { QuantizeOptions, QuantizeReport } from './types.js';
 
@@ -16,6 +17,7 @@ import type { QuantizeOptions, QuantizeReport } from './types.js';
  */
 export async function quantizeModel(options: QuantizeOptions): Promise<QuantizeReport> {
   const started = performance.now();
+  checkOptions('quantizeModel', options);
   const { outputDir, signal, onProgress, quantization, dtype = 'bfloat16', doubleQuantization = true } = options;
   requireText(outputDir, 'outputDir');
   throwIfAborted(signal);

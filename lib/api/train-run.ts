@@ -6,8 +6,8 @@ export interface RunControl {
   emit(event: TrainEvent): void;
   /** Aborted by the caller's signal or by leaving the event loop. */
   readonly signal: AbortSignal;
-  /** True once stop() was called. */
-  readonly stopRequested: boolean;
+  /** Aborted by stop(): finish the step and save. */
+  readonly stopSignal: AbortSignal;
 }
 
 /** Events kept for a loop that starts late; older ones are let go. */
@@ -58,26 +58,23 @@ class Run implements TrainRun {
   readonly #abort = new AbortController();
   readonly #streams = new Set<EventStream>();
   readonly #history: TrainEvent[] = [];
-  #stopRequested = false;
+  readonly #stop = new AbortController();
   #settled: { error?: unknown } | undefined;
 
   constructor(body: (control: RunControl) => Promise<TrainResult>, signal: AbortSignal | undefined) {
-    const run = this;
     const control: RunControl = {
-      emit: (event) => run.#emit(event),
+      emit: (event) => this.#emit(event),
       signal: signal ? AbortSignal.any([signal, this.#abort.signal]) : this.#abort.signal,
-      get stopRequested() {
-        return run.#stopRequested;
-      },
+      stopSignal: this.#stop.signal,
     };
     this.result = body(control).then(
       (result) => {
-        run.#emit({ type: 'done', ...result });
-        run.#settle({});
+        this.#emit({ type: 'done', ...result });
+        this.#settle({});
         return result;
       },
       (error) => {
-        run.#settle({ error });
+        this.#settle({ error });
         throw error;
       },
     );
@@ -92,7 +89,7 @@ class Run implements TrainRun {
   }
 
   stop(): void {
-    this.#stopRequested = true;
+    this.#stop.abort();
   }
 
   [Symbol.asyncIterator](): AsyncIterator<TrainEvent> {

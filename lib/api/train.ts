@@ -6,6 +6,7 @@ import { loadAddon } from '../native/load.js';
 import { bytes } from '../report/format.js';
 import { abortedError, throwIfAborted } from './abort.js';
 import { warmStartWarnings } from './adapter-args.js';
+import { checkOptions } from './options.js';
 import { checkOutputDir, lockOutputDir } from './output-dir.js';
 import { type RunControl, startRun } from './train-run.js';
 import { loadTrainingData } from './train-setup.js';
@@ -22,11 +23,12 @@ import type { TrainOptions, TrainResult, TrainRun } from './types.js';
 export function trainLoRA(config: string | TrainConfigInput, options: TrainOptions = {}): TrainRun {
   return startRun(async (control) => {
     try {
+      checkOptions('trainLoRA', options);
       return await run(config, options, control);
     } catch (error) {
       throw abortedError(error, control.signal);
     }
-  }, options.signal);
+  }, options?.signal);
 }
 
 async function run(input: string | TrainConfigInput, options: TrainOptions, control: RunControl): Promise<TrainResult> {

@@ -238,7 +238,7 @@ class Trainer {
       }
       if (this.#isDue(config.eval_strategy, config.eval_steps)) await this.#evaluate();
       if (this.#isDue(config.save_strategy, config.save_steps)) await this.#saveCheckpoint();
-      stopped = this.#control.stopRequested && this.#step < schedule.totalSteps;
+      stopped = this.#stopped && this.#step < schedule.totalSteps;
       stoppedEarly = config.early_stop_interval !== null && this.#evaluationsWithoutGain >= config.early_stop_interval;
     }
     if (stoppedEarly) {
@@ -523,6 +523,12 @@ class Trainer {
     this.#mark = { tokens: this.#tokens, time: now, dataWait: this.#dataWait };
   }
 
+  /** Whether stop() was called. */
+  get #stopped(): boolean {
+    return this.#control.stopSignal.aborted;
+  }
+
+  /** A stop leaves it after the batch that is computed: the step before it is what gets saved. */
   async #evaluate(): Promise<void> {
     const { data, evalSchedule } = this.#setup;
     if (!evalSchedule) return;
@@ -531,7 +537,7 @@ class Trainer {
     const prefetcher = this.#prefetch(rows, evalSchedule.from(1));
     const sum = { loss: 0, labelled: 0, correct: 0 };
     const notFinite: string[] = [];
-    for (let loaded = await prefetcher.next(); loaded; loaded = await prefetcher.next()) {
+    for (let loaded = await prefetcher.next(); loaded && !this.#stopped; loaded = await prefetcher.next()) {
       if (loaded.microBatches.length === 0) continue;
       for (const { result, batch } of await this.#evaluateBatch(loaded.microBatches.flat(), rows)) {
         if (!Number.isFinite(result.loss)) notFinite.push(...batch.map(({ row }) => rowName(rows[row] as Row)));
@@ -541,13 +547,18 @@ class Trainer {
       }
     }
     const result = { loss: sum.loss / sum.labelled, labelledTokens: sum.labelled, correctTokens: sum.correct };
-    if (notFinite.length > 0) {
+    if (notFinite.length > 0 && !this.#stopped) {
       await this.#warn(
         `evaluation at step ${this.#step}: the loss is not finite in ${notFinite.slice(0, SHOWN_ROWS).join(', ')}${notFinite.length > SHOWN_ROWS ? ` and ${notFinite.length - SHOWN_ROWS} more rows` : ''}. Use torch_dtype: bfloat16 or float32, or correct the rows.`,
         { step: this.#step, rows: notFinite },
       );
     }
-    const answers = this.#setup.config.predict_with_generate ? await this.#answerRows(rows) : undefined;
+    const answers =
+      this.#setup.config.predict_with_generate && !this.#stopped ? await this.#answerRows(rows) : undefined;
+    if (this.#stopped) {
+      await this.#warn(`evaluation at step ${this.#step}: left, since the run is being stopped.`, { step: this.#step });
+      return;
+    }
     await this.#judge(result, answers);
     const now = performance.now();
     await this.#emit({
@@ -608,10 +619,13 @@ class Trainer {
     return than === undefined || (this.#setup.config.metric_for_best_model === 'loss' ? metric < than : metric > than);
   }
 
-  /** Answers every evaluation row greedily with the weights as they are, per_device_eval_batch_size at once; `predict.jsonl` holds the answers of the last evaluation. */
-  async #answerRows(rows: Row[]): Promise<TextScores> {
+  /**
+   * Answers every evaluation row greedily with the weights as they are, per_device_eval_batch_size at once; `predict.jsonl` holds the answers of the
+   * last evaluation. Undefined when stop() ends it.
+   */
+  async #answerRows(rows: Row[]): Promise<TextScores | undefined> {
     const { config, data, outputDir } = this.#setup;
-    const { signal } = this.#control;
+    const { signal, stopSignal } = this.#control;
     const lines: { id?: string; row: string; answer: string; reference: string }[] = [];
     // a row that was split is asked once, whole
     const whole = rows.filter(({ source, piece }, i) => piece === undefined || rows[i - 1]?.source !== source);
@@ -637,11 +651,13 @@ class Trainer {
           stopTokenIds: data.processor.stopTokenIds,
         });
       }
-      const { result, buffers } = await this.#engine.call(
-        'generate.batch',
-        { requests, trained: true },
-        { buffers: job.buffers, signal },
-      );
+      const left = new Uint8Array(requests.length);
+      const leave = () => left.fill(1);
+      stopSignal.addEventListener('abort', leave, { once: true });
+      const { result, buffers } = await this.#engine
+        .call('generate.batch', { requests, trained: true, left: job.add(left) }, { buffers: job.buffers, signal })
+        .finally(() => stopSignal.removeEventListener('abort', leave));
+      if (this.#stopped) return undefined;
       for (const [i, row] of group.entries()) {
         const { tokenIds } = result.answers[i] as (typeof result.answers)[0];
         const last = row.messages.at(-1) as Row['messages'][0];

@@ -43,6 +43,8 @@ export interface LoadModelOptions extends VisionOptions {
 /** Pixel limits and the like are those of this call alone, and win over the model's. */
 export interface PromptOptions extends Omit<VisionOptions, 'normBbox' | 'bboxFormat'> {
   messages: ChatMessage[];
+  /** Of the row, so that rows of data can be given as they are: errors name it. */
+  id?: string | number;
   /** In the order of the `<image>` marks. Defaults to none. */
   images?: ImageSource[];
   /** In the order of the `<video>` marks, each a list of frames. Defaults to none. */
@@ -337,7 +339,7 @@ export interface InferQuestion {
 
 export interface InferOptions
   extends Omit<LoadModelOptions, 'adapters' | 'onProgress'>,
-    Omit<GenerateOptions, 'messages' | 'images' | 'videos' | 'adapter'>,
+    Omit<GenerateOptions, 'messages' | 'id' | 'images' | 'videos' | 'adapter'>,
     InferQuestion {
   model: string;
   adapter?: string;

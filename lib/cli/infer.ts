@@ -15,7 +15,15 @@ import type {
   VideoSource,
 } from '../api/types.js';
 import { trainConfigSchema } from '../config/schema.js';
-import { parseImages, parseMessage, parseObjects, parseVideos, parseVision, RowError } from '../data/rows.js';
+import {
+  parseImages,
+  parseMessage,
+  parseObjects,
+  parseVideos,
+  parseVision,
+  placeUnmarked,
+  RowError,
+} from '../data/rows.js';
 import { MartletError } from '../errors.js';
 import { exists, ioError, isDirectory, listDir } from '../files.js';
 import {
@@ -305,7 +313,8 @@ function toQuestion(item: unknown, where: string): Question {
     const system: ChatMessage[] =
       typeof row.system === 'string' && row.system !== '' ? [{ role: 'system', content: row.system }] : [];
     if (Array.isArray(row.messages)) {
-      const messages = row.messages.flatMap((message, i) => parseMessage(message, `messages.${i}`));
+      const written = row.messages.flatMap((message, i) => parseMessage(message, `messages.${i}`));
+      const messages = placeUnmarked(placeUnmarked(written, 'image', images.length), 'video', videos.length);
       // The right answer, which the model is not to see.
       const reference = messages.at(-1)?.role === 'assistant' ? messages.pop()?.content : undefined;
       return {
@@ -322,6 +331,11 @@ function toQuestion(item: unknown, where: string): Question {
   }
 }
 
+/** Without the right answer. */
+function asked({ reference: _, ...question }: Question): Omit<Question, 'reference'> {
+  return question;
+}
+
 function outcome({ text, tokenIds, finishReason, usage }: GenerateResult) {
   return { text, tokenIds: Array.from(tokenIds), finishReason, usage };
 }
@@ -336,11 +350,11 @@ async function answer(
   io: CliIo,
 ): Promise<number> {
   if (options.flag('stream')) {
-    for await (const { text } of model.stream({ ...settings, ...question })) io.stdout.write(text);
+    for await (const { text } of model.stream({ ...settings, ...asked(question) })) io.stdout.write(text);
     io.stdout.write('\n');
     return 0;
   }
-  const result = await model.generate({ ...settings, ...question });
+  const result = await model.generate({ ...settings, ...asked(question) });
   if (options.flag('json')) printJson(io, outcome(result));
   else io.stdout.write(`${result.text}\n`);
   return 0;
@@ -406,7 +420,7 @@ async function answers(model: Model, items: Item[], settings: Settings): Promise
   if (good.length > 1) {
     const all = await orError(
       model.generateBatch(
-        good.map((question) => ({ ...generation, ...question })),
+        good.map((question) => ({ ...generation, ...asked(question) })),
         { signal },
       ),
     );
@@ -419,7 +433,7 @@ async function answers(model: Model, items: Item[], settings: Settings): Promise
   const results: (GenerateResult | MartletError)[] = [];
   for (const { question } of items) {
     results.push(
-      question instanceof MartletError ? question : await orError(model.generate({ ...settings, ...question })),
+      question instanceof MartletError ? question : await orError(model.generate({ ...settings, ...asked(question) })),
     );
   }
   return results;

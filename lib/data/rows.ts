@@ -330,27 +330,30 @@ function refuseUnknown([key]: string[], field: string, known: string[]): void {
 
 /** As ms-swift: pictures without any mark go before the first question; any other mismatch is an error. Literal marks count. */
 function placeMedia(messages: ChatMessage[], kind: 'image' | 'video', given: number): ChatMessage[] {
-  const mark = `<${kind}>`;
-  const parts = messages.flatMap(({ content }) =>
-    typeof content === 'string' ? [] : content.filter((part) => part.type === kind),
-  );
-  const own = parts.filter((part) => (part as Record<string, unknown>)[kind] !== undefined).length;
-  const marks = messages.reduce(
-    (sum, { content }) => sum + (typeof content === 'string' ? content.split(mark).length - 1 : 0),
-    0,
-  );
-  const open = marks + parts.length - own;
-  if (open === given) return messages;
-  if (open === 0) {
-    const first = messages.findIndex(({ role }) => role === 'user');
-    return messages.map((message, i) => {
-      if (i !== first) return message;
-      const content =
-        typeof message.content === 'string'
-          ? `${mark}\n`.repeat(given) + message.content
-          : [...Array.from({ length: given }, () => ({ type: kind })), ...message.content];
-      return { ...message, content };
-    });
-  }
-  throw new RowError(`${open} ${mark} mark(s) but ${given} ${kind}(s): each mark needs one ${kind}`, `${kind}s`);
+  const open = openMarks(messages, kind);
+  if (open === given || open === 0) return placeUnmarked(messages, kind, given);
+  throw new RowError(`${open} <${kind}> mark(s) but ${given} ${kind}(s): each mark needs one ${kind}`, `${kind}s`);
+}
+
+/** Marks and content parts that wait for a listed picture or video. */
+function openMarks(messages: ChatMessage[], kind: 'image' | 'video'): number {
+  const open = ({ content }: ChatMessage): number =>
+    typeof content === 'string'
+      ? content.split(`<${kind}>`).length - 1
+      : content.filter((part) => part.type === kind && (part as Record<string, unknown>)[kind] === undefined).length;
+  return messages.reduce((sum, message) => sum + open(message), 0);
+}
+
+/** Pictures (or videos) that no message marks go before the first question; messages with marks stay as they are. */
+export function placeUnmarked(messages: ChatMessage[], kind: 'image' | 'video', given: number): ChatMessage[] {
+  if (given === 0 || openMarks(messages, kind) > 0) return messages;
+  const first = messages.findIndex(({ role }) => role === 'user');
+  return messages.map((message, i) => {
+    if (i !== first) return message;
+    const content =
+      typeof message.content === 'string'
+        ? `<${kind}>\n`.repeat(given) + message.content
+        : [...Array.from({ length: given }, () => ({ type: kind })), ...message.content];
+    return { ...message, content };
+  });
 }

@@ -8,7 +8,7 @@ import { MartletError } from '../errors.js';
 import type { ImagePlan } from '../native/binding.js';
 import { createProcessor, type MediaPlan } from './base.js';
 import { gpt2Definition } from './gpt2.js';
-import { readJsonFile } from './json.js';
+import { readJsonFile, requireImageProcessor } from './json.js';
 import { CLIP_MEAN, CLIP_STD } from './qwen_vl_common.js';
 import { readSentencePiece, t5Definition } from './sentencepiece.js';
 import { type EncodedText, IMAGE_MARK, type Segment, type SegmentRenderer } from './template.js';
@@ -231,6 +231,7 @@ async function imagePlan(modelDir: string, { queryTokens, imageSize }: Settings)
   const processor = await optional('processor_config.json');
   const own = await optional('preprocessor_config.json');
   const file = Object.keys(own).length > 0 ? own : ((processor.image_processor ?? {}) as Json);
+  requireImageProcessor(modelDir, file);
   const refuse = (what: string, key: string) =>
     new MartletError('ERR_MARTLET_UNSUPPORTED_MODEL', `The processor configuration of ${modelDir}: ${what}.`, {
       path: modelDir,

@@ -3,7 +3,7 @@ import { join } from 'node:path';
 import { MartletError } from '../errors.js';
 import type { ImagePlan } from '../native/binding.js';
 import { createProcessor } from './base.js';
-import { readJsonFile } from './json.js';
+import { readJsonFile, requireImageProcessor } from './json.js';
 import { contentText, encodeSegments, IMAGE_MARK, jinjaRenderer, type SegmentRenderer } from './template.js';
 import { requireChatTemplate, Tokenizer } from './tokenizer.js';
 import type { Processor, ProcessorOptions } from './types.js';
@@ -110,6 +110,7 @@ async function imageSettings(modelDir: string, config: Json): Promise<ImageSetti
     optional,
   );
   const preprocessor = Object.keys(own).length > 0 ? own : ((processor.image_processor as Json | undefined) ?? {});
+  requireImageProcessor(modelDir, preprocessor);
   const vision = (config.vision_config ?? {}) as Json;
   const size = (preprocessor.size ?? 224) as number | { shortest_edge?: number; height?: number; width?: number };
   const crop = (preprocessor.crop_size ?? 224) as number | { height: number; width: number };

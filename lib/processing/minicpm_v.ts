@@ -6,7 +6,7 @@ import { join } from 'node:path';
 import { MartletError } from '../errors.js';
 import type { ImagePlan } from '../native/binding.js';
 import { createProcessor, type MediaPlan, type MediaSize } from './base.js';
-import { readJsonFile } from './json.js';
+import { readJsonFile, requireImageProcessor } from './json.js';
 import { type SliceOptions, type Slicing, slicePicture } from './slicing.js';
 import {
   contentText,
@@ -224,7 +224,11 @@ function checkVersion(modelDir: string, config: Json): string {
 
 function miniCpmVersion(config: Json): string {
   if (config.model_type === 'minicpmv4_6') return '4.6';
-  if (config.version !== undefined && config.version !== null) return Number(config.version).toFixed(1);
+  const { version } = config;
+  if (version !== undefined && version !== null) {
+    const number = typeof version === 'boolean' || version === '' ? Number.NaN : Number(version);
+    return Number.isFinite(number) ? number.toFixed(1) : JSON.stringify(version);
+  }
   if (typeof config.vision_encoder === 'string') return '2.0';
   if (config.query_num === 96) return '2.5';
   return config.head_dim === undefined ? '2.6' : '4.5';
@@ -237,6 +241,7 @@ async function sliceSettings(modelDir: string, config: Json): Promise<Settings> 
     'Download it with the checkpoint.',
     { optional: true },
   );
+  requireImageProcessor(modelDir, file);
   const slices = (config.slice_config ?? {}) as Json;
   const refuse = (key: string, message: string) =>
     new MartletError('ERR_MARTLET_UNSUPPORTED_MODEL', `The preprocessor configuration of ${modelDir}: ${message}.`, {

@@ -4,7 +4,7 @@ import { MartletError } from '../errors.js';
 import type { ImagePlan } from '../native/binding.js';
 import { createProcessor, type MediaPlan, type MediaSize } from './base.js';
 import { BOX_FORMATS } from './grounding.js';
-import { readJsonFile } from './json.js';
+import { readJsonFile, requireImageProcessor } from './json.js';
 import { type PixelLimits, type Size, smartResize } from './smart-resize.js';
 import {
   contentText,
@@ -314,6 +314,7 @@ async function visionSettings(
   const present = (...files: unknown[]) =>
     files.find((file) => file && Object.keys(file).length > 0) as Json | undefined;
   const imageFile = present(processor?.image_processor, image);
+  requireImageProcessor(modelDir, imageFile ?? {});
   const videoFile = present(processor?.video_processor, video, image);
   const visionConfig = (config.vision_config ?? {}) as Json;
   const settings = (file: Json, defaults: ProcessorDefaults) => partSettings(file, defaults, visionConfig, modelDir);

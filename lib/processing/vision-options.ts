@@ -234,12 +234,13 @@ function misspelt(variable: string): string | undefined {
   const long = [...ENV_NAMES, ...WITHOUT_EFFECT].filter((name) => name.length >= 8);
   const near = nearest(variable, long, 2);
   if (near !== undefined) return near;
-  // IMAGE_MAX_PIXELS, MAX_IMAGE_PIXELS, IMAGAE_MAX_PIXELS, VIDEO_MAX_TOKENS: too far for a distance, too close for another meaning
-  if (!/^(IMAG|VID|MAX_|MIN_)/i.test(variable) || !/(MAX|MIN|TOTAL)/i.test(variable)) return undefined;
+  // IMAGE_MAX_PIXELS, MAX_IMAGE_PIXELS, IMAGAE_MAX_PIXELS, MAX_VIDEO_TOKENS, TOTAL_PIXELS: too far for a distance, too close for another meaning
+  if (!/^(IMAG|VID|MAX_|MIN_|TOTAL_)/i.test(variable) || !/(MAX|MIN|TOTAL)/i.test(variable)) return undefined;
   const side = /MIN/i.test(variable) ? 'MIN' : 'MAX';
   const video = /VID/i.test(variable);
+  if (/TOTAL/i.test(variable) && (video || /PIXE?L|PIXLE/i.test(variable))) return 'VIDEO_TOTAL_PIXELS';
   if (/PIXE?L|PIXLE/i.test(variable)) return `${video ? 'VIDEO_' : ''}${side}_PIXELS`;
-  if (/^(IMAG|VID)\w*TOKEN/i.test(variable)) return `${video ? 'VIDEO' : 'IMAGE'}_${side}_TOKEN_NUM`;
+  if (/(IMAG|VID)/i.test(variable) && /TOKEN/i.test(variable)) return `${video ? 'VIDEO' : 'IMAGE'}_${side}_TOKEN_NUM`;
   return undefined;
 }
 

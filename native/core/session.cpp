@@ -240,7 +240,7 @@ json Session::Impl::load(const json& args, JobContext& job) {
     const auto it = stored.find(name);
     return it == stored.end() ? at::Tensor() : checkpoint.tensor(it->second);
   };
-  auto fresh = family->create(config, weights);
+  auto fresh = create_model(*family, config, model_dir, weights);
 
   const std::string wanted = args.at("dtype").get<std::string>();
   std::set<std::string> used;
@@ -356,7 +356,8 @@ json Session::Impl::score(const Args& args, Reply& reply, JobContext& job) {
   FeatureCache* cache = cache_for(args.values, /*train=*/false);
   const Sample sample = parse_sample(args.values.at("sample"), args, loaded().info(), cache);
   const PackedBatch batch = pack({&sample}, loaded(), device);
-  if (batch.labelled == 0) fail(code::kConfig, "No token is labelled: score needs an assistant message.");
+  if (batch.labelled == 0)
+    fail(code::kUsage, "No token is labelled: score needs an assistant message.", {{"field", "messages"}});
   const LanguageModel& language_model = model->language_model();
   const ForwardOptions forward = {.job = &job};
   const DecoderInput input = embed(*model, batch, forward, /*vision_needs_grad=*/false, cache);

@@ -53,6 +53,29 @@ const Q_PROJ = 'model.language_model.layers.0.self_attn.q_proj.weight';
 
 const brokenModels: [string, string, (dir: string) => void, (dir: string) => Wanted][] = [
   [
+    'positions of a kind that the family does not have',
+    SINGLE,
+    (dir) =>
+      editJson(join(dir, 'config.json'), (config) => {
+        config.text_config.rope_parameters = { rope_theta: 10000, rope_type: 'linear', factor: 2 };
+      }),
+    (dir) => ({
+      code: 'ERR_MARTLET_UNSUPPORTED_MODEL',
+      says: [new RegExp(`^${join(dir, 'config.json')}: rope_type "linear"`), /supported: default/],
+      details: { path: join(dir, 'config.json'), field: 'rope_type', found: 'linear' },
+    }),
+  ],
+  [
+    'no file that says how pictures are prepared',
+    MODEL,
+    (dir) => rmSync(join(dir, 'preprocessor_config.json')),
+    (dir) => ({
+      code: 'ERR_MARTLET_MODEL_NOT_FOUND',
+      says: [new RegExp(join(dir, 'preprocessor_config.json')), /is missing/, /copy it from the base model/],
+      details: { path: join(dir, 'preprocessor_config.json') },
+    }),
+  ],
+  [
     'a weight file cut short',
     MODEL,
     (dir) => truncateSync(join(dir, 'model-00002-of-00002.safetensors'), 300_000),

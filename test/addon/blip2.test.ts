@@ -405,7 +405,7 @@ for (const form of BLIP2_FORMS) {
           const long = 'many words '.repeat(60);
           await withModel(blip2Dir(form, 'model-new'), async (model) => {
             const row = { messages: turns(`<image>${long}`, 'A cat.'), images: [picture] };
-            await refused(() => model.score(row), 'ERR_MARTLET_CONFIG', /623 tokens .* 96 positions/);
+            await refused(() => model.score(row), 'ERR_MARTLET_USAGE', /623 tokens .*the model takes 96/);
             const question = { messages: row.messages.slice(0, 1), images: row.images };
             const error = await refused(() => model.generate(question), 'ERR_MARTLET_USAGE', /the model takes 96/);
             assert.equal(error.details.maxPositions, 96);

@@ -99,6 +99,28 @@ test('infer: --image and --text, --multi_modal_inputs, --json, --stream', async 
   assert.deepEqual(JSON.parse(adapted.stdout).tokenIds, expectedJson.adapterGreedy.single);
 });
 
+test('infer --input: pictures that no message marks go before the first question, as in a row of training data', async () => {
+  const file = join(root, 'unmarked.jsonl');
+  const user = (content: unknown) => [{ role: 'user', content }];
+  const lines = [
+    { image: IMAGE, text: TEXT },
+    { image: IMAGE, messages: user(`<image>\n${TEXT}`) },
+    { image: IMAGE, messages: user(TEXT) },
+    { images: [IMAGE], system: 'Be brief.', messages: user(TEXT) },
+    { images: [IMAGE, IMAGE], messages: user(`<image>\n${TEXT}`) },
+  ];
+  await writeFile(file, lines.map((line) => JSON.stringify(line)).join('\n'));
+  const { code, stdout } = await cli(['infer', '--model', MODEL, ...GREEDY, '--input', file]);
+  assert.equal(code, 1);
+  const items = jsonLines(stdout) as unknown as { tokenIds?: number[]; error?: { code: string; message: string } }[];
+  assert.deepEqual(items[0]?.tokenIds, expectedJson.greedy.single);
+  assert.deepEqual(items[1]?.tokenIds, items[0]?.tokenIds);
+  assert.deepEqual(items[2]?.tokenIds, items[0]?.tokenIds);
+  assert.ok(items[3]?.tokenIds, JSON.stringify(items[3]));
+  assert.equal(items[4]?.error?.code, 'ERR_MARTLET_IMAGE');
+  assert.match(items[4]?.error?.message ?? '', /2 picture\(s\) were given, but the messages mark 1/);
+});
+
 test('infer --input: one line an item, a failing item does not stop the others, exit code 1; the same with several at once', async () => {
   const file = join(root, 'questions.jsonl');
   await cp(IMAGE, join(root, 'beside.png'));

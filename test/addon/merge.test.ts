@@ -20,6 +20,40 @@ const row = () => {
   return { messages, images: images.map((image) => join(llava, 'images', image)) };
 };
 
+test("files that are no weights are kept whatever their ending; weights and a trainer's state are not", async () => {
+  const base = join(root, 'endings');
+  await cp(MODEL, base, { recursive: true });
+  const kept = ['vocab.bin', 'tokenizer.bin', 'assets/table.bin'];
+  const dropped = [
+    'pytorch_model.bin',
+    'pytorch_model-00001-of-00002.bin',
+    'open_clip_pytorch_model.bin',
+    'training_args.bin',
+    'optimizer.pt',
+    'rng_state.pth',
+    'old/part-a.bin',
+  ];
+  await mkdir(join(base, 'assets'));
+  await mkdir(join(base, 'old'));
+  for (const name of [...kept, ...dropped]) await writeFile(join(base, name), name);
+  await writeFile(join(base, 'old', 'weights.bin.index.json'), '{"weight_map": {"a.weight": "part-a.bin"}}');
+  const outputDir = join(root, 'kept');
+  await mergeAdapter({ model: base, adapter: ADAPTER, outputDir });
+  const names = await readdir(outputDir, { recursive: true });
+  for (const name of kept) assert.equal(await readFile(join(outputDir, name), 'utf8'), name);
+  for (const name of [...dropped, 'old/weights.bin.index.json']) assert.ok(!names.includes(name), name);
+
+  // in a folder that is written over: no weights of the model before, every other file
+  await writeFile(join(outputDir, 'pytorch_model.bin'), 'of before');
+  await writeFile(join(outputDir, 'shard-x.bin'), 'of before');
+  await writeFile(join(outputDir, 'pytorch_model.bin.index.json'), '{"weight_map": {"a.weight": "shard-x.bin"}}');
+  await mergeAdapter({ model: base, adapter: ADAPTER, outputDir, overwrite: true });
+  const left = await readdir(outputDir);
+  for (const name of ['pytorch_model.bin', 'shard-x.bin', 'pytorch_model.bin.index.json'])
+    assert.ok(!left.includes(name), name);
+  for (const name of ['vocab.bin', 'tokenizer.bin']) assert.ok(left.includes(name), name);
+});
+
 test('a merged model answers as base and adapter do, and keeps every other file byte for byte', async () => {
   const base = join(root, 'base');
   await cp(MODEL, base, { recursive: true });

@@ -10,7 +10,7 @@ import { planTraining } from '../../lib/index.js';
 import { cli } from '../support/cli.js';
 import { engineFixtures } from '../support/engine-fixtures.js';
 import { projectRoot } from '../support/fixtures.js';
-import { smallConfig } from '../support/train.js';
+import { smallConfig, train } from '../support/train.js';
 
 const LLAVA_7B = join(engineFixtures, 'llava-1.5-7b');
 const GIB = 2 ** 30;
@@ -114,6 +114,18 @@ test('the head gets no pair, whatever its name', async () => {
   const model = join(projectRoot, 'test/fixtures/minicpm_v_4_5/model'); // llm.lm_head
   const plan = await planTraining({ model, lora_rank: 4, max_length: 64 }, { gpu: '1GB' });
   assert.equal(plan.trainableParams, 14_080, 'as many as a run of it counts');
+});
+
+test('modules_to_save counts whole modules, which get no pairs', async () => {
+  for (const modules_to_save of [['lm_head'], ['v_proj', 'lm_head'], ['layers.1']]) {
+    const changes = { modules_to_save, target_modules: ['q_proj', 'v_proj'], max_steps: 1, save_strategy: 'no' };
+    const dir = join(root, `saved ${modules_to_save}`);
+    await mkdir(dir);
+    const config = smallConfig(dir, changes);
+    const plan = await planTraining(config, { gpu: '8GB' });
+    const { result } = await train(config);
+    assert.equal(plan.trainableParams, result.trainableParams, modules_to_save.join());
+  }
 });
 
 test('the rows of the data are measured', async () => {

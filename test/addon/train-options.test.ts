@@ -214,6 +214,42 @@ describe('what is trained', () => {
     assert.equal(adapterConfig(biased).bias, 'lora_only');
   });
 
+  test('modules_to_save wins over target_modules, as in PEFT', async () => {
+    const dir = await folder();
+    const { events } = await train(
+      smallConfig(dir, {
+        ...fast,
+        modules_to_save: ['v_proj', 'layers.1.self_attn'],
+        target_modules: ['q_proj', 'v_proj'],
+      }),
+    );
+    assert.equal(start(events).targets, 2, 'q_proj of the language model in the layers 0 and 2');
+    assert.match(warnings(events), /target_modules match 5 module\(s\) of modules_to_save \(v_proj\).*as in PEFT/);
+    assert.match(warnings(events), /target_modules match 2 module\(s\) of modules_to_save \(layers\.1\.self_attn\)/);
+    const keys = keysOf(dir);
+    assert.ok(keys.some((key) => key.endsWith('layers.0.self_attn.v_proj.weight')));
+    assert.ok(keys.some((key) => key.endsWith('layers.1.self_attn.k_proj.weight')));
+    assert.ok(!keys.some((key) => /(v_proj|layers\.1\.self_attn\.\w+)\.lora_/.test(key)));
+    const model = await loadModel(MODEL, { device: 'cpu', adapters: { a: join(dir, 'out') } });
+    await model.dispose();
+
+    await assert.rejects(
+      train(smallConfig(await folder(), { ...fast, modules_to_save: ['v_proj'], target_modules: ['v_proj'] })),
+      { code: 'ERR_MARTLET_CONFIG', message: /did match are trained as a whole, by modules_to_save \(v_proj\)/ },
+    );
+    await assert.rejects(
+      train(
+        smallConfig(await folder(), {
+          ...fast,
+          sft_type: 'qlora',
+          modules_to_save: ['v_proj'],
+          target_modules: ['q_proj', 'v_proj'],
+        }),
+      ),
+      { code: 'ERR_MARTLET_CONFIG', message: /v_proj\.weight is quantised.*Use lora instead/ },
+    );
+  });
+
   test('lora_llm: adapters on the language model, vision tower and projector in full, each with its rate', async () => {
     const dir = await folder();
     const { events } = await train(smallConfig(dir, { ...fast, sft_type: 'lora_llm', vit_lr: 1e-5, aligner_lr: 1e-4 }));
@@ -334,6 +370,21 @@ describe('what is trained', () => {
       /lora_rank, use_dora, target_modules, modules_to_save: without effect/,
     );
     assert.doesNotMatch(await warm({ target_modules: 'all-linear' }), /without effect/);
+    assert.match(
+      await warm({ freeze_llm: true, freeze_vit: false }),
+      /freeze_llm: true is without effect: the adapter in .* holds 21 pair\(s\) of the language model \(.*, …\)/,
+    );
+
+    const eyes = await folder();
+    await train(
+      smallConfig(eyes, { ...fast, max_steps: 1, freeze_vit: false, target_modules: '.*vision_tower.*q_proj' }),
+    );
+    const seen = await train(smallConfig(await folder(), { ...fast, max_steps: 1, adapters: join(eyes, 'out') }));
+    assert.ok(start(seen.events).parts.vision > 0);
+    assert.match(
+      warnings(seen.events),
+      /freeze_vit: true is without effect: .* holds \d+ pair\(s\) of the vision tower/,
+    );
   });
 
   test('lora_target: all means all-linear; a list beside it wins, as in the tutorial', async () => {

@@ -186,6 +186,41 @@ test('stop() finishes the step, saves, resolves; the run can be continued to the
   assert.equal(adapterOf(join(dir, 'out')), adapterOf(join(whole, 'out')));
 });
 
+for (const predict_with_generate of [false, true]) {
+  test(`stop() in an evaluation leaves it and saves${predict_with_generate ? ', also while answers are generated' : ''}`, async () => {
+    const dir = await folder();
+    const config = smallConfig(dir, {
+      max_steps: 6,
+      save_strategy: 'no',
+      eval_strategy: 'steps',
+      eval_steps: 2,
+      per_device_eval_batch_size: 1,
+      predict_with_generate,
+      max_new_tokens: 300,
+    });
+    const rows = JSON.parse(readFileSync(config.dataset as string, 'utf8'));
+    const val_dataset = join(dir, 'val.json');
+    writeFileSync(val_dataset, JSON.stringify(predict_with_generate ? rows : new Array(50).fill(rows).flat()));
+    const run = trainLoRA({ ...config, val_dataset });
+    const events: TrainEvent[] = [];
+    for await (const event of run) {
+      events.push(event);
+      // in the middle of the answers, which take seconds; before them the evaluation is left all the same
+      if (event.type === 'step' && event.step === 2) setTimeout(() => run.stop(), predict_with_generate ? 500 : 20);
+    }
+    const { stopped, steps } = await run;
+    assert.deepEqual([stopped, steps], [true, 2]);
+    assert.deepEqual(
+      events.filter(({ type }) => type === 'eval'),
+      [],
+    );
+    assert.ok(events.some((event) => event.type === 'warning' && /evaluation at step 2: left/.test(event.message)));
+    assert.ok(existsSync(join(dir, 'out', 'checkpoint-2', 'optimizer.safetensors')));
+    assert.ok(!existsSync(join(dir, 'out', 'predict.jsonl')));
+    assert.equal(adapterOf(join(dir, 'out')), adapterOf(join(dir, 'out', 'checkpoint-2')));
+  });
+}
+
 test('an abort rejects with its reason, ends at once, leaves nothing half-written, and keeps the checkpoints', async () => {
   const dir = await folder();
   const abort = new AbortController();

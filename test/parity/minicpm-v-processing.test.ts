@@ -163,6 +163,9 @@ describe('what is refused', () => {
       [{ version: 2.0 }, '2.0'],
       [{ version: 2.5 }, '2.5'],
       [{ version: '4.0' }, '4.0'],
+      [{ version: 'two' }, '"two"'],
+      [{ version: '' }, '""'],
+      [{ version: [2, 6] }, '[2,6]'],
       [{ model_type: 'minicpmv4_6' }, '4.6'],
       [{ version: undefined, vision_encoder: 'vit_so400m' }, '2.0'],
       [{ version: null, query_num: 96 }, '2.5'],
@@ -177,6 +180,7 @@ describe('what is refused', () => {
       await assert.rejects(load({}, dir), (error: Error & { code: string; details: Record<string, unknown> }) => {
         assert.equal(error.code, 'ERR_MARTLET_UNSUPPORTED_MODEL');
         assert.equal(error.details.version, version);
+        assert.ok(error.message.includes(`of MiniCPM-V ${version}, which`), error.message);
         assert.match(error.message, /Supported: 2\.6 and 4\.5/);
         return true;
       });

@@ -261,6 +261,14 @@ test('defaults that depend on other keys', () => {
   assert.equal(resolved('strict: false\n').on_bad_row, 'skip');
 });
 
+test('packing needs the tokens of a packed row', () => {
+  for (const keys of ['packing: true', 'packing: true\nmax_length: null\npacking_length: null']) {
+    assert.match(problems(`${BASE}${keys}\n`)[0] as string, /packing: true needs packing_length or max_length/);
+  }
+  assert.equal(resolved('packing: true\nmax_length: 512\n').packing, true);
+  assert.equal(resolved('packing: true\npacking_length: 512\n').packing, true);
+});
+
 test('args.yaml is a config file that gives the same config again', () => {
   const { config } = parse(`${BASE}system: "no"\nexperiment_name: "1e5"\nlearning_rate: 1e-7\nadapters: a\n`);
   assert.deepEqual(parse(configToYaml(config)).config, config);

@@ -26,12 +26,12 @@ function ticking(count: number) {
   const seen = { steps: 0, cleanedUp: false };
   const body = async (control: RunControl) => {
     try {
-      while (seen.steps < count && !control.stopRequested) {
+      while (seen.steps < count && !control.stopSignal.aborted) {
         await sleep(2);
         control.signal.throwIfAborted();
         control.emit(warning(String(++seen.steps)));
       }
-      return { ...RESULT, steps: seen.steps, stopped: control.stopRequested };
+      return { ...RESULT, steps: seen.steps, stopped: control.stopSignal.aborted };
     } finally {
       await sleep(5);
       seen.cleanedUp = true;

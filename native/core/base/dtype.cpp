@@ -8,7 +8,7 @@ at::ScalarType parse_dtype(const std::string& name) {
   if (name == "float32") return at::kFloat;
   if (name == "bfloat16") return at::kBFloat16;
   if (name == "float16") return at::kHalf;
-  fail(code::kConfig, "dtype \"" + name + "\" is not known; use auto, float32, bfloat16 or float16.");
+  fail(code::kUsage, "dtype \"" + name + "\" is not known; use auto, float32, bfloat16 or float16.");
 }
 
 const char* dtype_name(at::ScalarType dtype) {

@@ -7,7 +7,7 @@
 
 namespace martlet {
 
-// ERR_MARTLET_CONFIG for any other name.
+// ERR_MARTLET_USAGE for any other name.
 at::ScalarType parse_dtype(const std::string& name);
 const char* dtype_name(at::ScalarType dtype);
 

@@ -11,6 +11,7 @@ namespace martlet {
 // The codes of lib/errors.ts that native code raises.
 namespace code {
 inline constexpr const char* kConfig = "ERR_MARTLET_CONFIG";
+inline constexpr const char* kUsage = "ERR_MARTLET_USAGE";
 inline constexpr const char* kUnsupportedModel = "ERR_MARTLET_UNSUPPORTED_MODEL";
 inline constexpr const char* kModelNotFound = "ERR_MARTLET_MODEL_NOT_FOUND";
 inline constexpr const char* kWeights = "ERR_MARTLET_WEIGHTS";

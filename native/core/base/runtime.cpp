@@ -99,7 +99,7 @@ c10::Device parse_device(const std::string& name) {
            {{"device", name}, {"count", count}});
     }
   } else {
-    fail(code::kConfig, "device \"" + name + "\" is not known; use auto, cpu, cuda or cuda:N.", {{"device", name}});
+    fail(code::kUsage, "device \"" + name + "\" is not known; use auto, cpu, cuda or cuda:N.", {{"device", name}});
   }
   fail(code::kCudaUnavailable,
        "The device " + name + " was asked for, but " + cuda_error +

@@ -84,7 +84,7 @@ int64_t room_after(const GenerateRequest& request, const VisionLanguageModel& mo
   const int64_t max_positions = model.info().max_positions, wanted = request.options.max_new_tokens;
   if (max_positions == 0) return wanted;
   if (tokens >= max_positions) {
-    fail(code::kConfig,
+    fail(code::kUsage,
          "The prompt has " + std::to_string(tokens) + " tokens (image tokens included); the model has " +
              std::to_string(max_positions) + " positions. Shorten the text or send fewer pictures.",
          {{"promptTokens", tokens}, {"maxPositions", max_positions}});

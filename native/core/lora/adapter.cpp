@@ -15,13 +15,6 @@
 namespace martlet {
 namespace {
 
-const char* part_name(Part part) {
-  return part == Part::kVision ? "vision tower" : part == Part::kProjector ? "projector" : "language model";
-}
-const char* freeze_flag(Part part) {
-  return part == Part::kVision ? "freeze_vit" : part == Part::kProjector ? "freeze_aligner" : "freeze_llm";
-}
-
 // Levenshtein distance, for "did you mean".
 size_t edit_distance(const std::string& a, const std::string& b) {
   std::vector<size_t> row(b.size() + 1);
@@ -128,7 +121,20 @@ void exclude_for_peft(TargetSelection& selection, const std::vector<std::string>
   for (const std::string& path : matched) selection.peft_excluded.push_back(ending(path, count));
 }
 
+// Whether a module is, or lies in, one that `name` means.
+bool is_inside(const std::string& path, const std::string& name) {
+  const std::string inner = "." + path + ".";
+  return inner.find("." + name + ".") != std::string::npos;
+}
+
 }  // namespace
+
+const char* part_name(Part part) {
+  return part == Part::kVision ? "vision tower" : part == Part::kProjector ? "projector" : "language model";
+}
+const char* freeze_flag(Part part) {
+  return part == Part::kVision ? "freeze_vit" : part == Part::kProjector ? "freeze_aligner" : "freeze_llm";
+}
 
 bool matches_name(const std::string& path, const std::string& name) {
   if (path == name) return true;
@@ -169,7 +175,8 @@ int64_t Adapter::numel() const {
 
 TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std::string>& names,
                                const std::string& regex, const FreezeFlags& freeze,
-                               const std::vector<std::string>& absent) {
+                               const std::vector<std::string>& absent,
+                               const std::vector<std::string>& modules_to_save) {
   std::vector<std::pair<std::string, Linear*>> linears;
   std::vector<std::string> all;
   std::set<std::string> last_names;
@@ -187,6 +194,7 @@ TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std
   TargetSelection out;
   std::set<std::string> matched_names;
   std::set<Part> refused;
+  std::map<std::string, int64_t> saved_whole;
   for (const auto& [path, linear] : linears) {
     const Part part = model.part_of(path);
     bool chosen = !regex.empty() && std::regex_match(path, pattern);
@@ -202,6 +210,12 @@ TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std
       }
     }
     if (!chosen) continue;
+    const auto whole = std::find_if(modules_to_save.begin(), modules_to_save.end(),
+                                    [&](const std::string& name) { return is_inside(path, name); });
+    if (whole != modules_to_save.end()) {
+      ++saved_whole[*whole];
+      continue;
+    }
     if (freeze.frozen(part)) {
       if (explicit_choice) refused.insert(part);
       continue;
@@ -212,6 +226,12 @@ TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std
     out.warnings.push_back(std::string("target_modules also match modules of the ") + part_name(part) +
                            ", which stays frozen because " + freeze_flag(part) + " is true; set " + freeze_flag(part) +
                            ": false to train them.");
+  }
+  std::string whole_names;
+  for (const auto& [name, count] : saved_whole) {
+    whole_names += (whole_names.empty() ? "" : ", ") + name;
+    out.warnings.push_back("target_modules match " + std::to_string(count) + " module(s) of modules_to_save (" + name +
+                           "): they are trained as a whole and get no pairs, as in PEFT.");
   }
   std::string without_pairs;
   for (const std::string& name : names) {
@@ -228,8 +248,11 @@ TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std
     const std::string asked = regex.empty() ? joined(names) : regex;
     const std::vector<std::string> known(last_names.begin(), last_names.end());
     std::string hint = without_pairs.empty() ? "" : " " + without_pairs;
-    if (asked == "all-linear")
+    if (!whole_names.empty()) {
+      hint += " The modules that did match are trained as a whole, by modules_to_save (" + whole_names + ").";
+    } else if (asked == "all-linear") {
       hint = " Every part with such modules is frozen or trained as a whole; sft_type: full trains a projector alone.";
+    }
     fail(code::kConfig,
          "target_modules matched no module that may be trained (asked for: " + asked +
              "). The model's linear modules are: " + joined(known) +

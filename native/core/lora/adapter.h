@@ -30,6 +30,10 @@ struct FreezeFlags {
   }
 };
 
+// As messages call a part, and the key of the config that freezes it.
+const char* part_name(Part part);
+const char* freeze_flag(Part part);
+
 struct TargetSelection {
   std::vector<std::pair<std::string, Linear*>> linears;
   std::vector<std::pair<std::string, std::vector<std::string>>> unmatched;  // entry → nearest module names
@@ -44,11 +48,13 @@ struct TargetSelection {
 
 // PEFT's matching: an entry is a module's path or its ending after a dot; a single string is a regular expression over
 // the whole path; `all-linear` is the family's default. Frozen parts are left out, with a warning if an explicit entry
-// reached into one. Nothing matched is ERR_MARTLET_CONFIG with the nearest names. `absent`: paths of linears that the
-// original model has and this one never needs.
+// reached into one; so are the modules of `modules_to_save`, with all in them, as PEFT's check_target_module_exists
+// does. Nothing matched is ERR_MARTLET_CONFIG with the nearest names. `absent`: paths of linears that the original
+// model has and this one never needs.
 TargetSelection select_targets(VisionLanguageModel& model, const std::vector<std::string>& names,
                                const std::string& regex, const FreezeFlags& freeze,
-                               const std::vector<std::string>& absent = {});
+                               const std::vector<std::string>& absent = {},
+                               const std::vector<std::string>& modules_to_save = {});
 
 // How fresh pairs begin (PEFT's init_lora_weights).
 struct LoraInit {

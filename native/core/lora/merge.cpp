@@ -122,7 +122,7 @@ json merge_adapter_json(const json& args, JobContext& job) {
     quantization.double_quantization = q.at("doubleQuantization").get<bool>();
     const std::string wanted = q.at("dtype").get<std::string>();
     // Built without weights, for its names.
-    const auto model = family.create(config, [](const std::string&) { return at::Tensor(); });
+    const auto model = create_model(family, config, model_dir.string());
     requantized = quantizable_weights(*model);
     if (wanted == "auto") {
       std::vector<std::pair<std::string, TensorInfo>> tensors;

@@ -93,7 +93,7 @@ json describe_model_json(const json& args) {
   const std::string dir = args.at("modelDir").get<std::string>();
   const json config = read_json_file(std::filesystem::path(dir) / "config.json");
   const Family& family = family_for(config, dir);
-  const auto model = family.create(config, [](const std::string&) { return at::Tensor(); });
+  const auto model = create_model(family, config, dir);
   const auto part_name = [&](const std::string& path) {
     const Part part = model->part_of(path);
     return part == Part::kVision ? "vision" : part == Part::kProjector ? "projector" : "language";

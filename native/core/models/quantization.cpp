@@ -104,7 +104,7 @@ json quantize_checkpoint_json(const json& args, JobContext& job) {
   const at::ScalarType dtype = parse_dtype(args.at("dtype").get<std::string>());
 
   // Built without weights, for its names.
-  const auto model = family.create(config, [](const std::string&) { return at::Tensor(); });
+  const auto model = create_model(family, config, model_dir);
   const std::set<std::string> chosen = quantizable_weights(*model);
 
   const auto is_chosen = [&](const std::string& name) { return chosen.count(family.canonical_key(name)) > 0; };

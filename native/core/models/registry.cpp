@@ -32,4 +32,18 @@ const Family& family_for(const nlohmann::json& config, const std::string& model_
         {"modelType", config.is_object() ? config.value("model_type", nlohmann::json()) : nullptr}});
 }
 
+std::unique_ptr<VisionLanguageModel> create_model(const Family& family, const nlohmann::json& config,
+                                                  const std::string& model_dir, const WeightSource& stored) {
+  try {
+    return family.create(config, stored ? stored : [](const std::string&) { return at::Tensor(); });
+  } catch (const Error& error) {
+    // The families know the fields, not the folder.
+    const std::string message = error.what();
+    if (error.code() != code::kUnsupportedModel || message.rfind("config.json", 0) != 0) throw;
+    nlohmann::json details = nlohmann::json::parse(error.details_json());
+    details.emplace("path", model_dir + "/config.json");
+    fail(code::kUnsupportedModel, model_dir + "/" + message, details);
+  }
+}
+
 }  // namespace martlet

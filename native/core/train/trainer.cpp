@@ -134,6 +134,7 @@ void Trainer::begin_lora(std::vector<TrainedParameter>& trained, GroupBuilder& g
       targets_.linears.emplace_back(path, linears.at(path));
     }
     adapter_.config.lora_dropout = options_.lora.lora_dropout;
+    warn_of_thawed_parts();
     if (whole_projector) {
       // Where the adapter does not bring it along, it begins as it is in the model.
       SavedModuleOptions projector;
@@ -152,8 +153,8 @@ void Trainer::begin_lora(std::vector<TrainedParameter>& trained, GroupBuilder& g
     if (options_.saved.vision_and_projector) freeze.vision = freeze.projector = true;
     if (whole_projector) freeze.projector = true;
     const StoredWeights stored(model_dir_, family_);
-    targets_ =
-        select_targets(model_, options_.target_names, options_.target_regex, freeze, stored.unused_matrices(is_unused));
+    targets_ = select_targets(model_, options_.target_names, options_.target_regex, freeze,
+                              stored.unused_matrices(is_unused), options_.saved.modules_to_save);
     const bool pissa = options_.init.type == LoraInit::Type::kPissa;
     for (const auto& [path, linear] : targets_.linears) {
       if (pissa && linear->weight.quantized) {
@@ -173,7 +174,17 @@ void Trainer::begin_lora(std::vector<TrainedParameter>& trained, GroupBuilder& g
     const ParameterSelection selection = select_saved(model_, adapter_, saved, family_.canonical_key);
     targets_.unmatched.insert(targets_.unmatched.end(), selection.unmatched.begin(), selection.unmatched.end());
     adapter_.config.modules_to_save = selection.modules;
-    for (const auto& [name, parameter] : selection.parameters) adapter_.saved.emplace(name, parameter->dense().clone());
+    for (const auto& [name, parameter] : selection.parameters) {
+      if (parameter->quantized) {
+        fail(code::kConfig,
+             "modules_to_save: " + name +
+                 " is quantised, and quantised weights cannot be trained as a whole. Use lora instead of qlora, or "
+                 "leave "
+                 "it to target_modules.",
+             {{"path", "modules_to_save"}, {"parameter", name}});
+      }
+      adapter_.saved.emplace(name, parameter->dense().clone());
+    }
   }
   const auto count = [&](const std::string& path, int64_t n) {
     const Part part = model_.part_of(path);
@@ -205,6 +216,34 @@ void Trainer::begin_lora(std::vector<TrainedParameter>& trained, GroupBuilder& g
                          parameter->replaced->scalar_type()});
     }
   });
+}
+
+// What a run from an adapter trains is what the adapter holds, as in PEFT and ms-swift: flags that freeze a part of it
+// are without effect.
+void Trainer::warn_of_thawed_parts() {
+  struct Thawed {
+    int64_t pairs = 0, saved = 0;
+    std::string first;
+  };
+  std::map<Part, Thawed> parts;
+  for (const auto& [path, layer] : adapter_.layers) {
+    Thawed& part = parts[model_.part_of(path)];
+    if (part.pairs++ == 0) part.first = path;
+  }
+  for (const auto& [name, value] : adapter_.saved) {
+    Thawed& part = parts[model_.part_of(name)];
+    ++part.saved;
+    if (part.first.empty()) part.first = name;
+  }
+  for (const auto& [part, thawed] : parts) {
+    if (!options_.freeze.frozen(part)) continue;
+    targets_.warnings.push_back(
+        std::string(freeze_flag(part)) + ": true is without effect: the adapter in " + options_.adapter_dir +
+        " holds " +
+        (thawed.pairs > 0 ? std::to_string(thawed.pairs) + " pair(s)" : std::to_string(thawed.saved) + " weight(s)") +
+        " of the " + part_name(part) + " (" + thawed.first + (thawed.pairs + thawed.saved > 1 ? ", …" : "") +
+        "), and what it holds is trained.");
+  }
 }
 
 void Trainer::visit_language(const std::function<void(LanguageModel&)>& fn) {

@@ -102,6 +102,7 @@ class Trainer {
   StepResult run(int64_t number, const std::vector<MicroBatch>& micro_batches, bool train, JobContext& job);
   void begin_full(std::vector<TrainedParameter>& trained, GroupBuilder& groups);
   void begin_lora(std::vector<TrainedParameter>& trained, GroupBuilder& groups);
+  void warn_of_thawed_parts();
   at::Tensor add_noise(const at::Tensor& hidden, const PackedBatch& batch);
   void refresh_pairs();
   void visit_language(const std::function<void(LanguageModel&)>& fn);
