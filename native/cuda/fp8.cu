@@ -19,9 +19,12 @@ __device__ float block_max(float x) {
 }
 
 // A block does a row, which its threads keep in registers: kVectors times 8 numbers each.
+constexpr int kMost = 1024;  // threads
+
 template <typename T, int kVectors, bool kE5m2>
-__global__ void quantize_rows(const T* __restrict__ x, int64_t pitch, const float* __restrict__ factors,
-                              uint8_t* __restrict__ codes, float* __restrict__ scales, int columns) {
+__global__ void __launch_bounds__(kMost)
+    quantize_rows(const T* __restrict__ x, int64_t pitch, const float* __restrict__ factors,
+                  uint8_t* __restrict__ codes, float* __restrict__ scales, int columns) {
   constexpr float kLargest = kE5m2 ? 57344.0f : 448.0f;
   constexpr __nv_fp8_interpretation_t kType = kE5m2 ? __NV_E5M2 : __NV_E4M3;
   x += blockIdx.x * pitch;
@@ -100,7 +103,6 @@ Status fp8_quantize_rows(const Fp8Rows& op, void* stream) {
   if (op.rows == 0 || op.columns == 0) return nullptr;
   if (op.columns % 16 != 0 || op.pitch % kVector != 0 || !aligned(op.x) || !aligned(op.codes) || !aligned(op.factors))
     return "rows to quantise are not aligned";
-  constexpr int kMost = 1024;
   if (op.columns > kMost * kVector * 8) return "more than 65536 columns in rows to quantise";
   with_type(op.type, [&]<typename T>(T) {
     const auto launch = [&]<int kVectors, bool kE5m2>(std::integral_constant<int, kVectors>,
