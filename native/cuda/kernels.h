@@ -64,6 +64,19 @@ struct Int8 {
   Type type;
 };
 
+// Rows to 8-bit floats, with one scale each.
+struct Fp8Rows {
+  const void* x;  // [rows, columns], rows `pitch` apart
+  int64_t pitch;
+  const float* factors;  // [columns], multiplied by first; or null
+  void* codes;           // [rows, columns], contiguous
+  float* scales;         // [rows]
+  int64_t rows;
+  int32_t columns;  // a multiple of 16
+  Type type;
+  bool e5m2;  // else e4m3
+};
+
 struct CrossEntropy {
   void* logits;            // [rows, columns], contiguous
   const int64_t* targets;  // [rows], each in [0, columns)
@@ -98,11 +111,16 @@ struct Kernels {
                           bool* correct, void* stream);
   Status (*nf4_dequantize)(const Nf4& op, void* out, void* stream);
   Status (*int8_dequantize)(const Int8& op, void* out, void* stream);
+  // Major · 10 + minor of the current device.
+  Status (*compute_capability)(int32_t* capability);
+  Status (*fp8_quantize_rows)(const Fp8Rows& op, void* stream);
+  // [rows, columns] of one byte each to [columns, rows]; both multiples of 4.
+  Status (*transpose_bytes)(const void* x, void* out, int64_t rows, int64_t columns, void* stream);
   DecodeKernels decode;
 };
 
 // The only symbol of the library; its name changes with the struct, so that an old library is never called wrongly.
-inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_7";
+inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_8";
 using EntryPoint = const Kernels* (*)();
 
 }  // namespace martlet::cuda

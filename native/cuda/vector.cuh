@@ -99,6 +99,9 @@ Status cross_entropy(const CrossEntropy& op, float scale, float smoothing, bool 
                      void* stream);
 Status nf4_dequantize(const Nf4& op, void* out, void* stream);
 Status int8_dequantize(const Int8& op, void* out, void* stream);
+Status compute_capability(int32_t* capability);
+Status fp8_quantize_rows(const Fp8Rows& op, void* stream);
+Status transpose_bytes(const void* x, void* out, int64_t rows, int64_t columns, void* stream);
 extern const DecodeKernels decode_kernels;
 
 }  // namespace martlet::cuda

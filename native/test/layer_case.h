@@ -38,10 +38,16 @@ struct LayerOptions {
   bool drawn_on_device = false;  // for large layers; other values
   bool input_grad = true;
   PairForm form = PairForm::kInPlace;
+  bool fp8 = false;  // the linears' weights
 };
 
 // Output "y" and gradients: of "x", "q_proj.lora_A", …
 using LayerResult = std::map<std::string, at::Tensor>;
+
+inline double cosine(const at::Tensor& a, const at::Tensor& b) {
+  const at::Tensor x = a.cpu().to(at::kDouble).flatten(), y = b.cpu().to(at::kDouble).flatten();
+  return (x.dot(y) / (x.norm() * y.norm())).item<double>();
+}
 
 // ‖a − b‖ / ‖b‖
 inline double relative_error(const at::Tensor& a, const at::Tensor& b) {
@@ -70,6 +76,10 @@ struct LayerCase {
       if (linear == nullptr) return;
       const std::string name = path.substr(path.rfind('.') + 1);
       linears[name] = linear;
+      if (o.fp8) {
+        linear->weight.quantized = Fp8Tensor::quantize(linear->weight.value);
+        linear->weight.value.reset();
+      }
       if (o.targets && std::find(o.targets->begin(), o.targets->end(), name) == o.targets->end()) return;
       LoraLayer& pair = pairs[name];
       const auto in = static_cast<double>(linear->in_features());

@@ -42,7 +42,7 @@ bool describe(const Linear& linear, at::ScalarType dtype, cuda::Matrix& out) {
     out.storage = cuda::Storage::kDense;
   } else {
     if (linear.weight.quantized->dtype() != dtype) return false;
-    linear.weight.quantized->describe(out);
+    if (!linear.weight.quantized->describe(out)) return false;
   }
   if (linear.bias.value.defined()) {
     if (!fits(linear.bias.value, dtype)) return false;

@@ -65,6 +65,7 @@ std::optional<Room> room_for(const std::vector<const Linear*>& linears) {
   int64_t ranks = 0;
   for (const Linear* linear : linears) {
     const LoraLayer* lora = linear->lora;
+    if (!linear->weight.value.defined()) return std::nullopt;
     if (lora == nullptr) continue;
     if (lora->magnitude.defined() || lora->dropout > 0 || lora->a.scalar_type() != linear->weight.value.scalar_type() ||
         lora->b.scalar_type() != lora->a.scalar_type())
@@ -86,6 +87,48 @@ at::Tensor buffer_of(const at::Tensor& weight, const Room& room) {
   return weight.as_strided({rows, weight.size(1) + room.columns}, weight.strides());
 }
 
+// The weights, if all are kept in fp8; else nothing.
+std::vector<const Fp8Tensor*> fp8_weights(const std::vector<const Linear*>& linears) {
+  std::vector<const Fp8Tensor*> out;
+  for (const Linear* linear : linears) {
+    const auto* weight = dynamic_cast<const Fp8Tensor*>(linear->weight.quantized.get());
+    if (weight == nullptr || linear->weight.value.defined()) return {};
+    out.push_back(weight);
+  }
+  return out;
+}
+
+// Null unless stack_weights() has joined them.
+std::shared_ptr<const Fp8Tensor> joined(const std::vector<const Fp8Tensor*>& parts) {
+  std::vector<at::Tensor> codes, scales;
+  for (const Fp8Tensor* part : parts) {
+    codes.push_back(part->rows().codes);
+    scales.push_back(part->rows().scales);
+  }
+  const Fp8Rows all = {joined(codes), joined(scales)};
+  if (!all.codes.defined() || !all.scales.defined()) return nullptr;
+  return std::make_shared<Fp8Tensor>(all, parts[0]->units(), parts[0]->dtype());
+}
+
+void stack_fp8_weights(const std::vector<Linear*>& linears) {
+  const auto parts = fp8_weights({linears.begin(), linears.end()});
+  if (joined(parts) != nullptr) return;
+  std::vector<at::Tensor> codes, scales;
+  for (const Fp8Tensor* part : parts) {
+    codes.push_back(part->rows().codes.view(at::kByte));
+    scales.push_back(part->rows().scales);
+  }
+  const at::Tensor units = parts[0]->units();
+  const Fp8Rows all = {at::cat(codes).view(parts[0]->rows().codes.scalar_type()), at::cat(scales)};
+  int64_t row = 0;
+  for (Linear* linear : linears) {
+    const int64_t rows = linear->weight.quantized->sizes()[0];
+    const Fp8Rows own = {all.codes.narrow(0, row, rows), all.scales.narrow(0, row, rows)};
+    linear->weight.quantized = std::make_shared<Fp8Tensor>(own, units, linear->weight.quantized->dtype());
+    row += rows;
+  }
+}
+
 }  // namespace
 
 PairForm pair_form(at::Device device) {
@@ -102,18 +145,18 @@ PairForm pair_form(at::Device device) {
 
 void stack_weights(const std::vector<Linear*>& linears, PairForm form) {
   const at::NoGradGuard no_grad;
+  const bool is_fp8 = !fp8_weights({linears.begin(), linears.end()}).empty();
   std::vector<at::Tensor> weights, biases;
   for (const Linear* linear : linears) {
     for (const auto& [parameter, parts] : {std::pair(&linear->weight, &weights), std::pair(&linear->bias, &biases)}) {
       const at::Tensor& value = parameter->value;
+      if (is_fp8 && parts == &weights) continue;
       if (!value.defined()) {
         if (parameter->quantized != nullptr || parts == &weights) return;
         continue;
       }
       if (value.requires_grad() || parameter->replaced) return;
-      if (value.options().device() != linears[0]->weight.value.device() ||
-          value.scalar_type() != linears[0]->weight.value.scalar_type())
-        return;
+      if (value.device() != linears[0]->weight.device() || value.scalar_type() != linears[0]->weight.dtype()) return;
       parts->push_back(value);
     }
   }
@@ -128,6 +171,7 @@ void stack_weights(const std::vector<Linear*>& linears, PairForm form) {
     }
   };
   if (!biases.empty() && !joined(biases).defined()) place(&Linear::bias, at::cat(biases));
+  if (is_fp8) return stack_fp8_weights(linears);
   std::optional<Room> room;
   if (form == PairForm::kAugmented) room = room_for({linears.begin(), linears.end()});
   if (!room) {
@@ -150,12 +194,18 @@ void stack_weights(const std::vector<Linear*>& linears, PairForm form) {
 std::optional<LinearStack> LinearStack::of(const std::vector<const Linear*>& linears, at::ScalarType dtype,
                                            const DropoutSource* dropout) {
   LinearStack stack;
+  const std::vector<const Fp8Tensor*> fp8 = fp8_weights(linears);
   std::vector<at::Tensor> weights, biases, a;
   int64_t row = 0, rank = 0;
   for (const Linear* linear : linears) {
     const at::Tensor &weight = linear->weight.value, &bias = linear->bias.value;
-    if (!weight.defined() || weight.scalar_type() != dtype || weight.requires_grad()) return std::nullopt;
-    weights.push_back(weight);
+    const int64_t rows = linear->out_features();
+    if (fp8.empty()) {
+      if (!weight.defined() || weight.scalar_type() != dtype || weight.requires_grad()) return std::nullopt;
+      weights.push_back(weight);
+    } else if (linear->weight.dtype() != dtype) {
+      return std::nullopt;
+    }
     if (bias.defined()) {
       if (bias.scalar_type() != dtype || bias.requires_grad()) return std::nullopt;
       biases.push_back(bias);
@@ -165,16 +215,21 @@ std::optional<LinearStack> LinearStack::of(const std::vector<const Linear*>& lin
           !lora->b.requires_grad() || lora->b.scalar_type() != lora->a.scalar_type() ||
           (!a.empty() && a[0].scalar_type() != lora->a.scalar_type()))
         return std::nullopt;
-      stack.pairs_.push_back({lora, row, weight.size(0), rank});
+      stack.pairs_.push_back({lora, row, rows, rank});
       rank += lora->a.size(0);
       a.push_back(lora->a.detach());
     }
-    row += weight.size(0);
+    row += rows;
   }
   if (!biases.empty() && biases.size() != linears.size()) return std::nullopt;
-  stack.weight_ = joined(weights);
+  if (fp8.empty()) {
+    stack.weight_ = joined(weights);
+  } else {
+    stack.fp8_ = joined(fp8);
+  }
   if (!biases.empty()) stack.bias_ = joined(biases);
-  if (!stack.weight_.defined() || (!biases.empty() && !stack.bias_.defined())) return std::nullopt;
+  if ((!stack.weight_.defined() && stack.fp8_ == nullptr) || (!biases.empty() && !stack.bias_.defined()))
+    return std::nullopt;
   if (a.empty()) return stack;
   if (const auto room = room_for(linears)) {
     stack.buffer_ = buffer_of(stack.weight_, *room);
@@ -201,11 +256,13 @@ void LinearStack::refresh_pairs() const {
 }
 
 at::Tensor LinearStack::empty_input(int64_t rows) const {
+  if (fp8_ != nullptr) return at::Tensor();
   return buffer_.defined() ? empty_rows(rows, in(), columns_, weight_.options())
                            : at::empty({rows, in()}, weight_.options());
 }
 
 at::Tensor LinearStack::empty_output(int64_t rows) const {
+  if (fp8_ != nullptr) return at::Tensor();
   return buffer_.defined() ? empty_rows(rows, out(), ranks_, weight_.options())
                            : at::empty({rows, out()}, weight_.options());
 }
@@ -220,7 +277,9 @@ at::Tensor LinearStack::forward(const at::Tensor& x, at::Tensor& low, at::Tensor
     const at::Tensor weights = buffer_.narrow(0, 0, out()).t();
     return y.defined() ? at::mm_out(y, all, weights) : at::mm(all, weights);
   }
-  if (!y.defined()) {
+  if (fp8_ != nullptr) {
+    y = fp8_->linear(x, bias_);
+  } else if (!y.defined()) {
     y = at::linear(x, weight_, bias_.defined() ? std::optional(bias_) : std::nullopt);
   } else if (bias_.defined()) {
     at::addmm_out(y, bias_, x, weight_.t());
@@ -242,8 +301,12 @@ at::Tensor LinearStack::forward(const at::Tensor& x, at::Tensor& low, at::Tensor
   return y;
 }
 
+at::Tensor LinearStack::input_gradient(const at::Tensor& dy) const {
+  return fp8_ != nullptr ? fp8_->input_gradient(dy) : at::mm(dy, weight_);
+}
+
 at::Tensor LinearStack::backward(const at::Tensor& dy, at::Tensor& low) const {
-  if (pairs_.empty()) return at::mm(dy, weight_);
+  if (pairs_.empty()) return input_gradient(dy);
   for (const Pair& pair : pairs_) {
     const at::Tensor part = dy.narrow(1, pair.row, pair.rows).to(low.scalar_type()),
                      h = low.narrow(1, pair.rank_begin, pair.rank());
@@ -260,7 +323,7 @@ at::Tensor LinearStack::backward(const at::Tensor& dy, at::Tensor& low) const {
     low.copy_(tail);  // dy need not be kept for it
     return at::mm(all, buffer_.narrow(1, 0, in()));
   }
-  at::Tensor dx = at::mm(dy, weight_);
+  at::Tensor dx = input_gradient(dy);
   if (buffer_.defined()) {
     at::mm_out(low, dy, scaled_b_);
     return dx.addmm_(low, a_);

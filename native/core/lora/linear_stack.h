@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/nn/linear.h"
+#include "core/quant/fp8.h"
 
 namespace martlet {
 
@@ -21,23 +22,26 @@ PairForm pair_form(at::Device device);
 
 // Makes the weights of linears of one input views of one tensor, rows one after the other, and their biases too; so the
 // stack is one product, and each goes on under its name. kAugmented: with room for the pairs that are switched on, a
-// few columns and rows more, where these fit that form. Without pairs rows lie without gaps again. Leaves the weights
-// alone where one is quantised or trained. Needs room for one more copy while it runs.
+// few columns and rows more, where these fit that form. Without pairs rows lie without gaps again. Codes of fp8 and
+// their scales too, always without gaps. Leaves the weights alone where one is quantised otherwise or trained. Needs
+// room for one more copy while it runs.
 void stack_weights(const std::vector<Linear*>& linears, PairForm form);
 
 class LinearStack {
  public:
-  // Nothing where it cannot be done like this: weights that are not stacked, trained, quantised or of another dtype
-  // than `dtype`; pairs with magnitudes or dropout (that of `dropout` drops nothing if null), or that are not trained.
+  // Nothing where it cannot be done like this: weights that are not stacked, trained, quantised (all to fp8: taken) or
+  // of another dtype than `dtype`; pairs with magnitudes or dropout (that of `dropout` drops nothing if null), or that
+  // are not trained.
   static std::optional<LinearStack> of(const std::vector<const Linear*>& linears, at::ScalarType dtype,
                                        const DropoutSource* dropout);
 
   // Where the input and the output (whose gradient will take its place) are best written: [rows, in], [rows, Σ out].
-  // Either may also be any other tensor.
+  // Either may also be any other tensor; undefined where no place is better than another.
   at::Tensor empty_input(int64_t rows) const;
   at::Tensor empty_output(int64_t rows) const;
 
-  // x: [T, in] → [T, Σ out], into y where it is given. `low`: x Aᵀ, [T, Σ r or more]; the backward needs it.
+  // x: [T, in] → [T, Σ out], into y where it is given (which empty_output() has made). `low`: x Aᵀ, [T, Σ r or more];
+  // the backward needs it.
   at::Tensor forward(const at::Tensor& x, at::Tensor& low, at::Tensor y = {}) const;
   // Adds the gradients of B to their .grad, puts what those of A need into low's place, and gives that of x.
   at::Tensor backward(const at::Tensor& dy, at::Tensor& low) const;
@@ -59,8 +63,10 @@ class LinearStack {
   };
   int64_t in() const { return weight_.size(1); }
   int64_t out() const { return weight_.size(0); }
+  at::Tensor input_gradient(const at::Tensor& dy) const;  // of the weights alone
 
   at::Tensor weight_, bias_;  // [Σ out, in], [Σ out]
+  QuantizedPtr fp8_;          // in weight_'s place; always with kInPlace
   at::Tensor a_;              // [Σ r, in]; of a buffer: with its rows of zeros
   std::vector<Pair> pairs_;
   // kAugmented: [Σ out + ranks_, in + columns_]; columns in.. are s B (each pair's rows only) and the bias, rows out..

@@ -33,7 +33,7 @@ struct LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction>
                             const c10::intrusive_ptr<MaskHolder>& mask, double scaling, bool recorded) {
     at::Tensor y;
     if (recorded) {
-      y = at::linear(x, quantized ? quantized->weight->dequantize() : *weight, bias);
+      y = quantized ? quantized->weight->linear(x, bias.value_or(at::Tensor())) : at::linear(x, *weight, bias);
     } else {
       const at::Tensor own_bias = bias.value_or(at::Tensor());
       y = quantized ? product(x, *quantized->weight, own_bias) : product(x, *weight, own_bias);
@@ -71,11 +71,7 @@ struct LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction>
     const at::Tensor dh = at::mm(dy_low, b).mul_(scaling);  // [T, r]
     at::Tensor dx, dweight, dbias, da, db;
     if (ctx->needs_input_grad(0)) {
-      at::Tensor weight = saved[1];
-      if (const auto it = ctx->saved_data.find("quantized"); it != ctx->saved_data.end()) {
-        weight = c10::static_intrusive_pointer_cast<QuantizedHolder>(it->second.toCapsule())->weight->dequantize();
-      }
-      dx = at::mm(dy, weight);
+      dx = QuantizedHolder::input_gradient(ctx, dy, saved[1]);
       if (mask) {
         dx.add_(at::mm(dh, a).mul_(mask->draw(dx)).div_(1.0 - mask->p));
       } else if (a.scalar_type() == dx.scalar_type()) {

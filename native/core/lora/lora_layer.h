@@ -28,7 +28,7 @@ at::Tensor row_norms(const Parameter& weight, const LoraLayer& lora);
 void refresh_weight_norm(const Parameter& weight, LoraLayer& lora);
 
 // base(x) + scaling · (dropout(x) Aᵀ) Bᵀ, with a backward that keeps x once and adds in place. Weight and bias may be
-// trained as well; a quantised weight is dequantised for each product.
+// trained as well; a quantised one's products are its own.
 at::Tensor lora_linear(const at::Tensor& x, const Parameter& weight, const at::Tensor& bias, const LoraLayer& lora,
                        DropoutSource* dropout);
 

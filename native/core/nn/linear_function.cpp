@@ -33,19 +33,16 @@ struct BaseLinearFunction : public torch::autograd::Function<BaseLinearFunction>
     if (quantized) ctx->saved_data["quantized"] = c10::IValue::make_capsule(quantized);
     ctx->saved_data["has_weight"] = weight.has_value();
     ctx->saved_data["has_bias"] = bias.has_value();
-    return at::linear(x, quantized ? quantized->weight->dequantize() : *weight, bias);
+    return quantized ? quantized->weight->linear(x, bias.value_or(at::Tensor())) : at::linear(x, *weight, bias);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor& dy = grads[0];
-    at::Tensor weight = saved[1], dx, dweight, dbias;
-    if (const auto it = ctx->saved_data.find("quantized"); it != ctx->saved_data.end()) {
-      weight = c10::static_intrusive_pointer_cast<QuantizedHolder>(it->second.toCapsule())->weight->dequantize();
-    }
+    at::Tensor dx, dweight, dbias;
     // An absent optional tensor takes no place among the inputs that gradients are asked for.
     size_t next = 1;
-    if (ctx->needs_input_grad(0)) dx = at::mm(dy, weight);
+    if (ctx->needs_input_grad(0)) dx = QuantizedHolder::input_gradient(ctx, dy, saved[1]);
     if (ctx->saved_data["has_weight"].toBool() && ctx->needs_input_grad(next++))
       dweight = at::mm(dy.t(), KeptInput::restore(ctx, saved[0]));
     if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(next)) dbias = dy.sum(0);
@@ -54,6 +51,12 @@ struct BaseLinearFunction : public torch::autograd::Function<BaseLinearFunction>
 };
 
 }  // namespace
+
+at::Tensor QuantizedHolder::input_gradient(AutogradContext* ctx, const at::Tensor& dy, const at::Tensor& dense) {
+  const auto it = ctx->saved_data.find("quantized");
+  if (it == ctx->saved_data.end()) return at::mm(dy, dense);
+  return c10::static_intrusive_pointer_cast<QuantizedHolder>(it->second.toCapsule())->weight->input_gradient(dy);
+}
 
 at::Tensor KeptInput::keep(AutogradContext* ctx, const at::Tensor& x) {
   if (const Recipe* recipe = recipe_of(x)) {

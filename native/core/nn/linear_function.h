@@ -14,6 +14,10 @@ namespace martlet {
 struct QuantizedHolder : torch::CustomClassHolder {
   explicit QuantizedHolder(QuantizedPtr w) : weight(std::move(w)) {}
   QuantizedPtr weight;
+
+  // In backward(): dy W, by the holder in saved_data["quantized"] or else by `dense`.
+  static at::Tensor input_gradient(torch::autograd::AutogradContext* ctx, const at::Tensor& dy,
+                                   const at::Tensor& dense);
 };
 
 // x Wᵀ + bias. `bias` may be undefined.

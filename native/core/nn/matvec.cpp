@@ -531,8 +531,10 @@ at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const at::Tens
 }
 
 at::Tensor product(const at::Tensor& x, const QuantizedTensor& weight, const at::Tensor& bias) {
-  if (takes(x, weight.dtype(), bias)) return matvec(x, weight, bias);
-  return at::linear(x, weight.dequantize(), optional(bias));
+  Matrix matrix = {};
+  if (takes(x, weight.dtype(), bias) && weight.describe(matrix))
+    return matvec(x, matrix, weight.sizes(), bias, best_isa());
+  return weight.linear(x, bias);
 }
 
 }  // namespace martlet

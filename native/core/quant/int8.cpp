@@ -73,14 +73,15 @@ at::Tensor Int8Tensor::dequantize() const {
   return out;
 }
 
-void Int8Tensor::describe(cuda::Matrix& out) const {
+bool Int8Tensor::describe(cuda::Matrix& out) const {
   out.storage = cuda::Storage::kInt8;
   out.weight = codes_.const_data_ptr();
   out.scales = scale_.const_data_ptr();
-  if (!outlier_columns_.defined()) return;
+  if (!outlier_columns_.defined()) return true;
   out.outliers = static_cast<int32_t>(outlier_columns_.numel());
   out.outlier_columns = outlier_columns_.const_data_ptr<int64_t>();
   out.outlier_values = outlier_values_.const_data_ptr();
+  return true;
 }
 
 std::vector<std::pair<std::string, at::Tensor>> Int8Tensor::stored() const {

@@ -18,7 +18,7 @@ class Int8Tensor : public QuantizedTensor {
 
   at::Tensor dequantize() const override;
   std::vector<std::pair<std::string, at::Tensor>> stored() const override;
-  void describe(cuda::Matrix& out) const override;
+  bool describe(cuda::Matrix& out) const override;
   const at::Tensor& outlier_columns() const { return outlier_columns_; }
 
  private:

@@ -94,14 +94,15 @@ at::Tensor Nf4Tensor::dequantize() const {
   return out.view(shape_);
 }
 
-void Nf4Tensor::describe(cuda::Matrix& out) const {
+bool Nf4Tensor::describe(cuda::Matrix& out) const {
   out.storage = cuda::Storage::kNf4;
   out.weight = codes_.const_data_ptr();
   out.scales = absmax_.const_data_ptr();
-  if (!nested_absmax_.defined()) return;
+  if (!nested_absmax_.defined()) return true;
   out.nested_map = nested_map_.const_data_ptr<float>();
   out.nested_scales = nested_absmax_.const_data_ptr<float>();
   out.nested_offset = static_cast<float>(offset_);
+  return true;
 }
 
 std::vector<std::pair<std::string, at::Tensor>> Nf4Tensor::stored() const {

@@ -17,7 +17,7 @@ class Nf4Tensor : public QuantizedTensor {
 
   at::Tensor dequantize() const override;
   std::vector<std::pair<std::string, at::Tensor>> stored() const override;
-  void describe(cuda::Matrix& out) const override;
+  bool describe(cuda::Matrix& out) const override;
 
  private:
   Nf4Tensor(at::IntArrayRef shape, at::ScalarType dtype) : QuantizedTensor(shape, dtype) {}

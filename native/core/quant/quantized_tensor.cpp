@@ -7,6 +7,7 @@
 
 #include "core/base/dtype.h"
 #include "core/base/error.h"
+#include "core/quant/fp8.h"
 #include "core/quant/int8.h"
 #include "core/quant/nf4.h"
 
@@ -16,8 +17,15 @@ QuantizationOptions::Method QuantizationOptions::parse(const std::string& name) 
   if (name == "none") return Method::kNone;
   if (name == "int8") return Method::kInt8;
   if (name == "nf4") return Method::kNf4;
-  fail(code::kConfig, "quantization \"" + name + "\" is not known; use none, int8 or nf4.");
+  if (name == "fp8") return Method::kFp8;
+  fail(code::kConfig, "quantization \"" + name + "\" is not known; use none, int8, nf4 or fp8.");
 }
+
+at::Tensor QuantizedTensor::linear(const at::Tensor& x, const at::Tensor& bias) const {
+  return at::linear(x, dequantize(), bias.defined() ? std::optional(bias) : std::nullopt);
+}
+
+at::Tensor QuantizedTensor::input_gradient(const at::Tensor& dy) const { return at::mm(dy, dequantize()); }
 
 int64_t QuantizedTensor::nbytes() const {
   int64_t bytes = 0;
@@ -27,6 +35,7 @@ int64_t QuantizedTensor::nbytes() const {
 
 QuantizedPtr quantize(const at::Tensor& weight, const QuantizationOptions& options) {
   if (options.method == QuantizationOptions::Method::kInt8) return Int8Tensor::quantize(weight);
+  if (options.method == QuantizationOptions::Method::kFp8) return Fp8Tensor::quantize(weight);
   return Nf4Tensor::quantize(weight, options.double_quantization);
 }
 

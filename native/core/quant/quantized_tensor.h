@@ -1,6 +1,6 @@
-// Weights kept in 4 or 8 bits, computed with in 16: NF4 with double quantisation (Dettmers et al. 2023, QLoRA) and int8
-// by rows (Dettmers et al. 2022, LLM.int8). Codes and scales are bitsandbytes', bit for bit; ATen operations only, so
-// that both run where the tensors are.
+// Weights kept in 4 or 8 bits: NF4 with double quantisation (Dettmers et al. 2023, QLoRA) and int8 by rows (Dettmers et
+// al. 2022, LLM.int8), computed with in 16 and with bitsandbytes' codes and scales, bit for bit; and fp8, which the
+// products of are of 8 bits themselves. ATen operations only, so that all run where the tensors are.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,12 +17,12 @@ struct Matrix;
 }
 
 struct QuantizationOptions {
-  enum class Method { kNone, kInt8, kNf4 };
+  enum class Method { kNone, kInt8, kNf4, kFp8 };
   Method method = Method::kNone;
   bool double_quantization = true;  // nf4: scales in 8 bits too
 
   bool enabled() const { return method != Method::kNone; }
-  // none | int8 | nf4; anything else is ERR_MARTLET_CONFIG.
+  // none | int8 | nf4 | fp8; anything else is ERR_MARTLET_CONFIG.
   static Method parse(const std::string& name);
 };
 
@@ -33,10 +33,14 @@ class QuantizedTensor {
 
   // The whole matrix in the dtype that it was quantised from (the one that is computed in).
   virtual at::Tensor dequantize() const = 0;
+  // x Wᵀ + bias (may be undefined) and dy W, of rows [T, …] in dtype(). No autograd.
+  virtual at::Tensor linear(const at::Tensor& x, const at::Tensor& bias) const;
+  virtual at::Tensor input_gradient(const at::Tensor& dy) const;
   // The tensors of a checkpoint by what follows the weight's name ("" = the weight itself), as bitsandbytes saves them.
   virtual std::vector<std::pair<std::string, at::Tensor>> stored() const = 0;
-  // Codes and scales for the kernels that multiply by them, CUDA's and the CPU's. They belong to this tensor.
-  virtual void describe(cuda::Matrix& out) const = 0;
+  // Codes and scales for the kernels that multiply by them a few rows at a time, CUDA's and the CPU's. They belong to
+  // this tensor. False: those know nothing of this form.
+  virtual bool describe(cuda::Matrix& out) const = 0;
 
   at::IntArrayRef sizes() const { return shape_; }
   at::ScalarType dtype() const { return dtype_; }

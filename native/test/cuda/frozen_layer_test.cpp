@@ -12,11 +12,6 @@ using namespace martlet::test;
 
 namespace {
 
-double cosine(const at::Tensor& a, const at::Tensor& b) {
-  const at::Tensor x = a.cpu().to(at::kDouble).flatten(), y = b.cpu().to(at::kDouble).flatten();
-  return (x.dot(y) / (x.norm() * y.norm())).item<double>();
-}
-
 void compare(const std::string& what, LayerOptions options) {
   if (options.form == PairForm::kInPlace && options.pair_dtype == options.dtype) {
     LayerOptions augmented = options;

@@ -45,7 +45,7 @@ struct Shape {
   int64_t layers;  // of the test, one after the other
 };
 
-void measure(const Shape& shape, int64_t rows, PairForm form) {
+void measure(const Shape& shape, int64_t rows, PairForm form, bool fp8 = false) {
   LayerOptions options;
   options.config.hidden_size = shape.hidden;
   options.config.intermediate_size = shape.intermediate;
@@ -59,6 +59,7 @@ void measure(const Shape& shape, int64_t rows, PairForm form) {
   options.device = gpu();
   options.drawn_on_device = true;
   options.form = form;
+  options.fp8 = fp8;
   std::vector<std::unique_ptr<LayerCase>> layers;
   for (int64_t i = 0; i < shape.layers; ++i) layers.push_back(std::make_unique<LayerCase>(options));
   // As in a run: gradients are there and are added to.
@@ -70,7 +71,7 @@ void measure(const Shape& shape, int64_t rows, PairForm form) {
   }
   const at::Tensor x = layers[0]->x.detach().requires_grad_(true);
   for (const bool written_out : {false, true}) {
-    if (!written_out && form == PairForm::kAugmented) continue;
+    if (!written_out && (form == PairForm::kAugmented || fp8)) continue;
     for (const Recompute recompute : {Recompute::kNone, Recompute::kMlp, Recompute::kLayer}) {
       const auto step = [&] {
         at::Tensor hidden = x;
@@ -110,6 +111,7 @@ void measure(const Shape& shape, int64_t rows, PairForm form) {
           "  %s, %2d x 1024, %s, recompute %s: %.3f ms a layer, host %.3f ms, %3.0f operators, peak %.0f MiB a layer\n",
           shape.name, static_cast<int>(rows),
           !written_out                 ? "autograd   "
+          : fp8                        ? "fp8        "
           : form == PairForm::kInPlace ? "in place   "
                                        : "augmented  ",
           recompute == Recompute::kNone  ? "none "
@@ -134,6 +136,21 @@ TEST("train-bench: milliseconds of a layer, forward and backward") {
     measure(grouped, 8, form);
     measure(two, 8, form);
     measure(two, 2, form);
+  }
+}
+
+TEST("train-bench fp8: milliseconds of a layer, and in bfloat16 beside it") {
+  if (!has_fp8_products(gpu())) {
+    std::printf("  not measured: this GPU has no products in fp8\n");
+    return;
+  }
+  const Shape seven = {"7B", 4096, 11008, 32, 32, false, 4},
+              grouped = {"7B, grouped heads", 3584, 18944, 28, 4, true, 4}, two = {"2B", 1536, 8960, 12, 2, true, 8};
+  for (const bool fp8 : {false, true}) {
+    measure(seven, 8, PairForm::kInPlace, fp8);
+    measure(seven, 2, PairForm::kInPlace, fp8);
+    measure(grouped, 8, PairForm::kInPlace, fp8);
+    measure(two, 8, PairForm::kInPlace, fp8);
   }
 }
 
