@@ -102,7 +102,7 @@ function begin({ recompute, method = 'lora', optim = 'adamw', ...task }) {
       weightDecay: 0.1,
     },
     schedule: { type: 'constant', warmupSteps: 0, totalSteps: 1000 },
-    learningRate: full ? 1e-5 : 1e-4,
+    learningRate: task.learningRate ?? (full ? 1e-5 : 1e-4),
     maxGradNorm: 1,
     recompute: typeof recompute === 'string' ? recompute : recompute ? 'layer' : 'none',
     seed: 42,

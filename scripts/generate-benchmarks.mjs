@@ -247,7 +247,7 @@ function gateOf(gate) {
   return { within: loss && cosine, trusted: (loss || lossBeside) && (cosine || cosineBeside) };
 }
 
-const usesFp8 = ({ runs }) => runs.some(({ kind, method }) => kind === 'train' && method === 'fp8');
+const usesFp8 = ({ runs }) => runs.some(({ method }) => method === 'fp8');
 /** By its own numbers, as the other gate. */
 const passesFp8 = (gate) => Boolean(gate) && gate.lossShare < gate.limits.lossShare && gate.cosine > gate.limits.cosine;
 /** A result without a peer claims speed and memory only, and says so. Timings in fp8 have a gate of their own. */
@@ -274,9 +274,9 @@ function fp8Text({ fp8Gate: { loss, bfloat16Loss, lossShare, limits, cosine, ten
   return `**Gate of fp8**, passed: loss and LoRA gradients of one batch against martlet’s own in bfloat16. Loss ${loss.toFixed(4)} beside ${bfloat16Loss.toFixed(4)}, off by ${(lossShare * 100).toFixed(3)} % (limit ${limits.lossShare * 100} %); cosine of all ${tensors} gradients ${cosine.toFixed(5)} (limit ${limits.cosine}), of the worst tensor ${worstTensor.cosine.toFixed(4)}.`;
 }
 
-function curveText({ batch, rows, steps, of, limit, begin, bfloat16, fp8, share, passed }) {
+function curveText({ batch, rows, steps, learningRate, of, limit, fall, begin, bfloat16, fp8, share, passed }) {
   const verdict = passed ? 'passed' : '**missed**';
-  return `${steps} steps of ${batch} rows, ${rows} different ones, the same in both; mean losses of ${of} steps. From ${begin.toFixed(4)} to ${bfloat16.toFixed(4)} in bfloat16 and ${fp8.toFixed(4)} in fp8, ${(share * 100).toFixed(2)} % off (limit ${limit * 100} %): ${verdict}.`;
+  return `${steps} steps of ${batch} rows, ${rows} different ones, the same in both, at a rate of ${learningRate}; mean losses of ${of} steps. From ${begin.toFixed(4)} to ${bfloat16.toFixed(4)} in bfloat16 and ${fp8.toFixed(4)} in fp8, ${(share * 100).toFixed(2)} % off (limit ${limit * 100} %, of a curve that falls by ${fall * 100} % at least): ${verdict}.`;
 }
 
 function section(result) {
@@ -332,7 +332,7 @@ function section(result) {
           'An early result: one side did all its tasks after the other, with both models on the device for the first of them.',
         ]),
     ...(has('train') ? [...learning, trainingTable(result)] : []),
-    ...(result.runs.some(({ method }) => method) ? [...methodic, methodsTable(result)] : []),
+    ...(result.runs.some(({ kind, method }) => kind === 'train' && method) ? [...methodic, methodsTable(result)] : []),
     ...(result.curve ? ['### The curve in fp8', curveText(result.curve)] : []),
     ...(has('decode') ? [...answering, decodingTable(result)] : []),
     ...(has('load') ? [...starting, loadingTable(result)] : []),
