@@ -102,7 +102,7 @@ function begin({ recompute, method = 'lora', optim = 'adamw', ...task }) {
       weightDecay: 0.1,
     },
     schedule: { type: 'constant', warmupSteps: 0, totalSteps: 1000 },
-    learningRate: full ? 1e-5 : 1e-4,
+    learningRate: task.learningRate ?? (full ? 1e-5 : 1e-4),
     maxGradNorm: 1,
     recompute: typeof recompute === 'string' ? recompute : recompute ? 'layer' : 'none',
     seed: 42,
@@ -134,13 +134,15 @@ const BITS = { nf4: 4, int8: 8 };
 /** What `martlet plan` says that such a run takes at most, in bytes. */
 async function plannedPeak({ method, batch, recompute, optim = 'adamw_torch', ...task }) {
   const bits = BITS[method];
+  const isFp8 = method === 'fp8';
   const { r = 8, alpha = 16, dropout = 0, targets = 'all-linear' } = { ...shape.lora, ...(task.r && { r: task.r }) };
   const { memory, settings } = await planTraining(
     {
       model: join(dir, 'model'),
       device,
-      sft_type: bits ? 'qlora' : method,
+      sft_type: bits ? 'qlora' : isFp8 ? 'lora' : method,
       ...(bits && { quant_bits: bits }),
+      ...(isFp8 && { base_dtype: 'fp8' }),
       ...(method !== 'full' && { lora_rank: r, lora_alpha: alpha, lora_dropout: dropout, target_modules: targets }),
       optim,
       per_device_train_batch_size: batch,
@@ -226,7 +228,7 @@ function readShape() {
 }
 
 const TASKS = {
-  /** `quantization`: none, nf4 (with double quantisation) or int8. */
+  /** `quantization`: none, nf4 (with double quantisation), int8 or fp8. */
   async load({ quantization = 'none' }) {
     readShape();
     // The device's context is not part of loading a model.
@@ -302,7 +304,7 @@ const TASKS = {
     return { visionSeconds, pictures };
   },
 
-  /** With a `method`: lora, nf4, int8 (LoRA on weights loaded that way) or full; else LoRA. `r` and `optim` in place of the shape's and AdamW. */
+  /** With a `method`: lora, fp8, nf4, int8 (LoRA on weights loaded that way) or full; else LoRA. `r` and `optim` in place of the shape's and AdamW. */
   async train(task) {
     await engine.call('emptyCache', {});
     const planned = task.method && (await plannedPeak(task));
@@ -340,6 +342,24 @@ const TASKS = {
       ...(planned && { plannedPeak: planned }),
       ...peak,
     };
+  },
+
+  /** The losses of `steps` steps over the first `rows` rows, again and again. */
+  async curve({ batch, rows: count, steps, ...task }) {
+    await engine.call('train.begin', begin(task));
+    const losses = [];
+    try {
+      for (let step = 0; step < steps; step++) {
+        const { samples, buffers } = rows((step * batch) % count, batch);
+        const { result } = await engine.call('train.step', { microBatches: [samples] }, { buffers });
+        losses.push(result.loss);
+        if (step % 20 === 0) say(`step ${step}: loss ${result.loss.toFixed(4)}`);
+      }
+    } finally {
+      await engine.call('train.end', {});
+    }
+    if (!losses.every(Number.isFinite)) throw new Error(`losses are not finite: ${losses}`);
+    return { losses };
   },
 
   /**

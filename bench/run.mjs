@@ -2,11 +2,12 @@
  * `npm run bench [-- options]`: martlet beside transformers + PEFT on one machine, the same weights and rows, in one run.
  *
  *   --only A,B          shapes of bench/shapes.json; default llava-7b
- *   --tasks A,B         of decode, train, vision, recompute, merge, quantized, data, methods, done in the order given; default all that the shape
+ *   --tasks A,B         of decode, train, vision, recompute, merge, quantized, data, methods, curve, done in the order given; default all that the shape
  *                       has. The gate is always first; results of a part get a file of their own. quantized: decoding from int8 and NF4 weights.
  *                       data: a run of martlet from JPEG files and text, and how long it waits for them. methods: the shape's list of LoRA, QLoRA
- *                       and full runs, each beside its planned memory
- *   --methods A,B       of lora, nf4, int8, full: those of the list alone
+ *                       and full runs, each beside its planned memory. curve: the losses of a longer run in bfloat16 and in fp8
+ *   --methods A,B       of lora, fp8, nf4, int8, full: those of the list alone. fp8 (LoRA with base_dtype: fp8) has a gate of its own: loss and gradients
+ *                       against martlet's in bfloat16; it and the curve in fp8 are left out without a GPU
  *   --batches 2,8,4     rows in a step; default the shape's. Of methods: those of the list alone
  *   --answers 1,16      answers at once in decoding; default the shape's
  *   --peer A,B          forms of the peer, of default and tuned (bench/peer.py says what they are); default default. tuned compiles for 20 to 90 s
@@ -56,10 +57,18 @@ const here = (name) => join(root, 'bench', name);
 const LIMITS = { lossDifference: 2e-3, cosine: 0.999, peerCosine: 2e-4 };
 const RULE = `loss off by less than ${LIMITS.lossDifference} or no further than the peer in bfloat16; cosine of the gradients above ${LIMITS.cosine} or at least the peer's in bfloat16 − ${LIMITS.peerCosine}`;
 const GATE_BATCH = 2;
-const TASKS = ['decode', 'train', 'vision', 'recompute', 'merge', 'quantized', 'data', 'methods'];
+/** Of base products in fp8 against martlet's own in bfloat16: the share that the loss is off by, and the cosine of the gradients. */
+const FP8_LIMITS = { lossShare: 0.01, cosine: 0.99 };
+/** Of the curve in fp8 beside bfloat16's: the share that the end is off by. */
+const CURVE_LIMIT = 0.01;
+/** The share that a curve must fall by to say anything. */
+const CURVE_FALL = 0.05;
+/** Steps that are the end of a curve. */
+const CURVE_END = 20;
+const TASKS = ['decode', 'train', 'vision', 'recompute', 'merge', 'quantized', 'data', 'methods', 'curve'];
 const PEERS = ['default', 'tuned'];
 /** What weights are loaded as for a method. */
-const QUANTIZATION = { lora: 'none', full: 'none', nf4: 'nf4', int8: 'int8' };
+const QUANTIZATION = { lora: 'none', full: 'none', fp8: 'fp8', nf4: 'nf4', int8: 'int8' };
 
 const { values: options } = parseArgs({
   options: {
@@ -86,11 +95,12 @@ const forms = options.peer.split(',');
 const strange = forms.find((form) => !PEERS.includes(form));
 if (strange !== undefined) throw new Error(`--peer knows ${PEERS.join(', ')}, not ${strange}`);
 /** What can be measured of a shape. */
-const tasksOf = ({ tasks: own = TASKS, vision, methods, config }) =>
+const tasksOf = ({ tasks: own = TASKS, vision, methods, curve, config }) =>
   own.filter(
     (task) =>
       (task !== 'vision' || vision) &&
       (task !== 'methods' || methods) &&
+      (task !== 'curve' || curve) &&
       (task !== 'data' || config.model_type === 'llava'),
   );
 const folderBytes = (folder) => readdirSync(folder).reduce((sum, name) => sum + statSync(join(folder, name)).size, 0);
@@ -219,6 +229,7 @@ function quantile(values, q) {
 }
 
 const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
+const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
 const ms = (seconds) => `${(seconds * 1000).toFixed(0)} ms`;
 
 /** What the weights of a task are loaded as. */
@@ -246,6 +257,7 @@ const WORDS = {
   gradients: (r) => `loss ${r.loss}, ${r.tensors} tensors`,
   data: (r) =>
     `${r.dataTokensPerSecond.toFixed(0)} tok/s of rows of ${r.rowTokens.toFixed(0)} tokens, ${(r.dataWait * 100).toFixed(1)} % of it waiting`,
+  curve: (r) => `loss ${r.losses[0].toFixed(4)} → ${r.end.toFixed(4)}`,
   bandwidth: (r) => `${(median(r.copyBytesPerSecond) / 1e12).toFixed(2)} TB/s`,
   merge: (r) => `${r.mergeSeconds.toFixed(1)} s ${r.parts ? JSON.stringify(r.parts) : `(${r.mergedTensors} tensors)`}`,
   train: (r) =>
@@ -291,6 +303,8 @@ async function benchmark(shapeName, budget) {
     vision: shape.vision,
     modelBytes: 0,
     gate: null,
+    fp8Gate: null,
+    curve: null,
     runs: [],
     leftOut: [],
     seconds: 0,
@@ -336,6 +350,7 @@ async function benchmark(shapeName, budget) {
       const tokens = result.batch * shape.row.tokens;
       Object.assign(result, { tokens, median: middle, p10, p90, tokensPerSecond: tokens / middle });
     }
+    if (result.kind === 'curve') result.end = mean(result.losses.slice(-CURVE_END));
     say(`${title}: ${wordsOf(result)}`);
     return result;
   }
@@ -414,6 +429,49 @@ async function benchmark(shapeName, budget) {
     save();
   }
 
+  /** Whether loss and gradients in fp8 are near martlet's in bfloat16: what timings in fp8 need. Found out once. */
+  async function fp8Gate() {
+    if (results.fp8Gate) return results.fp8Gate.passed || options.force;
+    const found = {};
+    for (const [quantization, name] of [
+      ['none', 'martlet'],
+      ['fp8', 'fp8'],
+    ]) {
+      if (!(await martlet.turn({ kind: 'load', quantization }))) return false;
+      found[name] = (await perform(martlet.process, gateTask(name), about(10)))?.loss;
+      if (found[name] === undefined) return false;
+    }
+    const near = compareGradients(gradients('fp8'), gradients('martlet'));
+    const lossShare = Math.abs(found.fp8 / found.martlet - 1);
+    const passed = lossShare < FP8_LIMITS.lossShare && near.cosine > FP8_LIMITS.cosine;
+    results.fp8Gate = {
+      rule: `against martlet in bfloat16: loss off by less than ${FP8_LIMITS.lossShare * 100} %, cosine of the LoRA gradients above ${FP8_LIMITS.cosine}`,
+      limits: FP8_LIMITS,
+      loss: found.fp8,
+      bfloat16Loss: found.martlet,
+      lossShare,
+      ...near,
+      passed,
+    };
+    say(
+      `gate of fp8 ${passed ? 'passed' : 'FAILED'}: loss off by ${(lossShare * 100).toFixed(3)} %, cosine of the gradients ${near.cosine.toFixed(6)}, lowest ${near.worstTensor.cosine.toFixed(6)} (${near.worstTensor.name})`,
+    );
+    failed ||= !passed;
+    save();
+    return passed || options.force;
+  }
+
+  /** Whether what is asked of fp8 can be measured; if not, that is noted. */
+  async function fp8Ready(stage) {
+    if (options.device !== 'cuda') {
+      leaveOut(stage, 'fp8 needs a GPU');
+      return false;
+    }
+    if (await fp8Gate()) return true;
+    leaveOut(stage, `the gate of fp8 ${results.fp8Gate ? 'failed' : 'was not reached'}`);
+    return false;
+  }
+
   /** Seconds of a step by row as last measured, by side: what the next one will take. */
   const rowSeconds = {};
   /** About what a task takes on a side, its model's loading apart. */
@@ -426,6 +484,7 @@ async function benchmark(shapeName, budget) {
       merge: 35,
       copy: 15,
       data: 25,
+      curve: () => 5 + task.steps * task.batch * (rowSeconds[label] ?? 0.1),
       train: () => {
         const slower = task.recompute && task.recompute !== 'none' ? 1.5 : 1;
         const row = (rowSeconds[label] ?? (own || tuned ? 0.1 : 0.25)) * slower;
@@ -493,10 +552,12 @@ async function benchmark(shapeName, budget) {
         const load = martlet
           ? { kind: 'load', quantization }
           : { kind: 'load', mode: this.label.slice('peer-'.length) };
-        if (!(await this.turn(load, task.kind !== 'train' || task.method === 'full'))) return;
+        if (!(await this.turn(load, task.kind !== 'train' || task.method === 'full'))) return undefined;
       }
       // The peer's adapter stays on its model; both are at another place after full training or merging.
       if (martlet ? task.method === 'full' : task.kind === 'train' || task.kind === 'merge') this.#fresh = false;
+      // Beside fp8 the peer trains its LoRA in bfloat16.
+      if (!martlet && asked.method === 'fp8') asked.method = 'lora';
       const result = await perform(
         this.process,
         martlet ? (task.kind === 'decode' ? { ...asked, quantization } : asked) : asked,
@@ -504,6 +565,7 @@ async function benchmark(shapeName, budget) {
       );
       if (result) record(this.label, round, result);
       if (task.kind === 'merge' || task.method === 'full') await this.rest();
+      return result;
     }
 
     async end() {
@@ -597,12 +659,41 @@ async function benchmark(shapeName, budget) {
       for (const { peer, ...task } of shape.methods) {
         if ((batches && !batches.includes(task.batch)) || (named && !named.includes(task.method))) continue;
         const load = QUANTIZATION[task.method];
+        if (task.method === 'fp8' && !(await fp8Ready(titleOf({ kind: 'train', ...task })))) continue;
         // Of full training only the default form is the least that the peer can take; adapters of a rank of their own have no stored one.
         await inTurns(
           train({ ...task, load }),
           peer ? [martlet, ...peers.slice(0, task.method === 'full' ? 1 : 2)] : [martlet],
         );
       }
+    },
+    async curve() {
+      const task = { kind: 'curve', recompute: 'none', ...shape.curve };
+      const ends = {};
+      for (const [method, name] of [
+        ['lora', 'bfloat16'],
+        ['fp8', 'fp8'],
+      ]) {
+        const asked = { ...task, method, load: QUANTIZATION[method] };
+        if (method === 'fp8' && !(await fp8Ready(titleOf(asked)))) return;
+        const seconds = needed('martlet', asked) + about(12);
+        if (remaining() < seconds) {
+          leaveOut(titleOf(asked), `${remaining().toFixed(0)} s left, about ${seconds.toFixed(0)} s needed`);
+          return;
+        }
+        const result = await martlet.play(asked, 1);
+        if (!result?.losses) return;
+        ends[name] = result.end;
+        ends.begin ??= mean(result.losses.slice(0, CURVE_END));
+      }
+      const share = Math.abs(ends.fp8 / ends.bfloat16 - 1);
+      const passed = share < CURVE_LIMIT && ends.bfloat16 < (1 - CURVE_FALL) * ends.begin;
+      results.curve = { ...shape.curve, of: CURVE_END, limit: CURVE_LIMIT, fall: CURVE_FALL, ...ends, share, passed };
+      failed ||= !passed;
+      say(
+        `curve ${passed ? 'passed' : 'FAILED'}: ${ends.begin.toFixed(4)} → ${ends.bfloat16.toFixed(4)} in bfloat16, ${ends.fp8.toFixed(4)} in fp8 (${(share * 100).toFixed(2)} % off)`,
+      );
+      save();
     },
   };
 

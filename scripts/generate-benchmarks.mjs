@@ -26,7 +26,7 @@ const page = process.env.BENCH_PAGE ?? join(root, 'docs/benchmarks.md');
 /** Beside the page. */
 const CHARTS = 'benchmarks';
 
-const WEIGHTS = { none: 'bfloat16', int8: 'int8', nf4: 'NF4' };
+const WEIGHTS = { none: 'bfloat16', fp8: 'fp8', int8: 'int8', nf4: 'NF4' };
 const integer = (value) => Math.round(value).toLocaleString('en-US');
 const gib = (bytes) => (bytes / 2 ** 30).toFixed(1);
 const gb = (bytes) => (bytes / 1e9).toFixed(1);
@@ -189,6 +189,7 @@ function dataText(result) {
 
 const METHODS = {
   lora: 'LoRA',
+  fp8: 'LoRA, fp8 base weights',
   nf4: 'QLoRA, NF4 with double quantisation',
   int8: 'QLoRA, int8',
   full: 'full, language model',
@@ -246,8 +247,13 @@ function gateOf(gate) {
   return { within: loss && cosine, trusted: (loss || lossBeside) && (cosine || cosineBeside) };
 }
 
-/** A result without a peer claims speed and memory only, and says so. */
-const isTrusted = ({ peer, gate }) => peer === 'none' || (Boolean(gate) && gateOf(gate).trusted);
+const usesFp8 = ({ runs }) => runs.some(({ method }) => method === 'fp8');
+/** By its own numbers, as the other gate. */
+const passesFp8 = (gate) => Boolean(gate) && gate.lossShare < gate.limits.lossShare && gate.cosine > gate.limits.cosine;
+/** A result without a peer claims speed and memory only, and says so. Timings in fp8 have a gate of their own. */
+const isTrusted = (result) =>
+  (result.peer === 'none' || (Boolean(result.gate) && gateOf(result.gate).trusted)) &&
+  (!usesFp8(result) || passesFp8(result.fp8Gate));
 
 function gateText({ peer, gate }) {
   if (peer === 'none') {
@@ -262,6 +268,15 @@ function gateText({ peer, gate }) {
     ? ''
     : ` On random weights of this size bfloat16 itself does not keep inside the limits, so what passes is to be no further from float32 than the peer in bfloat16 is (cosine: by ${limits.peerCosine ?? 2e-4} at most).`;
   return `**Gate**, passed: ${text}${beside}${why}`;
+}
+
+function fp8Text({ fp8Gate: { loss, bfloat16Loss, lossShare, limits, cosine, tensors, worstTensor } }) {
+  return `**Gate of fp8**, passed: loss and LoRA gradients of one batch against martlet’s own in bfloat16. Loss ${loss.toFixed(4)} beside ${bfloat16Loss.toFixed(4)}, off by ${(lossShare * 100).toFixed(3)} % (limit ${limits.lossShare * 100} %); cosine of all ${tensors} gradients ${cosine.toFixed(5)} (limit ${limits.cosine}), of the worst tensor ${worstTensor.cosine.toFixed(4)}.`;
+}
+
+function curveText({ batch, rows, steps, learningRate, of, limit, fall, begin, bfloat16, fp8, share, passed }) {
+  const verdict = passed ? 'passed' : '**missed**';
+  return `${steps} steps of ${batch} rows, ${rows} different ones, the same in both, at a rate of ${learningRate}; mean losses of ${of} steps. From ${begin.toFixed(4)} to ${bfloat16.toFixed(4)} in bfloat16 and ${fp8.toFixed(4)} in fp8, ${(share * 100).toFixed(2)} % off (limit ${limit * 100} %, of a curve that falls by ${fall * 100} % at least): ${verdict}.`;
 }
 
 function section(result) {
@@ -288,7 +303,7 @@ function section(result) {
   const rows = `Rows of ${row.tokens} tokens, ${row.imageTokens} of them a picture’s (${row.picture}×${row.picture}${views}), ${row.labelled} labelled.${decoder} LoRA: ${targets}. The vision tower is in the loop and frozen; AdamW; bfloat16.${result.note ? ` ${result.note}` : ''}`;
   const methodic = [
     `### Methods: tokens/s and device memory`,
-    `${rows} “Planned” is what \`martlet plan\` foretells for the run, and how far that is from the peak in tensors. martlet trains float32 copies of what is trained with float32 moments. The peer’s full run keeps weights and moments in bfloat16, which is the least that it can take. QLoRA has no peer here: bitsandbytes is not on the machine.`,
+    `${rows} “Planned” is what \`martlet plan\` foretells for the run, and how far that is from the peak in tensors. martlet trains float32 copies of what is trained with float32 moments. The peer’s full run keeps weights and moments in bfloat16, which is the least that it can take. QLoRA has no peer here: bitsandbytes is not on the machine.${usesFp8(result) ? ' Beside fp8 the peer trains LoRA in bfloat16.' : ''}`,
   ];
   const learning = [`### LoRA training: tokens/s (p10–p90 over steps), peak device memory in tensors`, rows];
   const answering = [
@@ -310,13 +325,15 @@ function section(result) {
     `${machine.join(', ')}. Again with:`,
     `\`\`\`sh\n${result.command}\n\`\`\``,
     gateText(result),
+    ...(usesFp8(result) ? [fp8Text(result)] : []),
     ...(result.modelBytes
       ? []
       : [
           'An early result: one side did all its tasks after the other, with both models on the device for the first of them.',
         ]),
     ...(has('train') ? [...learning, trainingTable(result)] : []),
-    ...(result.runs.some(({ method }) => method) ? [...methodic, methodsTable(result)] : []),
+    ...(result.runs.some(({ kind, method }) => kind === 'train' && method) ? [...methodic, methodsTable(result)] : []),
+    ...(result.curve ? ['### The curve in fp8', curveText(result.curve)] : []),
     ...(has('decode') ? [...answering, decodingTable(result)] : []),
     ...(has('load') ? [...starting, loadingTable(result)] : []),
     ...(has('data') ? fed : []),

@@ -19,6 +19,7 @@ export interface AdapterArgs {
   /** How the base was quantised in training. */
   quant_bits?: number;
   bnb_4bit_use_double_quant?: boolean;
+  base_dtype?: 'auto' | 'fp8';
   torch_dtype?: 'auto' | 'float32' | 'bfloat16' | 'float16';
   /** Pixel limits and the like; in the file under their own keys (`max_pixels`, …). */
   vision: VisionOptions;
@@ -47,8 +48,16 @@ export async function readAdapterArgs(folder: string): Promise<AdapterArgs> {
       );
     }
     if (typeof args !== 'object' || args === null) continue;
-    const { model, template, system, exif_orientation, quant_bits, bnb_4bit_use_double_quant, torch_dtype } =
-      args as Record<string, unknown>;
+    const {
+      model,
+      template,
+      system,
+      exif_orientation,
+      quant_bits,
+      bnb_4bit_use_double_quant,
+      base_dtype,
+      torch_dtype,
+    } = args as Record<string, unknown>;
     const dtype = (['auto', 'float32', 'bfloat16', 'float16'] as const).find((name) => name === torch_dtype);
     return {
       vision: savedVision(args as Record<string, unknown>, path),
@@ -58,6 +67,7 @@ export async function readAdapterArgs(folder: string): Promise<AdapterArgs> {
       ...(typeof exif_orientation === 'boolean' && { exif_orientation }),
       ...(typeof quant_bits === 'number' && { quant_bits }),
       ...(typeof bnb_4bit_use_double_quant === 'boolean' && { bnb_4bit_use_double_quant }),
+      ...((base_dtype === 'auto' || base_dtype === 'fp8') && { base_dtype }),
       ...(dtype !== undefined && { torch_dtype: dtype }),
     };
   }

@@ -4,7 +4,7 @@ import type { ModelDescription, Recompute } from '../native/binding.js';
 import { Engine } from '../native/engine.js';
 import { loadAddon } from '../native/load.js';
 import { bytes } from '../report/format.js';
-import { estimateMemory, type MemoryEstimate, type MemoryOptions, trainedElements } from './memory-plan.js';
+import { estimateMemory, holdsFp8, type MemoryEstimate, type MemoryOptions, trainedElements } from './memory-plan.js';
 import { parseSize } from './size.js';
 import type { TrainData } from './train-setup.js';
 
@@ -46,13 +46,19 @@ export function memoryOptions(
     pairsDrop: config.sft_type !== 'full' && config.lora_dropout > 0,
     trainedNorms: config.sft_type === 'full' && !config.freeze_llm,
     drops: (config.dropout ?? 1) > 0 && model.decoder.dropout > 0,
-    writtenOut: quantization === 'none' && writesOut(config, model),
+    writtenOut: (quantization === 'none' || (quantization === 'fp8' && allHoldFp8(model))) && writesOut(config, model),
     recompute: fixedRecompute(config.gradient_checkpointing) ?? 'layer',
     tokens,
     labelled: Math.ceil(tokens / 2),
     cpu: config.device === 'cpu',
     ...changes,
   };
+}
+
+/** Where one linear of a layer stays in bfloat16, the layer is not taken in fp8 as a whole. */
+function allHoldFp8(model: ModelDescription): boolean {
+  const quantizable = new Set(model.parameters.filter((one) => one.quantizable).map(({ name }) => name));
+  return model.linears.every((linear) => !quantizable.has(`${linear.path}.weight`) || holdsFp8(linear));
 }
 
 const bytesOf = (dtype: string | null): number => (dtype === 'float32' ? 4 : 2);
@@ -117,7 +123,8 @@ export async function savingsText(config: TrainConfig, modelDir: string, tokens:
     if (saved > 0) remedies.push({ what, saved });
   };
   offer('gradient_checkpointing: layer', { recompute: 'layer' });
-  if (config.sft_type !== 'full') offer('sft_type: qlora', { quantization: 'nf4' });
+  const qlora = config.base_dtype === 'fp8' ? 'sft_type: qlora in place of base_dtype: fp8' : 'sft_type: qlora';
+  if (config.sft_type !== 'full') offer(qlora, { quantization: 'nf4' });
   else offer('sft_type: lora', {}, { ...config, sft_type: 'lora' });
   offer('half the tokens of the row (max_length, max_pixels)', {
     tokens: Math.ceil(tokens / 2),

@@ -3,7 +3,7 @@
  * pass (native/core/nn/checkpoint.h); they are those of the largest micro-batch.
  */
 import type { TrainConfig } from '../config/index.js';
-import type { ModelDescription, Recompute } from '../native/binding.js';
+import type { ModelDescription, Quantization, Recompute } from '../native/binding.js';
 
 export interface MemoryEstimate {
   /** Bytes of each part. */
@@ -18,7 +18,7 @@ export interface MemoryEstimate {
 }
 
 export interface MemoryOptions {
-  quantization: 'none' | 'int8' | 'nf4';
+  quantization: Quantization;
   doubleQuantization: boolean;
   /** Bytes of a number in the arithmetic: 2 or 4. */
   computeBytes: number;
@@ -116,6 +116,9 @@ function readBy(linears: Linear[]): TrainedElements['read'] {
   return new Set(linears.filter(({ part }) => part === 'language').flatMap(({ reads }) => reads ?? READS));
 }
 
+/** Whether fp8 takes a linear's weight (native/core/quant/fp8.h, Fp8Tensor::fits). */
+export const holdsFp8 = (linear: Pick<Linear, 'in' | 'out'>): boolean => linear.in % 16 === 0 && linear.out % 16 === 0;
+
 /** Bytes a trained element takes in the optimiser. */
 function optimizerBytes(optim: TrainConfig['optim']): number {
   if (optim.startsWith('paged_')) return 0; // in host memory
@@ -209,10 +212,18 @@ export function estimateMemory(
   // 4.127 bits an element with double quantisation, 4.5 without: codes, and a scale for each 64
   const nf4 = 0.5 + (options.doubleQuantization ? (1 + 4 / 256) / 64 : 4 / 64);
   const perWeight = options.quantization === 'nf4' ? nf4 : 1.001;
+  const isFp8 = options.quantization === 'fp8';
+  const linears = new Map(model.linears.map((linear) => [`${linear.path}.weight`, linear]));
   let weights = 0;
   let largest = 0;
-  for (const { numel, quantizable } of model.parameters) {
-    const quantized = quantizable && options.quantization !== 'none';
+  for (const { name, numel, quantizable } of model.parameters) {
+    const linear = linears.get(name);
+    if (isFp8 && quantizable && linear && holdsFp8(linear)) {
+      // float32 scales of the rows, and of the columns
+      weights += numel + 4 * (linear.in + linear.out);
+      continue;
+    }
+    const quantized = quantizable && options.quantization !== 'none' && !isFp8;
     weights += numel * (quantized ? perWeight : computeBytes);
     if (quantized) largest = Math.max(largest, numel);
   }
@@ -244,9 +255,13 @@ export function estimateMemory(
   // native/core/quant: three float32 temporaries of a part
   const part = options.cpu ? 2 ** 20 : 2 ** 24;
   const dequantised = largest * computeBytes + 12 * Math.min(part, largest);
+  // In the backward of the widest product of fp8: the weight's codes transposed, and the gradient's.
+  const { intermediateSize: i, heads, keyValueHeads, headDim, activation } = model.decoder;
+  const widest = Math.max(i * (activation.gated ? 2 : 1), (heads + 2 * keyValueHeads) * headDim);
+  const turned = isFp8 ? widest * (h + tokens) : 0;
   // cuBLAS keeps 32 MiB, cuBLASLt as much
   const libraries = options.cpu ? 0 : 64 * 2 ** 20;
-  const workspace = Math.max(loss + head, 2 * head, layerAtWork + dequantised) + libraries;
+  const workspace = Math.max(loss + head, 2 * head, layerAtWork + dequantised + turned) + libraries;
   return {
     weights,
     adapters,

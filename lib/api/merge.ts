@@ -71,15 +71,21 @@ export async function mergeAdapter(options: MergeOptions): Promise<MergeReport> 
 
 /** How the base was quantised when the adapter was trained, from its args.yaml. */
 async function trainedQuantization(adapter: string): Promise<MergeArgs['quantization']> {
-  const { quant_bits: bits, bnb_4bit_use_double_quant: double, torch_dtype: dtype } = await readAdapterArgs(adapter);
+  const {
+    quant_bits: bits,
+    bnb_4bit_use_double_quant: double = true,
+    base_dtype: base,
+    torch_dtype: dtype = 'auto',
+  } = await readAdapterArgs(adapter);
+  if (base === 'fp8') return { method: 'fp8', doubleQuantization: double, dtype };
   if (bits !== 4 && bits !== 8) {
     throw new MartletError(
       'ERR_MARTLET_USAGE',
-      `base: 'quantized' is for adapters trained with qlora; ${join(adapter, ARGS_FILE)} names no quant_bits. Leave base out to merge into the original weights.`,
+      `base: 'quantized' is for adapters trained with qlora or base_dtype: fp8; ${join(adapter, ARGS_FILE)} names no quant_bits and no fp8. Leave base out to merge into the original weights.`,
       { field: 'base', path: adapter },
     );
   }
-  return { method: bits === 4 ? 'nf4' : 'int8', doubleQuantization: double ?? true, dtype: dtype ?? 'auto' };
+  return { method: bits === 4 ? 'nf4' : 'int8', doubleQuantization: double, dtype };
 }
 
 /** Template, system prompt and pixel limits that the adapter was trained with: the merged model must be asked in the same way. */
@@ -88,7 +94,8 @@ async function keepPromptArgs(adapter: string, target: string): Promise<void> {
     model: _,
     quant_bits: __,
     bnb_4bit_use_double_quant: ___,
-    torch_dtype: ____,
+    base_dtype: ____,
+    torch_dtype: _____,
     vision,
     ...prompt
   } = await readAdapterArgs(adapter);

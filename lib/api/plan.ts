@@ -6,7 +6,7 @@ import { MartletError } from '../errors.js';
 import { exists, isDirectory } from '../files.js';
 import { findInHuggingFaceCache, findInModelScopeCache } from '../hub/cache.js';
 import { publishedId } from '../hub/index.js';
-import type { Recompute } from '../native/binding.js';
+import type { Quantization, Recompute } from '../native/binding.js';
 import {
   describeModel,
   largestBatchTokens,
@@ -45,6 +45,7 @@ export interface TrainingPlan {
       TrainConfig,
       | 'sft_type'
       | 'quant_bits'
+      | 'base_dtype'
       | 'per_device_train_batch_size'
       | 'gradient_accumulation_steps'
       | 'gradient_checkpointing'
@@ -59,7 +60,7 @@ export interface TrainingPlan {
 }
 
 interface Candidate {
-  quantization: 'none' | 'int8' | 'nf4';
+  quantization: Quantization;
   recompute: Recompute;
   batch: number;
   tokens: number;
@@ -156,6 +157,7 @@ async function settingsOf(
   if (quantization !== quantizationOf(config)) {
     settings.sft_type = 'qlora';
     settings.quant_bits = quantization === 'int8' ? 8 : 4;
+    if (config.base_dtype === 'fp8') settings.base_dtype = 'auto';
   }
   if (batch !== config.per_device_train_batch_size) {
     settings.per_device_train_batch_size = batch;

@@ -257,7 +257,7 @@ class Trainer {
   }
 
   async #announce(): Promise<void> {
-    const { config, schedule, outputDir, data, begun, warnings } = this.#setup;
+    const { config, schedule, outputDir, data, loaded, begun, warnings } = this.#setup;
     const { trainableParams, totalParams, parts, targets, unmatched } = begun;
     const first = await encodeRow(data.processor, data.train.rows[0] as Row, config, this.#control.signal);
     await this.#emit({
@@ -277,7 +277,7 @@ class Trainer {
       const near = nearest.length === 0 ? '' : ` Near: ${nearest.join(', ')}.`;
       await this.#warn(`${name} matches nothing in this model.${near}`, { name, nearest });
     }
-    for (const message of begun.warnings) await this.#warn(message);
+    for (const message of [...loaded.warnings, ...begun.warnings]) await this.#warn(message);
     for (const [key, part] of [
       ['vit_lr', 'vision'],
       ['aligner_lr', 'projector'],

@@ -262,7 +262,7 @@ export interface MergeOptions {
   dtype?: 'float32' | 'bfloat16' | 'float16';
   /** Bytes or `5GB`. Defaults to `5GB`. */
   maxShardSize?: number | string;
-  /** `quantized`: into the weights that a qlora adapter was trained against (quantised and back); the result is as large. Defaults to `original`. */
+  /** `quantized`: into the weights that a qlora or fp8 adapter was trained against (quantised and back); the result is as large. Defaults to `original`. */
   base?: 'original' | 'quantized';
   /** Where the sums are computed, one weight at a time. Defaults to `auto`: the first CUDA device, else the CPU. */
   device?: 'auto' | 'cpu' | 'cuda' | `cuda:${number}`;

@@ -37,7 +37,7 @@ const OPTIONS: OptionSpecs = {
   base: {
     kind: 'value',
     placeholder: 'original|quantized',
-    help: 'quantized: merge into the weights that a qlora adapter was trained against',
+    help: 'quantized: merge into the weights that a qlora or fp8 adapter was trained against',
   },
   quant_method: { kind: 'value', placeholder: 'bnb', help: 'write --model quantised instead of merging' },
   quant_bits: { kind: 'value', placeholder: '4|8', help: '4 = NF4 with double quantisation (default), 8 = int8' },

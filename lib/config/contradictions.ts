@@ -15,6 +15,27 @@ export function contradictions(config: Config, origin: Map<string, string>): Pro
   if (!adapters && (config.quant_bits !== null || config.quant_method !== null)) {
     refuse('sft_type', ': full cannot train quantised weights. Use qlora, or leave quant_bits out');
   }
+  const quantizes = config.quant_bits !== null || config.sft_type === 'qlora' || config.quant_method !== null;
+  if (config.base_dtype === 'fp8') {
+    const fp8 = ': fp8 ';
+    if (!adapters) {
+      refuse(
+        'base_dtype',
+        `${fp8}is for frozen weights, which sft_type: full does not have. Use lora, or leave it out`,
+      );
+    } else if (quantizes) {
+      refuse(
+        'base_dtype',
+        `${fp8}and quantised weights (qlora, quant_bits, quant_method) are two forms of the same weights. Keep one of them`,
+      );
+    }
+    if (config.torch_dtype === 'float32' || config.torch_dtype === 'float16') {
+      refuse('base_dtype', `${fp8}is for bfloat16, not for torch_dtype: ${config.torch_dtype}. Leave one of them out`);
+    }
+    if (config.device === 'cpu') {
+      refuse('base_dtype', `${fp8}needs a GPU (Hopper or newer), and device is cpu. Leave base_dtype out`);
+    }
+  }
   if (!adapters) {
     for (const [key, given] of [
       ['use_dora', config.use_dora],
@@ -54,7 +75,7 @@ export function contradictions(config: Config, origin: Map<string, string>): Pro
   }
   const pissa = String(config.init_weights).startsWith('pissa');
   if (pissa && config.use_dora) refuse('init_weights', ': pissa cannot be combined with use_dora. Keep one of them');
-  if (pissa && (config.quant_bits !== null || config.sft_type === 'qlora' || config.quant_method !== null)) {
+  if (pissa && (quantizes || config.base_dtype === 'fp8')) {
     refuse(
       'init_weights',
       ': pissa takes the base weights apart, which quantised ones do not allow. Use true or gaussian',

@@ -3,6 +3,7 @@ import { readFile, stat } from 'node:fs/promises';
 import { dump } from 'js-yaml';
 import type { z } from 'zod';
 import { MartletError } from '../errors.js';
+import type { Quantization } from '../native/binding.js';
 import { contradictions } from './contradictions.js';
 import { describe, flatten, type Problem, schemaOf } from './dialects.js';
 import { type TrainConfig, type TrainConfigInput, trainConfigSchema } from './schema.js';
@@ -247,7 +248,9 @@ function complete(config: z.infer<typeof trainConfigSchema>): TrainConfig {
 }
 
 /** What native code quantises the language model's weights to. */
-export function quantizationOf({ quant_bits }: Pick<TrainConfig, 'quant_bits'>): 'none' | 'int8' | 'nf4' {
+export function quantizationOf(config: Pick<TrainConfig, 'base_dtype' | 'quant_bits'>): Quantization {
+  const { base_dtype, quant_bits } = config;
+  if (base_dtype === 'fp8') return 'fp8';
   return quant_bits === null ? 'none' : quant_bits === 8 ? 'int8' : 'nf4';
 }
 

@@ -113,7 +113,8 @@ export interface LoadArgs {
   imageTokenId?: number;
 }
 
-export type Quantization = 'none' | 'int8' | 'nf4';
+/** `fp8`: ERR_MARTLET_CONFIG except in bfloat16 on a GPU from Hopper on. */
+export type Quantization = 'none' | 'int8' | 'nf4' | 'fp8';
 
 export interface LoadResult {
   modelType: string;
@@ -130,6 +131,7 @@ export interface LoadResult {
   maxPositions: number;
   /** id of the token that marks image positions */
   imageTokenId: number;
+  warnings: string[];
   seconds: number;
 }
 
@@ -330,7 +332,7 @@ export interface MergeArgs {
   /** 'auto' | 'cpu' | 'cuda' | 'cuda:N': where the sums are computed. Defaults to cpu. */
   device?: string;
   /** Merge into the weights that this quantisation leaves, computed from `dtype`; those of a quantised checkpoint are what it holds. */
-  quantization?: { method: 'int8' | 'nf4'; doubleQuantization: boolean; dtype: 'auto' | Dtype };
+  quantization?: { method: 'int8' | 'nf4' | 'fp8'; doubleQuantization: boolean; dtype: 'auto' | Dtype };
 }
 
 /** A model's sizes, from its config.json. */

@@ -27,6 +27,7 @@
 #include "core/models/describe.h"
 #include "core/models/quantization.h"
 #include "core/models/registry.h"
+#include "core/quant/fp8.h"
 #include "core/train/loss.h"
 #include "core/train/train_options.h"
 #include "core/train/trainer.h"
@@ -265,7 +266,13 @@ json Session::Impl::load(const json& args, JobContext& job) {
     fail(code::kConfig, model_dir + " is quantised already: leave quantization out, or take the original model.",
          {{"path", model_dir}});
   }
-  const std::set<std::string> quantizable = quantizable_weights(*fresh);
+  const auto method = options.quantization.method;
+  const std::set<std::string> quantizable = quantizable_weights(*fresh, method);
+  json warnings = json::array();
+  if (method == QuantizationOptions::Method::kFp8) {
+    require_fp8(device, dtype);
+    if (const std::string text = fp8_warning(*fresh); !text.empty()) warnings.push_back(text);
+  }
   options.is_quantized = [&](const std::string& name) { return quantizable.count(name) > 0; };
   options.keeps_float32 = [&](const std::string& name) { return fresh->keeps_float32(name); };
   options.quantized_parts = [&](const std::string& name) {
@@ -330,7 +337,7 @@ json Session::Impl::load(const json& args, JobContext& job) {
   return {{"modelType", info.model_type},        {"family", info.family},        {"device", device.str()},
           {"dtype", dtype_name(dtype)},          {"parameters", parameters},     {"weightBytes", bytes},
           {"quantization", quantization},        {"vocabSize", info.vocab_size}, {"maxPositions", info.max_positions},
-          {"imageTokenId", info.image_token_id}, {"seconds", clock.seconds()}};
+          {"imageTokenId", info.image_token_id}, {"warnings", warnings},         {"seconds", clock.seconds()}};
 }
 
 json Session::Impl::load_adapter(const json& args) {

@@ -87,6 +87,7 @@ TEST("products with a weight in fp8, both ways: those of the quantised numbers")
   EXPECT(Fp8Tensor::fits({32, 48}));
   EXPECT(!Fp8Tensor::fits({32, 40}));
   EXPECT(!Fp8Tensor::fits({8, 48}));
+  EXPECT_CONTAINS(EXPECT_THROWS_CODE(code::kConfig, Fp8Tensor::quantize(randn({32, 40}, 1))).what(), "[32,40]");
 }
 
 TEST("stacked weights in fp8: each linear keeps its numbers, in one memory") {

@@ -10,6 +10,7 @@
 #include "core/base/rng.h"
 #include "core/io/safetensors.h"
 #include "core/lora/adapter.h"
+#include "core/models/quantization.h"
 #include "core/models/registry.h"
 #include "core/session.h"
 #include "core/train/batch.h"
@@ -64,11 +65,12 @@ std::unique_ptr<VisionLanguageModel> loaded() {
 }
 
 // Writes a model folder and loads it in a session of its own.
-json load(const std::map<std::string, at::Tensor>& weights) {
+json load(const std::map<std::string, at::Tensor>& weights, const json& options = json::object()) {
   const TemporaryFolder folder;
   write_text_file(folder / "config.json", config().dump());
   write_safetensors(folder / "model.safetensors", {weights.begin(), weights.end()}, {{"format", "pt"}});
-  const json args = {{"modelDir", folder.path().string()}, {"device", "cpu"}, {"dtype", "auto"}};
+  json args = {{"modelDir", folder.path().string()}, {"device", "cpu"}, {"dtype", "auto"}};
+  args.update(options);
   Session session;
   JobContext job([](const std::string&) {});
   return json::parse(session.handle("load", args.dump(), {}, job).result);
@@ -148,6 +150,42 @@ TEST("a tensor of another shape, and one under two spellings, are ERR_MARTLET_WE
   weights = random_weights();
   weights["language_model.model.norm.weight"] = randn({16}, 1);
   EXPECT_CONTAINS(EXPECT_THROWS_CODE(code::kWeights, load(weights)).what(), "language_model.model.norm.weight");
+}
+
+TEST("fp8: not loaded on the CPU, nor saved; sizes that it does not hold are named and stay as they are") {
+  const auto weights = random_weights();
+  const Error error =
+      EXPECT_THROWS_CODE(code::kConfig, load(weights, {{"quantization", "fp8"}, {"dtype", "bfloat16"}}));
+  EXPECT_CONTAINS(error.what(), "compute capability 9.0");
+  EXPECT_CONTAINS(error.what(), "Leave base_dtype out");
+  EXPECT_EQ(json::parse(error.details_json())["path"].get<std::string>(), "base_dtype");
+  EXPECT_EQ(load(weights)["warnings"].size(), 0u);
+
+  const TemporaryFolder folder;
+  write_text_file(folder / "config.json", config().dump());
+  write_safetensors(folder / "model.safetensors", {weights.begin(), weights.end()}, {{"format", "pt"}});
+  const json args = {{"modelDir", folder.path().string()},
+                     {"outputDir", (folder / "out").string()},
+                     {"device", "cpu"},
+                     {"dtype", "bfloat16"},
+                     {"quantization", "fp8"}};
+  JobContext job([](const std::string&) {});
+  EXPECT_CONTAINS(EXPECT_THROWS_CODE(code::kConfig, quantize_checkpoint_json(args, job)).what(), "nf4 or int8");
+
+  // Of 16: queries and attention's output. Keys and values have 8 rows, the MLP 24.
+  const auto model = create();
+  std::set<std::string> expected;
+  for (const char* layer : {"0", "1"}) {
+    for (const char* linear : {"q_proj", "o_proj"})
+      expected.insert(std::string("model.language_model.layers.") + layer + ".self_attn." + linear + ".weight");
+  }
+  EXPECT(quantizable_weights(*model, QuantizationOptions::Method::kFp8) == expected);
+  EXPECT_EQ(quantizable_weights(*model, QuantizationOptions::Method::kNf4).size(), 14u);
+  const std::string warning = fp8_warning(*model);
+  EXPECT_CONTAINS(warning, "leaves 10 weight(s) in bfloat16");
+  for (const char* linear : {"self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"})
+    EXPECT_CONTAINS(warning, std::string("model.language_model.layers.*.") + linear + ".weight");
+  EXPECT_EQ(warning.find("q_proj"), std::string::npos);
 }
 
 TEST("packing: positions begin anew in each row, targets are the next labelled tokens of the same row") {

@@ -104,6 +104,15 @@ export const MEASURES = {
     const { peak } = training(result, { side: 'martlet', ...setting });
     return peak && peak / 2 ** 30;
   },
+  /** Beside the peer's LoRA of the same rows in bfloat16. */
+  methodOverPeer: (result, { side, method, ...setting }) =>
+    ratio(
+      training(result, { side: 'martlet', method, ...setting }).rate,
+      training(result, { side, method: 'lora', ...setting }).rate,
+    ),
+  fp8Loss: ({ fp8Gate }) => fp8Gate && fp8Gate.lossShare * 100,
+  fp8Cosine: ({ fp8Gate }) => fp8Gate?.cosine,
+  fp8Curve: ({ curve }) => curve && curve.share * 100,
   decodeRatio(result, { side, answers }) {
     const of = (name) => decoding(result, { side: name, batch: answers, quantization: 'none' }).rate;
     return ratio(of('martlet'), of(side));

@@ -57,6 +57,46 @@ test('sizes of LLaVA-1.5-7B: weights, QLoRA at 1,024 tokens, LoRA at 8,192', asy
   assert.ok(kept > 36 && kept < 42, String(kept));
 });
 
+test('fp8: a byte a weight of the language model and scales by rows; the rest as in bfloat16, activations too', async () => {
+  const model = await describeModel(LLAVA_7B);
+  const { config } = resolveTrainConfig({ model: LLAVA_7B, dataset: '-', lora_rank: 8, lora_dropout: 0 });
+  const of = (quantization: 'none' | 'fp8') =>
+    predict(config, model, memoryOptions(config, model, 16384, { quantization, recompute: 'none', cpu: false }));
+  const [full, fp8] = [of('none'), of('fp8')];
+  // Of 32 layers: q, k, v and output of 4,096 by 4,096; gate, up and down of 11,008 by 4,096.
+  const elements = 32 * (4 * 4096 * 4096 + 3 * 11008 * 4096);
+  const scales = 32 * 4 * (4 * (4096 + 4096) + 3 * (11008 + 4096));
+  assert.equal(full.weights - fp8.weights, elements - scales);
+  assert.equal(fp8.activations, full.activations, 'the layers are written out as in bfloat16');
+  assert.equal(fp8.adapters + fp8.optimizer, full.adapters + full.optimizer);
+  // Codes of the widest weight, transposed, and of its gradient.
+  assert.equal(fp8.workspace - full.workspace, 2 * 11008 * (4096 + 16384));
+
+  const asked = { model: LLAVA_7B, max_length: 1024, per_device_train_batch_size: 1, lora_rank: 8, base_dtype: 'fp8' };
+  const own = await planTraining(asked, { gpu: '24GB' });
+  assert.deepEqual([own.fits, own.settings.quant_bits, own.settings.base_dtype], [true, undefined, undefined]);
+  const small = await planTraining(asked, { gpu: '8GB' });
+  assert.deepEqual(
+    [small.settings.sft_type, small.settings.quant_bits, small.settings.base_dtype],
+    ['qlora', 4, 'auto'],
+    'what is smaller takes its place',
+  );
+});
+
+test('fp8: linears of sizes that it does not hold count as bfloat16, and their layers under autograd', async () => {
+  const model = await describeModel(LLAVA_7B);
+  const { config } = resolveTrainConfig({ model: LLAVA_7B, dataset: '-', lora_dropout: 0 });
+  const odd = {
+    ...model,
+    linears: model.linears.map((linear) => (linear.path.endsWith('.down_proj') ? { ...linear, in: 11004 } : linear)),
+  };
+  const weights = (of: typeof model) =>
+    predict(config, of, memoryOptions(config, of, 1024, { quantization: 'fp8' })).weights;
+  assert.equal(weights(odd) - weights(model), 32 * (11008 * 4096 - 4 * (11008 + 4096)));
+  assert.equal(memoryOptions(config, model, 1024, { quantization: 'fp8' }).writtenOut, true);
+  assert.equal(memoryOptions(config, odd, 1024, { quantization: 'fp8' }).writtenOut, false);
+});
+
 test('a model that does not fit at all is said so; a config without its data is planned from max_length', async () => {
   const plan = await planTraining({ model: LLAVA_7B, max_length: 1024 }, { gpu: '2GB' });
   assert.equal(plan.fits, false);

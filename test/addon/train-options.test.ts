@@ -6,6 +6,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { loadModel, mergeAdapter, quantizeModel, type TrainEvent, trainLoRA } from '../../lib/index.js';
+import { Engine } from '../../lib/native/engine.js';
 import { cases, getCase, llava } from '../support/fixtures.js';
 import { modelWithBadToken, modelWithLargeHead, tokenOnlyIn } from '../support/planted.js';
 import { type FixtureTensor, patchTensor, readSafetensors } from '../support/safetensors.js';
@@ -448,6 +449,41 @@ describe('quantised bases', () => {
       }),
       { code: 'ERR_MARTLET_USAGE', message: /quant_bits/ },
     );
+  });
+
+  test('fp8: refused on the CPU with what it needs, and an adapter trained on it merges into the weights it leaves', async () => {
+    await assert.rejects(train(smallConfig(await folder(), { ...fast, torch_dtype: 'bfloat16', base_dtype: 'fp8' })), {
+      code: 'ERR_MARTLET_CONFIG',
+      message: /base_dtype: fp8 needs a GPU/,
+    });
+    const engine = new Engine();
+    await assert.rejects(
+      engine.call('load', { modelDir: MODEL, device: 'cpu', dtype: 'bfloat16', quantization: 'fp8' }),
+      { code: 'ERR_MARTLET_CONFIG', message: /compute capability 9\.0.*Leave base_dtype out/ },
+    );
+    await engine.close();
+
+    const dir = await folder();
+    await train(smallConfig(dir, { ...fast, torch_dtype: 'bfloat16' }));
+    const out = join(dir, 'out');
+    const args = join(out, 'args.yaml');
+    writeFileSync(args, readFileSync(args, 'utf8').replace('base_dtype: auto', 'base_dtype: fp8'));
+    const [original, rounded] = await Promise.all(
+      (['original', 'quantized'] as const).map(async (base) => {
+        const merged = await mergeAdapter({ adapter: out, outputDir: join(dir, base), base });
+        return readSafetensors(join(merged.outputDir, 'model.safetensors'));
+      }),
+    );
+    assert(original && rounded);
+    for (const [name, tensor] of original) {
+      const [a, b] = [tensor.data, rounded.get(name)?.data] as [Float32Array, Float32Array];
+      const isBase = /language_model.*_proj\.weight$/.test(name);
+      // e4m3: three bits behind the point, of numbers that are not the least.
+      const largest = a.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+      const off = a.reduce((most, value, i) => Math.max(most, Math.abs(value - (b[i] as number))), 0);
+      assert.ok(isBase ? off > 0 && off < largest / 16 : off === 0, `${name}: ${off} of ${largest}`);
+    }
+    assert.doesNotMatch(readFileSync(join(dir, 'quantized', 'args.yaml'), 'utf8'), /fp8/);
   });
 
   test('a model saved quantised is smaller, loads as it is, trains, and gives the same loss as quantising on load', async () => {

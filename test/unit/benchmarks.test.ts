@@ -28,6 +28,8 @@ test('bounds name shapes and measures that there are, and one limit', () => {
 test('measures of a result', () => {
   const result = {
     modelBytes: 12e9,
+    fp8Gate: { lossShare: 0.002, cosine: 0.995 },
+    curve: { share: 0.004 },
     prompt: { tokens: 90, newTokens: 20 },
     runs: [
       { side: 'device', kind: 'bandwidth', copyBytesPerSecond: [2e12, 3e12, 4e12] },
@@ -75,6 +77,10 @@ test('measures of a result', () => {
         ...{ side: 'martlet', kind: 'train', method, batch: 4, recompute: 'none', tokensPerSecond: 1000 - 50 * i },
         ...{ tokens: 1, p10: 1, p90: 1, peakAllocated: 8 * 2 ** 30 },
       })),
+      ...[
+        { side: 'martlet', method: 'fp8', tokensPerSecond: 1500 },
+        { side: 'peer-tuned', method: 'lora', tokensPerSecond: 1000 },
+      ].map((run) => ({ kind: 'train', batch: 8, recompute: 'none', tokens: 1, p10: 1, p90: 1, ...run })),
       { side: 'copy', kind: 'merge', mergeSeconds: 5 },
       { side: 'martlet', kind: 'merge', mergeSeconds: 6 },
       { side: 'peer-tuned', kind: 'merge', mergeSeconds: 18 },
@@ -88,6 +94,11 @@ test('measures of a result', () => {
     ['trainPeak', setting, 2],
     ['methodRatio', { method: 'nf4', to: 'lora', batch: 4, recompute: 'none' }, 0.95],
     ['methodPeak', { method: 'nf4', batch: 4, recompute: 'none' }, 8],
+    ['methodOverPeer', { side: 'peer-tuned', method: 'fp8', batch: 8, recompute: 'none' }, 1.5],
+    ['methodOverPeer', { side: 'peer-default', method: 'fp8', batch: 8, recompute: 'none' }, undefined],
+    ['fp8Loss', {}, 0.2],
+    ['fp8Cosine', {}, 0.995],
+    ['fp8Curve', {}, 0.4],
     ['decodeRatio', { side: 'peer-tuned', answers: 1 }, 2.1],
     ['firstTokenRatio', { side: 'peer-tuned' }, 3],
     // 210 tokens/s of 10 GB and 100 positions of 1 MB, of 3 TB/s

@@ -5,7 +5,13 @@ import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
-import { configToYaml, type LoadConfigOptions, loadTrainConfig, resolveTrainConfig } from '../../lib/config/index.js';
+import {
+  configToYaml,
+  type LoadConfigOptions,
+  loadTrainConfig,
+  quantizationOf,
+  resolveTrainConfig,
+} from '../../lib/config/index.js';
 import { parseYaml } from '../../lib/config/yaml.js';
 import type { MartletError, TrainConfig } from '../../lib/index.js';
 import { projectRoot } from '../support/fixtures.js';
@@ -173,6 +179,13 @@ test('contradictions are errors, agreements are not', () => {
     ['sft_type: full\nadapters: out', /adapters are not trained by sft_type: full/],
     ['sft_type: full\nuse_rslora: true', /use_rslora belongs to adapters/],
     ['sft_type: full\nlora_bias: all', /lora_bias belongs to adapters/],
+    ['base_dtype: fp8\nsft_type: full', /base_dtype: fp8 is for frozen weights/],
+    ['base_dtype: fp8\nsft_type: qlora', /base_dtype: fp8 and quantised weights/],
+    ['base_dtype: fp8\nquant_bits: 8', /base_dtype: fp8 and quantised weights/],
+    ['base_dtype: fp8\ntorch_dtype: fp16', /base_dtype: fp8 is for bfloat16, not for torch_dtype: float16/],
+    ['base_dtype: fp8\ndevice: cpu', /base_dtype: fp8 needs a GPU/],
+    ['base_dtype: fp8\ninit_weights: pissa', /init_weights: pissa takes the base weights apart/],
+    ['base_dtype: fp9', /base_dtype is the text "fp9"/],
     ['val_dataset: v\neval_strategy: no\npredict_with_generate: true', /predict_with_generate needs evaluations/],
     ['val_dataset: v\nsave_strategy: no\nearly_stop_interval: 2', /early_stop_interval needs evaluations/],
     ['early_stop_interval: 2', /early_stop_interval needs evaluation rows/],
@@ -180,6 +193,18 @@ test('contradictions are errors, agreements are not', () => {
     ['non_finite: rollback\nsave_only_model: true', /save_only_model: non_finite: rollback goes back to checkpoints/],
   ] as const)
     assert.match(problems(`${BASE}${keys}\n`).join(), message);
+});
+
+test('base_dtype: fp8 goes with lora and lora_llm, comes back from args.yaml, and is what weights are loaded as', () => {
+  assert.equal(resolved('').base_dtype, 'auto');
+  assert.equal(quantizationOf(resolved('')), 'none');
+  for (const more of ['', 'torch_dtype: bf16\ndevice: cuda\n', 'sft_type: lora_llm\n', 'use_dora: true\n']) {
+    const config = resolved(`base_dtype: fp8\n${more}`);
+    assert.equal(quantizationOf(config), 'fp8');
+    const again = resolveTrainConfig(parseYaml(configToYaml(config)).value as object).config;
+    assert.deepEqual(again, config);
+    assert.equal(again.quant_bits, null);
+  }
 });
 
 test('what is not supported is refused unless its value changes nothing', () => {

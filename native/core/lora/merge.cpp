@@ -123,7 +123,7 @@ json merge_adapter_json(const json& args, JobContext& job) {
     const std::string wanted = q.at("dtype").get<std::string>();
     // Built without weights, for its names.
     const auto model = create_model(family, config, model_dir.string());
-    requantized = quantizable_weights(*model);
+    requantized = quantizable_weights(*model, quantization.method);
     if (wanted == "auto") {
       std::vector<std::pair<std::string, TensorInfo>> tensors;
       for (const std::string& name : base.names()) tensors.emplace_back(family.canonical_key(name), base.info(name));

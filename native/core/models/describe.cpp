@@ -98,7 +98,7 @@ json describe_model_json(const json& args) {
     const Part part = model->part_of(path);
     return part == Part::kVision ? "vision" : part == Part::kProjector ? "projector" : "language";
   };
-  const std::set<std::string> quantizable = quantizable_weights(*model);
+  const std::set<std::string> quantizable = quantizable_weights(*model, QuantizationOptions::Method::kNone);
   const LanguageModel& language = model->language_model();
   const auto* decoder = dynamic_cast<const Decoder*>(&language);
   const auto read = decoder != nullptr ? read_by_linears(*decoder) : std::map<const Linear*, const char*>();

@@ -5,6 +5,7 @@
 
 #include <map>
 #include <nlohmann/json.hpp>
+#include <regex>
 
 #include "core/base/dtype.h"
 #include "core/base/error.h"
@@ -13,20 +14,41 @@
 #include "core/io/safetensors.h"
 #include "core/models/registry.h"
 #include "core/nn/linear.h"
+#include "core/quant/fp8.h"
 #include "core/quant/nf4.h"
 
 namespace martlet {
 
 using nlohmann::json;
 
-std::set<std::string> quantizable_weights(VisionLanguageModel& model) {
+std::set<std::string> quantizable_weights(VisionLanguageModel& model, QuantizationOptions::Method method) {
   std::set<std::string> names;
   model.visit([&](const std::string& path, Module& module) {
-    if (dynamic_cast<Linear*>(&module) != nullptr && !model.info().is_head(path) &&
-        model.part_of(path) == Part::kLanguage && !model.keeps_float32(path + ".weight"))
-      names.insert(path + ".weight");
+    const auto* linear = dynamic_cast<const Linear*>(&module);
+    if (linear == nullptr || model.info().is_head(path) || model.part_of(path) != Part::kLanguage ||
+        model.keeps_float32(path + ".weight"))
+      return;
+    if (method == QuantizationOptions::Method::kFp8 && !Fp8Tensor::fits(linear->weight.shape)) return;
+    names.insert(path + ".weight");
   });
   return names;
+}
+
+std::string fp8_warning(VisionLanguageModel& model) {
+  const std::set<std::string> held = quantizable_weights(model, QuantizationOptions::Method::kFp8);
+  std::set<std::string> left;
+  size_t count = 0;
+  for (const std::string& name : quantizable_weights(model, QuantizationOptions::Method::kNone)) {
+    if (held.count(name)) continue;
+    ++count;
+    left.insert(std::regex_replace(name, std::regex("\\.[0-9]+\\."), ".*."));
+  }
+  if (left.empty()) return "";
+  std::string list;
+  for (const std::string& name : left) list += (list.empty() ? "" : ", ") + name;
+  return "base_dtype: fp8 leaves " + std::to_string(count) +
+         " weight(s) in bfloat16, whose rows or columns are no multiple of " + std::to_string(Fp8Tensor::kExtent) +
+         ": " + list + ".";
 }
 
 at::ScalarType stored_dtype(const VisionLanguageModel& model,
@@ -99,13 +121,19 @@ json quantize_checkpoint_json(const json& args, JobContext& job) {
   QuantizationOptions options;
   options.method = QuantizationOptions::parse(args.at("quantization").get<std::string>());
   options.double_quantization = args.value("doubleQuantization", true);
+  if (options.method == QuantizationOptions::Method::kFp8) {
+    fail(code::kConfig,
+         "No checkpoint holds fp8 weights: they are made as a model is loaded (base_dtype: fp8). Save it as nf4 or "
+         "int8.",
+         {{"field", "quantization"}});
+  }
   const at::Device device = parse_device(args.at("device").get<std::string>());
   use_threads(device);
   const at::ScalarType dtype = parse_dtype(args.at("dtype").get<std::string>());
 
   // Built without weights, for its names.
   const auto model = create_model(family, config, model_dir);
-  const std::set<std::string> chosen = quantizable_weights(*model);
+  const std::set<std::string> chosen = quantizable_weights(*model, options.method);
 
   const auto is_chosen = [&](const std::string& name) { return chosen.count(family.canonical_key(name)) > 0; };
   const auto parts = [&](const std::string& name) {

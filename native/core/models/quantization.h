@@ -15,8 +15,12 @@
 namespace martlet {
 
 // Full names of the weights of the language model's linears. Vision, projector, head and what float16 is too narrow for
-// stay as they are.
-std::set<std::string> quantizable_weights(VisionLanguageModel& model);
+// stay as they are; with fp8 so do sizes that it does not hold (Fp8Tensor::fits).
+std::set<std::string> quantizable_weights(VisionLanguageModel& model, QuantizationOptions::Method method);
+
+// Names the weights that fp8 leaves in bfloat16 because of their sizes, layers' numbers as `*`; empty if there are
+// none.
+std::string fp8_warning(VisionLanguageModel& model);
 
 // What `dtype: auto` means: bfloat16 or float16 if the language model's largest tensor is stored so, else float32.
 // `tensors`: canonical names.

@@ -3,8 +3,11 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <nlohmann/json.hpp>
 
 #include "core/base/cuda_kernels.h"
+#include "core/base/dtype.h"
+#include "core/base/error.h"
 
 namespace martlet {
 namespace {
@@ -27,6 +30,23 @@ bool has_fp8_products(at::Device device) {
   int32_t capability = 0;
   check_cuda(kernels->compute_capability(&capability));
   return capability >= 90;
+}
+
+void require_fp8(at::Device device, at::ScalarType dtype) {
+  if (!device.is_cuda() || !has_fp8_products(device)) {
+    fail(code::kConfig,
+         "base_dtype: fp8 needs a GPU of compute capability 9.0 or newer (Hopper) with martlet's kernels, which " +
+             device.str() +
+             (device.is_cuda() ? " is not, or has not: `martlet doctor` says what is there" : " is not") +
+             ". Leave base_dtype out, or use another device.",
+         {{"path", "base_dtype"}, {"device", device.str()}});
+  }
+  if (dtype != at::kBFloat16) {
+    fail(code::kConfig,
+         std::string("base_dtype: fp8 is for bfloat16, and this model is computed in ") + dtype_name(dtype) +
+             ". Set torch_dtype: bfloat16, or leave base_dtype out.",
+         {{"path", "torch_dtype"}, {"dtype", dtype_name(dtype)}});
+  }
 }
 
 Fp8Rows quantize_fp8_rows(const at::Tensor& x, at::ScalarType type, const at::Tensor& factors) {
@@ -85,6 +105,12 @@ Fp8Tensor::Fp8Tensor(Fp8Rows rows, at::Tensor units, at::ScalarType dtype)
     : QuantizedTensor(rows.codes.sizes(), dtype), rows_(std::move(rows)), units_(std::move(units)) {}
 
 QuantizedPtr Fp8Tensor::quantize(const at::Tensor& weight) {
+  if (!fits(weight.sizes())) {
+    fail(code::kConfig,
+         "A weight in fp8 has rows and columns that are multiples of " + std::to_string(kExtent) + ", not " +
+             nlohmann::json(weight.sizes().vec()).dump() + ": keep it in bfloat16.",
+         {{"shape", weight.sizes().vec()}});
+  }
   return std::make_shared<Fp8Tensor>(quantize_fp8_rows(weight, at::kFloat8_e4m3fn),
                                      at::ones({weight.size(1)}, weight.options().dtype(at::kFloat)),
                                      weight.scalar_type());

@@ -9,6 +9,9 @@ namespace martlet {
 
 // Whether fp8_product() runs there: the CPU, or a GPU of Hopper or newer with the kernels of native/cuda.
 bool has_fp8_products(at::Device device);
+// What a run in fp8 asks for: has_fp8_products() and a GPU (the CPU's products serve the tests), and `dtype`, the one
+// to compute in, bfloat16. Else ERR_MARTLET_CONFIG.
+void require_fp8(at::Device device, at::ScalarType dtype);
 
 // Rows times what their largest magnitude needs to be the largest number of the 8-bit type.
 struct Fp8Rows {
@@ -32,7 +35,7 @@ class Fp8Tensor : public QuantizedTensor {
   static constexpr int64_t kExtent = 16;  // rows and columns: a multiple of it
   static bool fits(at::IntArrayRef shape);
 
-  // Of a shape that fits.
+  // ERR_MARTLET_CONFIG unless the shape fits.
   static QuantizedPtr quantize(const at::Tensor& weight);
   // `units`: that of the parts.
   Fp8Tensor(Fp8Rows rows, at::Tensor units, at::ScalarType dtype);

@@ -103,9 +103,10 @@ void Trainer::begin_full(std::vector<TrainedParameter>& trained, GroupBuilder& g
   targets_.unmatched = selection.unmatched;
   for (const auto& [name, parameter] : selection.parameters) {
     if (parameter->quantized) {
-      fail(code::kConfig,
-           "sft_type: full cannot train quantised weights (" + name + "). Take the model in 16 bits, or use qlora.",
-           {{"path", "sft_type"}});
+      fail(
+          code::kConfig,
+          "sft_type: full cannot train quantised weights (" + name + "). Take the model in 16 bits, or train adapters.",
+          {{"path", "sft_type"}});
     }
     const Part part = model_.part_of(name);
     const bool decayed = is_decayed(name, layer_norms.count(name.substr(0, name.rfind('.'))) > 0);
@@ -160,7 +161,7 @@ void Trainer::begin_lora(std::vector<TrainedParameter>& trained, GroupBuilder& g
       if (pissa && linear->weight.quantized) {
         fail(code::kConfig,
              "init_weights: pissa takes the base weights apart, which quantised ones do not allow. Use lora instead of "
-             "qlora, or init_weights: true.",
+             "qlora and no base_dtype: fp8, or init_weights: true.",
              {{"path", "init_weights"}});
       }
     }
