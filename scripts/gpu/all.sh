@@ -7,6 +7,7 @@
 #   bash scripts/gpu/all.sh everything tests        npm run test:gpu; while the addon is built, the GPU makes the checkpoints of the next command
 #   bash scripts/gpu/all.sh everything bench        all shapes in one run of the benchmark, short form: for the same machine, if it is still there
 #   bash scripts/gpu/all.sh train-base [options]    examples/quickstart/make/train-base.mjs; the model comes back as $OUT/model.tar
+#   bash scripts/gpu/all.sh sanitize [filter …]     the kernels' tests under compute-sanitizer: memcheck, racecheck
 #   bash scripts/gpu/all.sh profile [shape] [rows]  time by kernel of a training step of martlet (Nsight Compute)
 #
 # LIMIT: seconds for the whole call, build included (default 580). Logs and results go to $OUT (default: build/gpu-out).
@@ -15,7 +16,7 @@ cd "$(dirname "$0")/../.."
 limit=${LIMIT:-580}
 export OUT=${OUT:-$PWD/build/gpu-out} PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
-stage=${1:?info, test, bench, everything, train-base or profile}
+stage=${1:?info, test, bench, everything, train-base, sanitize or profile}
 shift
 log=$OUT/$stage.log
 left() { echo $((limit - SECONDS)); }
@@ -77,6 +78,21 @@ case $stage in
   train-base)
     timeout -k 5 "$(left)" node examples/quickstart/make/train-base.mjs --out /tmp/martlet-base-model "$@" 2>&1 | tee -a "$log" &&
       tar -C /tmp/martlet-base-model -cf "$OUT/model.tar" .
+    ;;
+  sanitize)
+    libtorch=$(python3 -c 'import os, torch; print(os.path.join(os.path.dirname(torch.__file__), "lib"))')
+    failed=0
+    [ $# -gt 0 ] || set -- kernels/ fp8/ decode/ frozen_layer/
+    for filter in "$@"; do
+      for tool in memcheck racecheck; do
+        LD_LIBRARY_PATH=$libtorch timeout -k 5 "$(left)" compute-sanitizer --tool "$tool" --print-limit 20 --error-exitcode 9 \
+          build/Release/martlet_cuda_tests "$filter" > "$OUT/$tool-${filter%/}.txt" 2>&1
+        code=$?
+        [ "$code" -eq 0 ] || failed=$code
+        say "$tool of $filter: exit $code, $(grep -E 'SUMMARY' "$OUT/$tool-${filter%/}.txt" | tail -1)"
+      done
+    done
+    (exit "$failed")
     ;;
   profile)
     shape=${1:-llava-7b} rows=${2:-8} folder=${BENCH_DIR:-/tmp}
