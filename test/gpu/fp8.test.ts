@@ -10,7 +10,7 @@ import { loadModel, mergeAdapter, trainLoRA } from '../../lib/index.js';
 import { Engine } from '../../lib/native/engine.js';
 import { device } from '../support/device.js';
 import { cosine, getCase, llava } from '../support/fixtures.js';
-import { gradientsOfBatches, lora } from '../support/llava-parity.js';
+import { gradientsOfBatches, greedy, lora } from '../support/llava-parity.js';
 import { digest, losses, MODEL, smallConfig, steps, train } from '../support/train.js';
 
 let root: string;
@@ -45,6 +45,27 @@ test('loss and LoRA gradients of one batch beside bfloat16: within 1 %, cosine a
   assert.notEqual(fp8.loss, full.loss, 'it is another arithmetic');
   assert.ok(Math.abs(fp8.loss / full.loss - 1) < 0.01, `${fp8.loss} beside ${full.loss}`);
   assert.ok(near > 0.99, String(near));
+});
+
+test('it answers, one token at a time; full training of it is refused', async () => {
+  const engine = new Engine();
+  try {
+    await engine.call('load', { modelDir: MODEL, device, dtype: 'bfloat16', quantization: 'fp8' });
+    assert.ok((await greedy(engine, 'single')).length > 0);
+    const { lora: _, adapterDir: __, ...full } = lora;
+    await assert.rejects(engine.call('train.begin', { ...full, method: 'full' }), {
+      code: 'ERR_MARTLET_CONFIG',
+      message: /full cannot train quantised weights/,
+    });
+  } finally {
+    await engine.close();
+  }
+  const other = new Engine();
+  await assert.rejects(other.call('load', { modelDir: MODEL, device, dtype: 'float32', quantization: 'fp8' }), {
+    code: 'ERR_MARTLET_CONFIG',
+    message: /fp8 is for bfloat16, .*float32\. Set torch_dtype: bfloat16/,
+  });
+  await other.close();
 });
 
 test('a run learns as in bfloat16, and a continued one gives the bits of one that was not interrupted', async () => {
