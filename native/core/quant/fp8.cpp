@@ -1,6 +1,7 @@
 #include "core/quant/fp8.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
@@ -25,6 +26,7 @@ const cuda::Kernels* kernels_on(const at::TensorOptions& options) {
 
 bool has_fp8_products(at::Device device) {
   if (!device.is_cuda()) return true;
+  const c10::DeviceGuard guard(device);
   const cuda::Kernels* kernels = kernels_on(device);
   if (kernels == nullptr) return false;
   int32_t capability = 0;
