@@ -95,15 +95,10 @@ Status cross_entropy(const CrossEntropy& op, float scale, float smoothing, bool 
   if (op.rows == 0) return nullptr;
   const bool vectors = op.columns % kVector == 0 && aligned(op.logits);
   with_type(op.type, [&]<typename T>(T) {
-    const auto launch = [&]<int N>(std::integral_constant<int, N>) {
+    with_width(vectors, [&]<int N>(std::integral_constant<int, N>) {
       rows_of_logits<T, N><<<static_cast<unsigned int>(op.rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
           static_cast<T*>(op.logits), op.targets, losses, correct, op.columns, scale, smoothing, gradient);
-    };
-    if (vectors) {
-      launch(std::integral_constant<int, kVector>{});
-    } else {
-      launch(std::integral_constant<int, 1>{});
-    }
+    });
   });
   return status();
 }

@@ -79,15 +79,10 @@ Status int8_dequantize(const Int8& op, void* out, void* stream) {
   const bool vectors =
       op.columns % kVector == 0 && aligned(out) && reinterpret_cast<uintptr_t>(op.codes) % kVector == 0;
   with_type(op.type, [&]<typename T>(T) {
-    const auto launch = [&]<int N>(std::integral_constant<int, N>) {
+    with_width(vectors, [&]<int N>(std::integral_constant<int, N>) {
       int8_rows<T, N><<<blocks_for(op.rows, 1), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
           op.codes, op.scales, static_cast<T*>(out), op.columns);
-    };
-    if (vectors) {
-      launch(std::integral_constant<int, kVector>{});
-    } else {
-      launch(std::integral_constant<int, 1>{});
-    }
+    });
   });
   return status();
 }

@@ -18,9 +18,9 @@ __device__ float block_max(float x) {
   return x;
 }
 
-// A block does a row, which its threads keep in registers: kVectors times 8 numbers each.
 constexpr int kMost = 1024;  // threads
 
+// A block does a row, which its threads keep in registers: kVectors times 8 numbers each.
 template <typename T, int kVectors, bool kE5m2>
 __global__ void __launch_bounds__(kMost)
     quantize_rows(const T* __restrict__ x, int64_t pitch, const float* __restrict__ factors,

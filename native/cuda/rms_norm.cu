@@ -80,7 +80,7 @@ __global__ void backward(const T* __restrict__ x, const T* __restrict__ weight, 
 // fn(integral constant of kThreads, integral constant of N)
 template <typename Fn>
 void with_shape(int32_t columns, bool vectors, const Fn& fn) {
-  const auto threads = [&](auto n) {
+  with_width(vectors, [&](auto n) {
     if (columns <= 512) {
       fn(std::integral_constant<int, 32>{}, n);
     } else if (columns <= 2048) {
@@ -88,12 +88,7 @@ void with_shape(int32_t columns, bool vectors, const Fn& fn) {
     } else {
       fn(std::integral_constant<int, 256>{}, n);
     }
-  };
-  if (vectors) {
-    threads(std::integral_constant<int, kVector>{});
-  } else {
-    threads(std::integral_constant<int, 1>{});
-  }
+  });
 }
 
 template <bool kAdd>

@@ -58,18 +58,13 @@ Status rotary(const Rotary& op, void* stream) {
           static_cast<T*>(op.out), items, op.heads, half, op.token_stride, op.head_stride, op.out_token_stride,
           op.out_head_stride, op.inverse ? -1.0f : 1.0f);
     };
-    const auto with_table = [&](auto n) {
+    with_width(vectors, [&](auto n) {
       if (op.float_table) {
         launch(float{}, n);
       } else {
         launch(T{}, n);
       }
-    };
-    if (vectors) {
-      with_table(std::integral_constant<int, kVector>{});
-    } else {
-      with_table(std::integral_constant<int, 1>{});
-    }
+    });
   });
   return status();
 }

@@ -84,11 +84,7 @@ Status with_halves(int64_t rows, int32_t columns, bool vectors, const Fn& fn) {
   const int64_t n = vectors ? kVector : 1;
   if (rows * columns / n >= int64_t{1} << 32) return "more than 2^32 items in one SwiGLU";
   const auto items = static_cast<uint32_t>(rows * columns / n);
-  if (vectors) {
-    fn(std::integral_constant<int, kVector>{}, items);
-  } else {
-    fn(std::integral_constant<int, 1>{}, items);
-  }
+  with_width(vectors, [&](auto width) { fn(width, items); });
   return status();
 }
 
@@ -97,15 +93,11 @@ Status with_halves(int64_t rows, int32_t columns, bool vectors, const Fn& fn) {
 Status swiglu(const void* gate, const void* up, void* out, int64_t n, Type type, void* stream) {
   if (n == 0) return nullptr;
   with_type(type, [&]<typename T>(T) {
-    const auto launch = [&]<int N>(std::integral_constant<int, N>) {
+    const bool vectors = n % kVector == 0 && aligned(gate) && aligned(up) && aligned(out);
+    with_width(vectors, [&]<int N>(std::integral_constant<int, N>) {
       forward<T, N><<<blocks_for(n, kThreads * N), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
           static_cast<const T*>(gate), static_cast<const T*>(up), static_cast<T*>(out), n);
-    };
-    if (n % kVector == 0 && aligned(gate) && aligned(up) && aligned(out)) {
-      launch(std::integral_constant<int, kVector>{});
-    } else {
-      launch(std::integral_constant<int, 1>{});
-    }
+    });
   });
   return status();
 }
@@ -114,16 +106,13 @@ Status swiglu_backward(const void* gate, const void* up, const void* dy, void* d
                        void* stream) {
   if (n == 0) return nullptr;
   with_type(type, [&]<typename T>(T) {
-    const auto launch = [&]<int N>(std::integral_constant<int, N>) {
+    const bool vectors =
+        n % kVector == 0 && aligned(gate) && aligned(up) && aligned(dy) && aligned(dgate) && aligned(dup);
+    with_width(vectors, [&]<int N>(std::integral_constant<int, N>) {
       backward<T, N><<<blocks_for(n, kThreads * N), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
           static_cast<const T*>(gate), static_cast<const T*>(up), static_cast<const T*>(dy), static_cast<T*>(dgate),
           static_cast<T*>(dup), n);
-    };
-    if (n % kVector == 0 && aligned(gate) && aligned(up) && aligned(dy) && aligned(dgate) && aligned(dup)) {
-      launch(std::integral_constant<int, kVector>{});
-    } else {
-      launch(std::integral_constant<int, 1>{});
-    }
+    });
   });
   return status();
 }

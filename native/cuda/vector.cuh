@@ -78,6 +78,16 @@ void with_type(Type type, const Fn& fn) {
   }
 }
 
+// fn(integral constant of how many numbers are read at a time).
+template <typename Fn>
+void with_width(bool vectors, const Fn& fn) {
+  if (vectors) {
+    fn(std::integral_constant<int, kVector>{});
+  } else {
+    fn(std::integral_constant<int, 1>{});
+  }
+}
+
 inline unsigned int blocks_for(int64_t items, int per_block) {
   return static_cast<unsigned int>((items + per_block - 1) / per_block);
 }

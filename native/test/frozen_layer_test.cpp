@@ -141,13 +141,25 @@ TEST("augmented: the gradient of a layer's input serves the layer before as it i
   }
 }
 
+namespace {
+
+// Of one input, with copies of their values.
+struct TwoLinears {
+  Linear a{3, 4, true}, b{3, 2, true};
+  at::Tensor wa = randn({4, 3}, 1), wb = randn({2, 3}, 2), ba = randn({4}, 3), bb = randn({2}, 4);
+  TwoLinears() {
+    a.weight.value = wa.clone();
+    b.weight.value = wb.clone();
+    a.bias.value = ba.clone();
+    b.bias.value = bb.clone();
+  }
+};
+
+}  // namespace
+
 TEST("augmented: weights keep their values, with room for pairs beside them and without; pairs that do not fit") {
-  Linear a(3, 4, true), b(3, 2, true);
-  const at::Tensor wa = randn({4, 3}, 1), wb = randn({2, 3}, 2), ba = randn({4}, 3), bb = randn({2}, 4);
-  a.weight.value = wa.clone();
-  b.weight.value = wb.clone();
-  a.bias.value = ba.clone();
-  b.bias.value = bb.clone();
+  TwoLinears two;
+  auto& [a, b, wa, wb, ba, bb] = two;
   LoraLayer pair;
   pair.a = randn({5, 3}, 5).requires_grad_(true);
   pair.b = randn({2, 5}, 6).requires_grad_(true);
@@ -260,12 +272,8 @@ TEST("what another path must do is left to it") {
 }
 
 TEST("stacked weights: each linear keeps its values, and memory of its own rows only is shared") {
-  Linear a(3, 4, true), b(3, 2, true);
-  const at::Tensor wa = randn({4, 3}, 1), wb = randn({2, 3}, 2), ba = randn({4}, 3), bb = randn({2}, 4);
-  a.weight.value = wa.clone();
-  b.weight.value = wb.clone();
-  a.bias.value = ba.clone();
-  b.bias.value = bb.clone();
+  TwoLinears two;
+  auto& [a, b, wa, wb, ba, bb] = two;
   stack_weights({&a, &b}, PairForm::kInPlace);
   EXPECT_SAME(a.weight.value, wa);
   EXPECT_SAME(b.weight.value, wb);

@@ -2,24 +2,17 @@ import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
-import { mkdir, mkdtemp, rm } from 'node:fs/promises';
-import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { after, before, test } from 'node:test';
+import { test } from 'node:test';
 import { cli, jsonLines, MAIN } from '../support/cli.js';
+import { temporaryFolders } from '../support/folders.js';
 import { smallConfig } from '../support/train.js';
 
-let root: string;
-let counter = 0;
-before(async () => {
-  root = await mkdtemp(join(tmpdir(), 'martlet-'));
-});
-after(() => rm(root, { recursive: true }));
+const folder = temporaryFolders();
 
 /** A folder with `config.json`, which is YAML too. */
 async function project(changes: Record<string, unknown> = {}): Promise<{ dir: string; file: string; out: string }> {
-  const dir = join(root, String(counter++));
-  await mkdir(dir);
+  const dir = await folder();
   const file = join(dir, 'config.yaml');
   writeFileSync(file, JSON.stringify(smallConfig(dir, changes)));
   return { dir, file, out: join(dir, 'out') };

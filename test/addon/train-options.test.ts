@@ -1,29 +1,17 @@
 /** Every option of the training engine through a config: it runs, does what it says, and refuses what it cannot do. */
 import assert from 'node:assert/strict';
 import { cpSync, existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
-import { mkdir, mkdtemp, rm } from 'node:fs/promises';
-import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { after, before, describe, test } from 'node:test';
+import { describe, test } from 'node:test';
 import { loadModel, mergeAdapter, quantizeModel, type TrainEvent, trainLoRA } from '../../lib/index.js';
 import { Engine } from '../../lib/native/engine.js';
 import { cases, getCase, llava } from '../support/fixtures.js';
+import { temporaryFolders } from '../support/folders.js';
 import { modelWithBadToken, modelWithLargeHead, tokenOnlyIn } from '../support/planted.js';
 import { type FixtureTensor, patchTensor, readSafetensors } from '../support/safetensors.js';
 import { digest, losses, MODEL, smallConfig, steps, train } from '../support/train.js';
 
-let root: string;
-let counter = 0;
-before(async () => {
-  root = await mkdtemp(join(tmpdir(), 'martlet-'));
-});
-after(() => rm(root, { recursive: true }));
-
-async function folder(): Promise<string> {
-  const dir = join(root, String(counter++));
-  await mkdir(dir);
-  return dir;
-}
+const folder = temporaryFolders();
 const adapterOf = (dir: string) => digest(join(dir, 'out', 'adapter_model.safetensors'));
 const adapterConfig = (dir: string) => JSON.parse(readFileSync(join(dir, 'out', 'adapter_config.json'), 'utf8'));
 const keysOf = (dir: string) => [...readSafetensors(join(dir, 'out', 'adapter_model.safetensors')).keys()];
@@ -444,7 +432,7 @@ describe('quantised bases', () => {
       mergeAdapter({
         adapter: join(llava, 'adapter-peft'),
         model: MODEL,
-        outputDir: join(root, 'never'),
+        outputDir: join(await folder(), 'never'),
         base: 'quantized',
       }),
       { code: 'ERR_MARTLET_USAGE', message: /quant_bits/ },

@@ -1,25 +1,14 @@
 import assert from 'node:assert/strict';
 import { existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { cp, mkdir, mkdtemp, rm } from 'node:fs/promises';
-import { tmpdir } from 'node:os';
+import { cp } from 'node:fs/promises';
 import { join } from 'node:path';
-import { after, before, test } from 'node:test';
+import { test } from 'node:test';
 import { infer, loadModel, mergeAdapter, type TrainEvent, train as trainAlias, trainLoRA } from '../../lib/index.js';
 import { cases, getCase, llava } from '../support/fixtures.js';
+import { temporaryFolders } from '../support/folders.js';
 import { collect, digest, losses, MODEL, smallConfig, steps, train, writeData } from '../support/train.js';
 
-let root: string;
-let counter = 0;
-before(async () => {
-  root = await mkdtemp(join(tmpdir(), 'martlet-'));
-});
-after(() => rm(root, { recursive: true }));
-
-async function folder(): Promise<string> {
-  const dir = join(root, String(counter++));
-  await mkdir(dir);
-  return dir;
-}
+const folder = temporaryFolders();
 const adapterOf = (dir: string) => digest(join(dir, 'adapter_model.safetensors'));
 /** Names that unfinished writes would leave, and the lock. */
 const leftovers = (dir: string) => readdirSync(dir).filter((name) => name.startsWith('.'));

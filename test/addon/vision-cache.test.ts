@@ -1,26 +1,14 @@
 import assert from 'node:assert/strict';
 import { copyFileSync, cpSync, readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs';
-import { mkdir, mkdtemp, rm } from 'node:fs/promises';
-import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { after, before, test } from 'node:test';
+import { test } from 'node:test';
 import sharp from 'sharp';
 import { loadModel, trainLoRA } from '../../lib/index.js';
 import { getCase, llava } from '../support/fixtures.js';
+import { temporaryFolders } from '../support/folders.js';
 import { digest, losses, MODEL, smallConfig, steps, train } from '../support/train.js';
 
-let root: string;
-let counter = 0;
-before(async () => {
-  root = await mkdtemp(join(tmpdir(), 'martlet-'));
-});
-after(() => rm(root, { recursive: true }));
-
-async function folder(): Promise<string> {
-  const dir = join(root, String(counter++));
-  await mkdir(dir);
-  return dir;
-}
+const folder = temporaryFolders();
 const adapterOf = (dir: string) => digest(join(dir, 'out', 'adapter_model.safetensors'));
 const EPOCHS = { max_steps: 12, split_dataset_ratio: 0.2, eval_steps: 4 };
 

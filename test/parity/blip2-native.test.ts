@@ -11,6 +11,7 @@ import type { ImageArg, LoadArgs, SampleArg, TrainBeginArgs } from '../../lib/na
 import { Engine } from '../../lib/native/engine.js';
 import { BLIP2_FORMS, type Blip2Form, blip2Case, blip2Cases, blip2Dir, blip2Image } from '../support/blip2.js';
 import { maxDifference, relativeError } from '../support/fixtures.js';
+import { GREEDY } from '../support/greedy.js';
 import { using } from '../support/reference.js';
 import { type FixtureTensor, readSafetensors } from '../support/safetensors.js';
 
@@ -132,11 +133,7 @@ class Fixture {
       {
         sample,
         maxNewTokens: 24,
-        temperature: 0,
-        topP: 1,
-        topK: 0,
-        repetitionPenalty: 1,
-        seed: 0,
+        ...GREEDY,
         stopTokenIds: [this.cases.endToken],
         ...(adapter !== undefined && { adapter }),
       },

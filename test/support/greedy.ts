@@ -2,6 +2,9 @@ import assert from 'node:assert/strict';
 import type { SampleArg } from '../../lib/native/binding.js';
 import type { Engine } from '../../lib/native/engine.js';
 
+/** Settings of a native `generate` that takes the highest logit, as long as it may. */
+export const GREEDY = { temperature: 0, topP: 1, topK: 0, repetitionPenalty: 1, seed: 0, stopTokenIds: [] };
+
 /**
  * Holds each token of a greedy answer to the whole pass, which has no cache: none has a logit above it, but for the roundings of bfloat16 (two
  * logits may lie closer together than those). `sample` is the prompt, with its buffers; they are added to.

@@ -14,6 +14,7 @@ import {
   relativeError,
   tensor,
 } from './fixtures.js';
+import { GREEDY } from './greedy.js';
 
 // Decoders of JPEG differ in the last bit: cases with one are compared on lossless pictures only.
 export const LOSSLESS = ['single', 'multi-turn', 'text-only', 'chinese'];
@@ -61,11 +62,7 @@ export const greedy = async (engine: Engine, name: string, adapter?: string) => 
     {
       sample,
       maxNewTokens: 24,
-      temperature: 0,
-      topP: 1,
-      topK: 0,
-      repetitionPenalty: 1,
-      seed: 0,
+      ...GREEDY,
       stopTokenIds: [2],
       ...(adapter !== undefined && { adapter }),
     },

@@ -16,6 +16,7 @@ import type {
 } from '../../lib/native/binding.js';
 import { Engine } from '../../lib/native/engine.js';
 import { maxDifference, relativeError } from './fixtures.js';
+import { GREEDY } from './greedy.js';
 import { QWEN_FAMILIES, type QwenFamily, qwenCases, qwenDir, qwenImage } from './qwen-vl.js';
 import { type FixtureTensor, readSafetensors } from './safetensors.js';
 
@@ -188,11 +189,7 @@ export class QwenFixture {
     ) as { eos_token_id: number[] };
     const settings = {
       maxNewTokens: 24,
-      temperature: 0,
-      topP: 1,
-      topK: 0,
-      repetitionPenalty: 1,
-      seed: 0,
+      ...GREEDY,
       stopTokenIds,
     };
     const requests: GenerateRequest[] = [];

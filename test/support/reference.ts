@@ -7,6 +7,7 @@ import type { TrainBeginArgs } from '../../lib/native/binding.js';
 import { Engine } from '../../lib/native/engine.js';
 import { loadProcessor, type Processor } from '../../lib/processing/index.js';
 import type { ChatMessage, EncodedSample, ProcessorOptions } from '../../lib/processing/types.js';
+import { GREEDY } from './greedy.js';
 import { type FixtureTensor, readSafetensors } from './safetensors.js';
 
 const device = process.env.MARTLET_TEST_DEVICE ?? 'cpu';
@@ -114,8 +115,6 @@ export function labelledRows(
     out.set(data.subarray(row * vocabulary, (row + 1) * vocabulary), i * vocabulary);
   return out;
 }
-
-const GREEDY = { temperature: 0, topP: 1, topK: 0, repetitionPenalty: 1, seed: 0, stopTokenIds: [] };
 
 export async function greedy(engine: Engine, sample: EncodedSample, maxNewTokens: number, adapter?: string) {
   const job = new JobBuffers();

@@ -36,22 +36,14 @@ void AtomicFile::fail_with_errno(const char* what) const {
 }
 
 void AtomicFile::write(const void* data, size_t size) {
-  const char* bytes = static_cast<const char*>(data);
-  while (size > 0) {
-    const ssize_t written = ::write(fd_, bytes, std::min(size, size_t{1} << 30));
-    if (written < 0) {
-      if (errno == EINTR) continue;
-      fail_with_errno("write");
-    }
-    bytes += written;
-    size -= static_cast<size_t>(written);
-  }
+  write_at(data, size, end_);
+  end_ += size;
 }
 
 void AtomicFile::write_at(const void* data, size_t size, size_t offset) {
   const char* bytes = static_cast<const char*>(data);
   while (size > 0) {
-    const ssize_t written = ::pwrite(fd_, bytes, size, static_cast<off_t>(offset));
+    const ssize_t written = ::pwrite(fd_, bytes, std::min(size, size_t{1} << 30), static_cast<off_t>(offset));
     if (written < 0) {
       if (errno == EINTR) continue;
       fail_with_errno("write");

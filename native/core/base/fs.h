@@ -26,6 +26,7 @@ class AtomicFile {
 
   std::filesystem::path path_, temporary_;
   int fd_ = -1;
+  size_t end_ = 0;  // of what write() has written
 };
 
 void write_text_file(const std::filesystem::path& path, const std::string& text);

@@ -43,6 +43,7 @@ constexpr int64_t kPromptTokensAtOnce = 4096;
 struct Answer {
   Answer(const GenerateRequest& request, size_t row, const VisionLanguageModel& model)
       : row(row),
+        prompt(*request.prompt),
         options(request.options),
         cache(model.language_model().config().num_layers),
         // What an encoder reads is not repeated by its decoder.
@@ -50,6 +51,7 @@ struct Answer {
                                       ? std::vector<int64_t>{model.info().decoder_start_id}
                                       : request.prompt->input_ids) {}
   size_t row;
+  const Sample& prompt;
   const GenerateOptions& options;
   KvCache cache;
   Sampler sampler;
@@ -93,28 +95,26 @@ int64_t room_after(const GenerateRequest& request, const VisionLanguageModel& mo
 }
 
 // Reads the prompts of these in one pass, packed; gives the answers that have begun.
-std::vector<Answer*> read_prompts(const VisionLanguageModel& model, const std::vector<const GenerateRequest*>& requests,
-                                  std::deque<Answer>& answers, at::Device device, JobContext& job,
-                                  const GenerationListener& listener) {
+std::vector<Answer*> read_prompts(const VisionLanguageModel& model, const std::vector<Answer*>& answers,
+                                  at::Device device, JobContext& job, const GenerationListener& listener) {
   std::vector<const Sample*> prompts;
-  for (const GenerateRequest* request : requests) prompts.push_back(request->prompt);
+  for (const Answer* answer : answers) prompts.push_back(&answer->prompt);
   const PackedBatch batch = pack(prompts, model, device);
-  const size_t first = answers.size() - requests.size();
 
   Stopwatch watch(device);
   const ForwardOptions forward = {.job = &job};
-  auto [hidden, pass] = embed(model, batch, forward, /*vision_needs_grad=*/false, requests[0]->options.features);
+  auto [hidden, pass] = embed(model, batch, forward, /*vision_needs_grad=*/false, answers[0]->options.features);
   const double vision_ms = watch.lap_ms();
   job.check();
 
-  for (size_t i = 0; i < requests.size(); ++i) pass.caches.push_back(&answers[first + i].cache);
+  for (Answer* answer : answers) pass.caches.push_back(&answer->cache);
   hidden = model.language_model().forward(hidden, pass);
   const SequenceLengths& states = model.info().is_encoder_decoder() ? batch.decoder_rows : batch.rows;
   std::vector<int64_t> ends;
   std::vector<Sampler*> samplers;
-  for (size_t i = 0; i < requests.size(); ++i) {
+  for (size_t i = 0; i < answers.size(); ++i) {
     ends.push_back(states.offsets[i + 1] - 1);
-    samplers.push_back(&answers[first + i].sampler);
+    samplers.push_back(&answers[i]->sampler);
   }
   const at::Tensor last = hidden.index_select(0, at::tensor(ends, at::kLong).to(device));
   const std::vector<int64_t> tokens = next_tokens(samplers, logits_of(model, last, forward));
@@ -122,8 +122,8 @@ std::vector<Answer*> read_prompts(const VisionLanguageModel& model, const std::v
   job.check();
 
   std::vector<Answer*> begun;
-  for (size_t i = 0; i < requests.size(); ++i) {
-    Answer& answer = answers[first + i];
+  for (size_t i = 0; i < answers.size(); ++i) {
+    Answer& answer = *answers[i];
     answer.next_position = batch.next_positions[i];
     answer.out.prompt_tokens = batch.rows.offsets[i + 1] - batch.rows.offsets[i];
     answer.out.vision_ms = vision_ms;
@@ -211,14 +211,14 @@ std::vector<Generation> generate(const VisionLanguageModel& model, const std::ve
     std::deque<Answer> answers;
     std::vector<Answer*> live;
     for (size_t row = begin; row < begin + count;) {
-      std::vector<const GenerateRequest*> packed;
+      std::vector<Answer*> packed;
       for (int64_t tokens = 0; row < begin + count; ++row) {
         tokens += static_cast<int64_t>(requests[row].prompt->input_ids.size());
         if (!packed.empty() && tokens > kPromptTokensAtOnce) break;
-        packed.push_back(&requests[row]);
-        answers.emplace_back(requests[row], row, model).limit = room_after(requests[row], model);
+        packed.push_back(&answers.emplace_back(requests[row], row, model));
+        packed.back()->limit = room_after(requests[row], model);
       }
-      const auto begun = read_prompts(model, packed, answers, device, job, listener);
+      const auto begun = read_prompts(model, packed, device, job, listener);
       live.insert(live.end(), begun.begin(), begun.end());
     }
     decode(model, live, device, job, listener);

@@ -179,9 +179,8 @@ void Trainer::begin_lora(std::vector<TrainedParameter>& trained, GroupBuilder& g
       if (parameter->quantized) {
         fail(code::kConfig,
              "modules_to_save: " + name +
-                 " is quantised, and quantised weights cannot be trained as a whole. Use lora instead of qlora, or "
-                 "leave "
-                 "it to target_modules.",
+                 " is quantised, and quantised weights cannot be trained as a whole. Use lora instead of qlora, "
+                 "or leave it to target_modules.",
              {{"path", "modules_to_save"}, {"parameter", name}});
       }
       adapter_.saved.emplace(name, parameter->dense().clone());

@@ -83,8 +83,7 @@ FeatureCache::FeatureCache(FeatureCacheOptions options) : options_(std::move(opt
     entries_[key] = {order_.insert(order_.end(), key), bytes, nullptr};
     counts_.bytes += static_cast<int64_t>(bytes);
   }
-  while (static_cast<size_t>(counts_.bytes) > options_.max_bytes && !order_.empty())
-    remove(std::string(order_.front()));
+  make_room(0);
 }
 
 fs::path FeatureCache::file_of(const std::string& key) const { return options_.dir / (key + ".safetensors"); }
@@ -114,8 +113,7 @@ void FeatureCache::put(const std::string& key, const PatchGrid& grid, const Visi
   size_t bytes = 0;
   for (const auto& [name, tensor] : named(values)) bytes += tensor.nbytes();
   if (bytes > options_.max_bytes) return;
-  while (static_cast<size_t>(counts_.bytes) + bytes > options_.max_bytes && !order_.empty())
-    remove(std::string(order_.front()));
+  make_room(bytes);
   // Normal tensors even where the pass is an inference: training may read them.
   const c10::InferenceMode off(false);
   const at::NoGradGuard no_grad;
@@ -141,8 +139,7 @@ void FeatureCache::put(const std::string& key, const PatchGrid& grid, const Visi
     features = nullptr;
     std::error_code ignored;
     bytes = fs::file_size(file_of(key), ignored);
-    while (static_cast<size_t>(counts_.bytes) + bytes > options_.max_bytes && !order_.empty())
-      remove(std::string(order_.front()));
+    make_room(bytes);
     if (bytes > options_.max_bytes) {
       fs::remove(file_of(key), ignored);
       return;
@@ -150,6 +147,11 @@ void FeatureCache::put(const std::string& key, const PatchGrid& grid, const Visi
   }
   entries_[key] = {order_.insert(order_.end(), key), bytes, features};
   counts_.bytes += static_cast<int64_t>(bytes);
+}
+
+void FeatureCache::make_room(size_t bytes) {
+  while (static_cast<size_t>(counts_.bytes) + bytes > options_.max_bytes && !order_.empty())
+    remove(std::string(order_.front()));
 }
 
 void FeatureCache::remove(const std::string& key) {

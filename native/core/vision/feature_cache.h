@@ -62,6 +62,8 @@ class FeatureCache {
     std::shared_ptr<const PictureFeatures> features;  // null: in a file
   };
   std::filesystem::path file_of(const std::string& key) const;
+  // Lets go of what was used longest ago, until so many bytes more fit.
+  void make_room(size_t bytes);
   void remove(const std::string& key);
 
   FeatureCacheOptions options_;
