@@ -72,7 +72,7 @@ export const trainConfigSchema = z.strictObject({
     .enum(['auto', 'fp8'])
     .default('auto')
     .describe(
-      "What the language model's frozen linears are kept and multiplied in beside adapters: `auto` = torch_dtype (or quant_bits); `fp8` = 8-bit floats (e4m3 by rows, gradients e5m2), faster and half the weights' memory, on GPUs from Hopper on, in bfloat16.",
+      "What the language model's frozen linears are kept and multiplied in beside adapters: `auto` = torch_dtype (or quant_bits); `fp8` = 8-bit floats (e4m3 by rows, gradients too), faster and half the weights' memory, on GPUs from Hopper on, in bfloat16.",
     ),
   bnb_4bit_quant_type: z.literal('nf4').default('nf4').describe('The 4-bit data type.'),
   bnb_4bit_use_double_quant: z.boolean().default(true).describe("NF4: keep the blocks' scales in 8 bits too."),

@@ -24,7 +24,7 @@ LayerOptions small_layer() {
 }
 
 // Linears of one input share a gradient's scale where they are one product, and have one each under autograd; so the
-// two differ by what e5m2 rounds.
+// two differ by what the gradient's 8 bits round.
 void check_alike(const LayerResult& actual, const LayerResult& expected, double least, const std::string& what) {
   EXPECT_EQ(actual.size(), expected.size());
   for (const auto& [name, tensor] : expected) {
@@ -78,7 +78,7 @@ TEST("products with a weight in fp8, both ways: those of the quantised numbers")
   const at::Tensor xq = values_of(quantize_fp8_rows(x, at::kFloat8_e4m3fn));
   EXPECT_CLOSE(weight->linear(x, bias), at::linear(xq, dense, bias), 1e-5);
   EXPECT_CLOSE(product(x, *weight, bias), at::linear(xq, dense, bias), 1e-5);  // few rows on the CPU too
-  const at::Tensor scales = w.abs().amax(1) / 448, dyq = values_of(quantize_fp8_rows(dy, at::kFloat8_e5m2, scales));
+  const at::Tensor scales = w.abs().amax(1) / 448, dyq = values_of(quantize_fp8_rows(dy, kFp8Gradient, scales));
   EXPECT_CLOSE(weight->input_gradient(dy), at::mm(dyq, dense / scales.unsqueeze(1)), 1e-5);
   EXPECT(cosine(weight->input_gradient(dy), at::mm(dy, w)) > 0.99);
   const at::Tensor bf16 = Fp8Tensor::quantize(w.to(at::kBFloat16))->linear(x.to(at::kBFloat16), at::Tensor());
@@ -133,7 +133,7 @@ TEST("stacked weights in fp8: values and gradients are those of the quantised nu
   at::Tensor y = at::mm(values_of(quantize_fp8_rows(x, at::kFloat8_e4m3fn)), dense.t());
   y.narrow(1, 16, 48).add_(at::mm(low_expected, pair.b.t()), 0.5);
   EXPECT_CLOSE(stack->forward(x, low), y, 1e-5);
-  const at::Tensor dyq = values_of(quantize_fp8_rows(dy, at::kFloat8_e5m2, scales)), db = dy.narrow(1, 16, 48),
+  const at::Tensor dyq = values_of(quantize_fp8_rows(dy, kFp8Gradient, scales)), db = dy.narrow(1, 16, 48),
                    dlow = 0.5 * at::mm(db, pair.b);
   // Sums of numbers up to a hundred.
   EXPECT_CLOSE(stack->backward(dy, low), at::mm(dyq, dense / scales.unsqueeze(1)) + at::mm(dlow, pair.a), 2e-4);

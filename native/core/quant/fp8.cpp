@@ -138,7 +138,7 @@ at::Tensor Fp8Tensor::linear(const at::Tensor& x, const at::Tensor& bias) const 
 at::Tensor Fp8Tensor::input_gradient(const at::Tensor& dy) const {
   // dy W is a sum over the weight's rows: their scales go into dy. Tensor cores of 8 bits want both operands along the
   // sum, so the codes are transposed each time: a second copy of the weights would take away half of what fp8 saves.
-  const Fp8Rows gradient = quantize_fp8_rows(dy, at::kFloat8_e5m2, rows_.scales);
+  const Fp8Rows gradient = quantize_fp8_rows(dy, kFp8Gradient, rows_.scales);
   return fp8_product(gradient, {transpose_bytes(rows_.codes), units_}, at::Tensor(), dy.scalar_type());
 }
 
