@@ -358,8 +358,21 @@ TEST("a gated MLP of unaligned width, padded for the tensor cores") {
   }
 }
 
-TEST("pictures are copied through pinned memory as they are") {
-  const Tensors pictures = {randn({4, 1176}, 1), randn({9, 1176}, 2)};
-  const at::TensorOptions target = at::TensorOptions().dtype(at::kBFloat16).device(gpu());
-  EXPECT_SAME(upload(pictures, target).cpu(), at::cat(pictures).to(at::kBFloat16));
+TEST("pictures are normalised and cut on the GPU with the bits that the CPU makes") {
+  const at::Tensor bytes = (randn({2, 56, 84, 3}, 1) * 60 + 128).clamp(0, 255).to(at::kByte);
+  ImagePlan plan;
+  plan.mean = {0.48145466, 0.4578275, 0.40821073};
+  plan.std = {0.26862954, 0.26130258, 0.27577711};
+  for (const bool pillow : {false, true}) {
+    for (const int64_t frames : {1, 2}) {
+      for (const bool patches : {false, true}) {
+        if (frames > 1 && !patches) continue;
+        plan.pillow = pillow;
+        plan.patches.reset();
+        if (patches) plan.patches = {14, 2, 2};
+        const Picture picture = preprocess_image(bytes.const_data_ptr<uint8_t>(), frames, 84, 56, plan);
+        EXPECT_SAME(picture.on(gpu()).cpu(), picture.on(at::kCPU));
+      }
+    }
+  }
 }
