@@ -52,7 +52,9 @@ struct Nf4 {
   const float* nested_map;
   const float* nested_scales;  // one of each 256 scales
   float nested_offset;
-  int64_t elements;
+  int64_t rows;
+  int32_t columns;
+  int64_t out_pitch;  // of the rows of the 16-bit numbers
   Type type;
 };
 
@@ -61,6 +63,7 @@ struct Int8 {
   const float* scales;  // [rows]: the absolute maximum, which 127 stands for
   int64_t rows;
   int32_t columns;
+  int64_t out_pitch;
   Type type;
 };
 
@@ -109,6 +112,8 @@ struct Kernels {
   // the target is the first of its largest logits. With `gradient`, scale · the gradient is put in place of the logits.
   Status (*cross_entropy)(const CrossEntropy& op, float scale, float smoothing, bool gradient, float* losses,
                           bool* correct, void* stream);
+  // out = x · sigmoid(1.702 x), each product and the sigmoid rounded. n numbers; out may be x.
+  Status (*quick_gelu)(const void* x, void* out, int64_t n, Type type, void* stream);
   Status (*nf4_dequantize)(const Nf4& op, void* out, void* stream);
   Status (*int8_dequantize)(const Int8& op, void* out, void* stream);
   // Major · 10 + minor of the current device.
@@ -120,7 +125,7 @@ struct Kernels {
 };
 
 // The only symbol of the library; its name changes with the struct, so that an old library is never called wrongly.
-inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_8";
+inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_9";
 using EntryPoint = const Kernels* (*)();
 
 }  // namespace martlet::cuda

@@ -107,6 +107,7 @@ Status swiglu_halves_backward(void* gate_up, int64_t pitch, void* dy, int64_t ou
                               Type type, void* stream);
 Status cross_entropy(const CrossEntropy& op, float scale, float smoothing, bool gradient, float* losses, bool* correct,
                      void* stream);
+Status quick_gelu(const void* x, void* out, int64_t n, Type type, void* stream);
 Status nf4_dequantize(const Nf4& op, void* out, void* stream);
 Status int8_dequantize(const Int8& op, void* out, void* stream);
 Status compute_capability(int32_t* capability);

@@ -296,6 +296,17 @@ TEST("SwiGLU and its gradients") {
   }
 }
 
+TEST("QuickGELU") {
+  for (const at::ScalarType type : kTypes) {
+    for (const int64_t n : {1, 8, 33, 4096}) {
+      compare(
+          "QuickGELU of " + std::to_string(n),
+          [](const Tensors& in) { return activate(in[0], Activation::kQuickGelu); }, {(3 * randn({33, n}, 1)).to(type)},
+          2);
+    }
+  }
+}
+
 TEST("NF4 and int8 weights: dequantised to the same bits as on the CPU, quantised alike") {
   for (const at::ScalarType type : kTypes) {
     for (const auto& [rows, columns] :
@@ -318,7 +329,15 @@ TEST("NF4 and int8 weights: dequantised to the same bits as on the CPU, quantise
                 },
                 weight.sizes(), type, device);
           };
-          EXPECT_SAME(read(gpu())->dequantize().cpu(), read(at::kCPU)->dequantize());
+          const QuantizedPtr on_gpu = read(gpu());
+          EXPECT_SAME(on_gpu->dequantize().cpu(), read(at::kCPU)->dequantize());
+          for (const int64_t gap : {8, 3}) {
+            // Rows apart, and what lies between them stays.
+            const at::Tensor wide = at::full({rows, columns + gap}, 7, weight.options().device(gpu()));
+            on_gpu->dequantize_to(wide.narrow(1, 0, columns));
+            EXPECT_SAME(wide.narrow(1, 0, columns).cpu(), read(at::kCPU)->dequantize());
+            EXPECT(wide.narrow(1, columns, gap).eq(7).all().item<bool>());
+          }
           // Not each code: sums are rounded in another order there, and a number between two codes falls to either
           // side.
           const at::Tensor expected = here->dequantize().to(at::kFloat);
