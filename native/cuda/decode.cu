@@ -664,6 +664,8 @@ Status enqueue_step(const Decode& op, void* stream) {
   const auto run = [&](Matvec product) {
     product.batch = op.batch;
     product.normed = op.normed;
+    product.sums = op.sums;
+    product.arrived = op.arrived;
     if (error == nullptr) error = enqueue_matvec(product, op.type, stream);
   };
   // Of the normed states.
