@@ -104,20 +104,6 @@ __device__ void wait_for_groups() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
 }
 
-// A kernel that is launched ahead (see launch()) waits here for what came before it in the stream.
-__device__ void wait_for_inputs() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// The next kernel may be launched, if it is one that waits for its inputs.
-__device__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 struct Product {
   Parts parts;
   bool gated;
@@ -379,11 +365,12 @@ struct Scales<Storage::kNf4, N> {
     }
   }
   __device__ void settle(char* stage) const {
+    float all[kEach];
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      *reinterpret_cast<float*>(stage + Of::scale_at(row(), block() + i)) =
-          matrix->nested_map == nullptr ? scale[i] : nf4_scale(*matrix, code[i], scale[i]);
-    }
+    for (int i = 0; i < kEach; ++i)
+      all[i] = matrix->nested_map == nullptr ? scale[i] : nf4_scale(*matrix, code[i], scale[i]);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) *reinterpret_cast<float*>(stage + Of::scale_at(row(), block() + i)) = all[i];
   }
 };
 
@@ -596,7 +583,7 @@ __global__ void __launch_bounds__(kThreads, kResident) products(const __grid_con
   if constexpr (S == Storage::kNf4) {
     if (threadIdx.x < 16) table[threadIdx.x] = codes_on_device.values[threadIdx.x];
   }
-  // Stage s is group s, until the last stage; then groups are empty. Weights need not wait for what is before.
+  // Stage s is group s, until the last stage; then groups are empty. Weights are not what the kernel before makes.
   constexpr int kAhead = Of::kCount - 1, kUnroll = S == Storage::kNf4 ? kAhead : 1;
   int tile = begin / op.chunks, chunk = begin % op.chunks;
   Loader<S, N> loader(op, tile, chunk);
@@ -745,7 +732,8 @@ int tiles_of(const Matvec& op) {
   return tiles;
 }
 
-// As many blocks as the GPU holds at once, and its weights ahead: before the kernel that is under way has ended.
+// As many blocks as the GPU holds at once. From sm_90 on the launch is ahead: weights are brought while the kernel
+// before still runs: it may not be one that writes them.
 template <typename Of>
 Status launch(void (*kernel)(const Product), const Product& op, cudaStream_t stream) {
   int device = 0, major = 0, processors = 0, shared = 0;
@@ -769,8 +757,8 @@ Status launch(void (*kernel)(const Product), const Product& op, cudaStream_t str
   ahead.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &ahead;
   config.numAttrs = major >= 9 ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, op);
-  return error == cudaSuccess ? status() : cudaGetErrorString(error);
+  cudaLaunchKernelEx(&config, kernel, op);
+  return status();
 }
 
 template <typename T, int N>

@@ -263,6 +263,7 @@ __device__ const T* normed_row(const T* x, const Norm& norm, float eps, int colu
 // A block does a row of A · norm(x), of all parts' adapters one after the other; blocks.y are rows of x.
 template <typename T>
 __global__ void lora_down(const Parts parts, const T* x, const Norm norm, float eps) {
+  let_next_start();
   const int columns = parts.matrix[0].columns, of = blockIdx.y;
   int part = 0, row = blockIdx.x;
   while (row >= parts.matrix[part].lora.rank) row -= parts.matrix[part++].lora.rank;
@@ -324,6 +325,7 @@ bool takes_vectors(const Matrix& m) {
 
 template <typename T>
 __global__ void norm_rows(const T* x, const Norm norm, float eps, T* out, int columns) {
+  let_next_start();
   const int64_t begin = int64_t{blockIdx.x} * columns;
   x += begin;
   out += begin;

@@ -42,6 +42,21 @@ __device__ inline float activate(float x, Activation activation) {
   return x;
 }
 
+// Programmatic dependent launch, from sm_90 on. All blocks of a kernel have called this, or ended: the next kernel may
+// start, if it was launched so that it may; what it reads of this one it waits for itself.
+__device__ inline void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// All that came before in the stream is done, and can be read.
+__device__ inline void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 }  // namespace
 
 // op.batch rows, 2 to kMaxBatch, of an x that is normed already.
