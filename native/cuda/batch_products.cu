@@ -529,6 +529,13 @@ __device__ void multiply_stage(const char* stage, const float* table, float (&ac
 __device__ uint32_t first_of(uint32_t block, uint32_t all) { return block * all / gridDim.x; }
 __device__ int block_of(uint32_t stage, uint32_t all) { return static_cast<int>(((stage + 1) * gridDim.x - 1) / all); }
 
+// How many were here before. What a block has written before (and met for) is seen by blocks that arrive later.
+__device__ int arrive(int32_t* count) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
+  return before;
+}
+
 // This block's sums of a tile that blocks `first` to `last` have parts of go to the others. True: it was the last, and
 // has the sums of all now.
 template <int N>
@@ -546,12 +553,8 @@ __device__ bool meet(const Product& op, int first, int last, bool* is_last, floa
   for (int i = threadIdx.x; i < count; i += kThreads) __stcg(to + i, own(i));
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    *is_last = atomicAdd(op.arrived + first, 1) == last - first;
-    if (*is_last) {
-      op.arrived[first] = 0;
-      __threadfence();
-    }
+    *is_last = arrive(op.arrived + first) == last - first;
+    if (*is_last) op.arrived[first] = 0;
   }
   __syncthreads();
   if (!*is_last) return false;
@@ -732,32 +735,21 @@ int tiles_of(const Matvec& op) {
   return tiles;
 }
 
-// As many blocks as the GPU holds at once. From sm_90 on the launch is ahead: weights are brought while the kernel
-// before still runs: it may not be one that writes them.
+// As many blocks as the GPU holds at once, ahead: weights are brought while the kernel before still runs, which may not
+// be one that writes them.
 template <typename Of>
 Status launch(void (*kernel)(const Product), const Product& op, cudaStream_t stream) {
-  int device = 0, major = 0, processors = 0, shared = 0;
+  int device = 0, processors = 0, shared = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Of::kAllBytes);
   cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  // A block takes up to 1 KB more, for static variables and for the system.
-  const int resident = processors * std::clamp(shared / (Of::kAllBytes + 2048), 1, kResident);
+  // A block takes up to 2 KB more, for static variables and for the system.
+  const int most = std::min(processors * std::clamp(shared / (Of::kAllBytes + 2048), 1, kResident), kProductBlocks);
   const int64_t stages = int64_t{op.tiles} * op.chunks;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned int>(
-      std::min<int64_t>((stages + kLeastStages - 1) / kLeastStages, std::min(resident, kProductBlocks)));
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = Of::kAllBytes;
-  config.stream = stream;
-  cudaLaunchAttribute ahead = {};
-  ahead.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  ahead.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &ahead;
-  config.numAttrs = major >= 9 ? 1 : 0;
-  cudaLaunchKernelEx(&config, kernel, op);
+  launch_ahead(kernel, static_cast<int>(std::min<int64_t>((stages + kLeastStages - 1) / kLeastStages, most)),
+               Of::kAllBytes, stream, op);
   return status();
 }
 

@@ -326,6 +326,7 @@ bool takes_vectors(const Matrix& m) {
 template <typename T>
 __global__ void norm_rows(const T* x, const Norm norm, float eps, T* out, int columns) {
   let_next_start();
+  wait_for_inputs();
   const int64_t begin = int64_t{blockIdx.x} * columns;
   x += begin;
   out += begin;
@@ -348,8 +349,8 @@ Status enqueue_matmul(Matvec op, Type type, void* stream) {
   }
   with_type(type, [&]<typename T>(T) {
     if (op.norm.weight != nullptr) {
-      norm_rows<T><<<op.batch, kThreads, 0, to>>>(static_cast<const T*>(op.x), op.norm, op.eps,
-                                                  static_cast<T*>(op.normed), columns);
+      launch_ahead(norm_rows<T>, op.batch, 0, to, static_cast<const T*>(op.x), op.norm, op.eps,
+                   static_cast<T*>(op.normed), columns);
       op.x = op.normed;
     }
     if (ranks > 0)
