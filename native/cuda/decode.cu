@@ -263,6 +263,7 @@ __device__ const T* normed_row(const T* x, const Norm& norm, float eps, int colu
 // A block does a row of A · norm(x), of all parts' adapters one after the other; blocks.y are rows of x.
 template <typename T>
 __global__ void lora_down(const Parts parts, const T* x, const Norm norm, float eps) {
+  let_next_start();
   const int columns = parts.matrix[0].columns, of = blockIdx.y;
   int part = 0, row = blockIdx.x;
   while (row >= parts.matrix[part].lora.rank) row -= parts.matrix[part++].lora.rank;
@@ -324,6 +325,8 @@ bool takes_vectors(const Matrix& m) {
 
 template <typename T>
 __global__ void norm_rows(const T* x, const Norm norm, float eps, T* out, int columns) {
+  let_next_start();
+  wait_for_inputs();
   const int64_t begin = int64_t{blockIdx.x} * columns;
   x += begin;
   out += begin;
@@ -346,8 +349,8 @@ Status enqueue_matmul(Matvec op, Type type, void* stream) {
   }
   with_type(type, [&]<typename T>(T) {
     if (op.norm.weight != nullptr) {
-      norm_rows<T><<<op.batch, kThreads, 0, to>>>(static_cast<const T*>(op.x), op.norm, op.eps,
-                                                  static_cast<T*>(op.normed), columns);
+      launch_ahead(norm_rows<T>, op.batch, 0, to, static_cast<const T*>(op.x), op.norm, op.eps,
+                   static_cast<T*>(op.normed), columns);
       op.x = op.normed;
     }
     if (ranks > 0)
@@ -664,6 +667,8 @@ Status enqueue_step(const Decode& op, void* stream) {
   const auto run = [&](Matvec product) {
     product.batch = op.batch;
     product.normed = op.normed;
+    product.sums = op.sums;
+    product.arrived = op.arrived;
     if (error == nullptr) error = enqueue_matvec(product, op.type, stream);
   };
   // Of the normed states.

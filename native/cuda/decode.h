@@ -11,6 +11,8 @@ enum class Type : int32_t;
 using Status = const char*;
 
 constexpr int32_t kMaxBatch = 16;
+// What a product of several rows needs beside: blocks that may share its work, rows of weights that they sum apart.
+constexpr int32_t kProductBlocks = 384, kProductRows = 128;
 
 enum class Storage : int32_t { kDense, kInt8, kNf4 };
 
@@ -49,7 +51,8 @@ struct Norm {
 
 enum class Activation : int32_t { kNone, kGelu, kGeluTanh, kQuickGelu, kSilu, kRelu };
 
-// What a product reads and where its results go.
+// What a product reads and where its results go. Of several rows, weights (codes and scales) are read ahead: no kernel
+// that is still under way may be writing them.
 struct Matvec {
   const Matrix* parts = nullptr;  // up to 3, of as many columns each; their rows one after the other
   int32_t count = 0;
@@ -62,6 +65,10 @@ struct Matvec {
   const void* residual = nullptr;  // added to the result, or null; may be `out`
   void* out = nullptr;             // 16-bit [batch, rows]
   void* normed = nullptr;          // scratch of several rows with a norm: 16-bit [batch, columns]
+  // Scratch of several rows: [2 kProductBlocks, batch, kProductRows], 16-byte aligned; [kProductBlocks], zeros, which
+  // it leaves as zeros.
+  float* sums = nullptr;
+  int32_t* arrived = nullptr;
 };
 
 struct DecodeLayer {
@@ -107,6 +114,8 @@ struct Decode {
   void *qkv, *mixed,
       *product;    // `type`, [batch, (heads + 2 kv_heads) head_dim], [.., heads head_dim], [.., intermediate]
   float* partial;  // [batch, heads, splits, head_dim + 2]
+  float* sums;     // of Matvec, as `arrived`; where there are several rows
+  int32_t* arrived;
   void* logits;    // `type`, [batch, vocab]
   int64_t* token;  // [batch]: the last token; then the next one, the argmax: −1 if the logits are not finite
   int32_t* step;   // steps done

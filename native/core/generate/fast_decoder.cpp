@@ -163,6 +163,10 @@ std::unique_ptr<FastDecoder> FastDecoder::make(const LanguageModel& model, const
   out->logits_ = at::empty({batch, head_weight.size(0)}, like);
   out->token_ = at::zeros({batch}, like.dtype(at::kLong));
   out->step_ = at::zeros({1}, like.dtype(at::kInt));
+  if (batch > 1) {
+    out->sums_ = at::empty({2 * cuda::kProductBlocks, batch, cuda::kProductRows}, like.dtype(at::kFloat));
+    out->arrived_ = at::zeros({cuda::kProductBlocks}, like.dtype(at::kInt));
+  }
   out->answers_ =
       at::empty({2, static_cast<int64_t>(kMaxRows)}, at::TensorOptions().dtype(at::kLong).pinned_memory(true));
   int64_t rank = 0;
@@ -307,6 +311,8 @@ void FastDecoder::bind() {
   plan_.mixed = mixed_.mutable_data_ptr();
   plan_.product = product_.mutable_data_ptr();
   plan_.partial = partial_.mutable_data_ptr<float>();
+  plan_.sums = sums_.defined() ? sums_.mutable_data_ptr<float>() : nullptr;
+  plan_.arrived = arrived_.defined() ? arrived_.mutable_data_ptr<int32_t>() : nullptr;
   plan_.logits = logits_.mutable_data_ptr();
   plan_.token = token_.mutable_data_ptr<int64_t>();
   plan_.step = step_.mutable_data_ptr<int32_t>();

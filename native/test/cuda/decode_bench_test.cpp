@@ -69,12 +69,15 @@ TEST("GB/s of matrix times vector, and times several") {
         parts.push_back(part);
       }
       const at::Tensor x = at::empty({16, columns}, any.options()).normal_(), y = at::empty({16, rows}, any.options());
+      const at::Tensor sums =
+          at::empty({2 * cuda::kProductBlocks, 16, cuda::kProductRows}, any.options().dtype(at::kFloat));
+      const at::Tensor arrived = at::zeros({cuda::kProductBlocks}, any.options().dtype(at::kInt));
       struct Form {
         int32_t batch;
         bool normed;
       };
       for (const auto& [batch, normed] :
-           {Form{1, false}, Form{1, true}, Form{2, false}, Form{8, false}, Form{16, false}}) {
+           {Form{1, false}, Form{1, true}, Form{2, false}, Form{4, false}, Form{8, false}, Form{16, false}}) {
         if (normed && columns > 8192) continue;
         int64_t turn = 0;
         const double time = seconds(200, [&] {
@@ -86,6 +89,8 @@ TEST("GB/s of matrix times vector, and times several") {
           if (normed) op.norm.weight = x.const_data_ptr();
           op.eps = 1e-6f;
           op.out = y.mutable_data_ptr();
+          op.sums = sums.mutable_data_ptr<float>();
+          op.arrived = arrived.mutable_data_ptr<int32_t>();
           check_cuda(kernels.matvec(op, cuda::Type::kBFloat16, cuda_stream(x)));
         });
         std::printf("  %s %lld×%lld, %d rows%s: %.1f us, %.0f GB/s\n", name, static_cast<long long>(rows),

@@ -93,6 +93,18 @@ void add_lora(TestMatrix& m, int64_t rank, at::ScalarType type, uint64_t seed, i
                       .is_float = type == at::kFloat};
 }
 
+// What products of several rows need beside.
+struct Scratch {
+  at::Tensor sums, arrived;
+  explicit Scratch(int64_t batch)
+      : sums(at::full({2 * cuda::kProductBlocks, batch, cuda::kProductRows}, NAN, at::kFloat).to(gpu())),
+        arrived(at::zeros({cuda::kProductBlocks}, at::kInt).to(gpu())) {}
+  void give(cuda::Matvec& op) const {
+    op.sums = sums.mutable_data_ptr<float>();
+    op.arrived = arrived.mutable_data_ptr<int32_t>();
+  }
+};
+
 // Of a row, or of several.
 at::Tensor linear32(const TestMatrix& m, const at::Tensor& x) {
   const auto times = [](const at::Tensor& x, const at::Tensor& w) {
@@ -171,10 +183,21 @@ TEST("matrices times several rows: 16 bits, int8, NF4; norms, bias, residual, th
   const cuda::DecodeKernels& kernels = cuda_kernels(at::empty({1}, at::dtype(at::kHalf).device(gpu())))->decode;
   for (const at::ScalarType type : kTypes) {
     for (const auto& [name, quantization] : kStorages) {
-      // Read as words where columns are a multiple of 16 (NF4: 64), else one by one.
-      for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{
-               {5, 1}, {13, 7}, {70, 80}, {7, 64}, {9, 514}, {33, 3584}, {129, 520}, {64, 1024}, {40, 18944}}) {
-        for (const int64_t batch : {2, 7, 8, 9, 16}) {
+      // Read by stages where columns are a multiple of 16 (NF4: 64), else one by one. Several blocks share a tile of
+      // 128 rows, or a block has some tiles whole and parts of others.
+      for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{{5, 1},
+                                                                                  {13, 7},
+                                                                                  {70, 80},
+                                                                                  {7, 64},
+                                                                                  {9, 514},
+                                                                                  {33, 3584},
+                                                                                  {129, 520},
+                                                                                  {130, 528},
+                                                                                  {64, 1024},
+                                                                                  {257, 1088},
+                                                                                  {1537, 192},
+                                                                                  {40, 18944}}) {
+        for (const int64_t batch : {2, 3, 8, 9, 15, 16}) {
           const std::string what = name + " " + std::to_string(rows) + "×" + std::to_string(columns) + ", " +
                                    std::to_string(batch) + " rows";
           const at::Tensor x = randn({batch, columns}, 1).to(type).to(gpu()),
@@ -183,7 +206,8 @@ TEST("matrices times several rows: 16 bits, int8, NF4; norms, bias, residual, th
           TestMatrix a = matrix(rows, columns, type, quantization, 10, true),
                      b = matrix(rows, columns, type, quantization, 20, false),
                      c = matrix(rows + 3, columns, type, quantization, 30, true);
-          const at::Tensor scratch = at::full_like(x, 99.0);
+          const at::Tensor normed_rows = at::full_like(x, 99.0);
+          const Scratch scratch(batch);
           const auto run = [&](cuda::Matvec op, const std::vector<cuda::Matrix>& parts, int64_t n,
                                const at::Tensor& added = {}) {
             at::Tensor y = added.defined() ? added.clone() : at::full({batch, n}, 99.0, x.options());
@@ -194,7 +218,8 @@ TEST("matrices times several rows: 16 bits, int8, NF4; norms, bias, residual, th
             op.eps = 1e-6f;
             op.residual = added.defined() ? y.const_data_ptr() : nullptr;
             op.out = y.mutable_data_ptr();
-            op.normed = scratch.mutable_data_ptr();
+            op.normed = normed_rows.mutable_data_ptr();
+            scratch.give(op);
             check_cuda(kernels.matvec(op, cuda_type(type), cuda_stream(x)));
             return y;
           };
@@ -217,6 +242,51 @@ TEST("matrices times several rows: 16 bits, int8, NF4; norms, bias, residual, th
           check_near(run({}, {c.described}, rows + 3, residual.new_ones({batch, rows + 3})), linear32(c, x) + 1, 1e-2,
                      what + ", adapter and residual");
         }
+      }
+    }
+  }
+}
+
+TEST("matrices of a model's size times several rows: shared out to all blocks, the same bits every time") {
+  const at::NoGradGuard no_grad;
+  const at::ScalarType type = at::kBFloat16;
+  const cuda::DecodeKernels& kernels = cuda_kernels(at::empty({1}, at::dtype(type).device(gpu())))->decode;
+  // Neither rows nor columns fill their last tile or stage.
+  for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{{4100, 4160}, {1001, 18496}}) {
+    for (const auto& [name, quantization] : kStorages) {
+      const TestMatrix a = matrix(rows, columns, type, quantization, 10, true),
+                       b = matrix(rows, columns, type, quantization, 20, false);
+      for (const int64_t batch : {3, 16}) {
+        const at::Tensor x = randn({batch, columns}, 1).to(type).to(gpu());
+        const at::Tensor residual = randn({batch, rows}, 3).to(type).to(gpu());
+        const Scratch scratch(batch);
+        const auto check = [&](bool gated, const at::Tensor& expected) {
+          const std::string what = name + " " + std::to_string(rows) + "×" + std::to_string(columns) + ", " +
+                                   std::to_string(batch) + " rows" + (gated ? ", gated" : "");
+          const std::vector<cuda::Matrix> parts = {a.described, b.described};
+          at::Tensor before;
+          for (int turn = 0; turn < 10; ++turn) {
+            const at::Tensor y = residual.clone();
+            cuda::Matvec op = {};
+            op.parts = parts.data();
+            op.count = gated ? 2 : 1;
+            op.gated = gated;
+            op.activation = gated ? cuda::Activation::kSilu : cuda::Activation::kNone;
+            op.batch = static_cast<int32_t>(batch);
+            op.x = x.const_data_ptr();
+            op.residual = gated ? nullptr : y.const_data_ptr();
+            op.out = y.mutable_data_ptr();
+            scratch.give(op);
+            check_cuda(kernels.matvec(op, cuda_type(type), cuda_stream(x)));
+            if (before.defined()) EXPECT_SAME(y.cpu(), before.cpu());
+            before = y;
+          }
+          check_near(before, expected, gated ? 3e-2 : 1e-2, what);
+          EXPECT_EQ(scratch.arrived.count_nonzero().item<int64_t>(), 0);
+        };
+        const at::Tensor first = linear32(a, x);
+        check(false, first + residual.cpu().to(at::kFloat));
+        check(true, activate(first, Activation::kSilu) * linear32(b, x));
       }
     }
   }
