@@ -6,10 +6,11 @@
 namespace martlet::cuda {
 namespace {
 
-constexpr int kMaxHeadDim = 256, kPerLane = kMaxHeadDim / 32;
+constexpr int kMaxHeadDim = 256;
 constexpr int kAttentionThreads = 128, kAttentionWarps = kAttentionThreads / 32;
-constexpr int kKeysAtOnce = 4;
+static_assert(kMaxGroup <= kAttentionWarps && kMaxSplits <= 32);
 constexpr int kArgmaxThreads = 1024;
+constexpr float kLog2E = 1.44269504f;
 
 __device__ inline float warp_sum(float x) {
   for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
@@ -440,130 +441,250 @@ struct Context {
   int distances;
 };
 
-// One head of a row's query over one part of the context: the softmax's maximum and sum, and the values' sum before it
-// is divided. q: [rows, query_heads, head_dim], its first heads; partial: [rows, heads, splits, head_dim + 2].
-template <typename T>
-__global__ void attend(const T* q, int query_heads, const Context<T> context, float* partial, int heads, int head_dim,
-                       float scale) {
-  __shared__ float maxima[kAttentionWarps], sums[kAttentionWarps], mixed[kAttentionWarps][kMaxHeadDim];
-  const int head = blockIdx.x, row = blockIdx.z, splits = gridDim.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t begin_of_row = int64_t{row} * context.capacity * context.kv_heads * head_dim;
-  const T *keys = context.keys + begin_of_row, *values = context.values + begin_of_row;
-  q += int64_t{row} * query_heads * head_dim;
-  const int length = context.lengths[row] + (context.step != nullptr ? *context.step + 1 : 0);
-  const int share = (length + splits - 1) / splits, kv_heads = context.kv_heads;
-  const int begin = min(static_cast<int>(blockIdx.y) * share, length), end = min(begin + share, length);
-  const int64_t stride = int64_t{kv_heads} * head_dim, shift = int64_t{head / (heads / kv_heads)} * head_dim;
-  float query[kPerLane], acc[kPerLane];
-#pragma unroll
-  for (int j = 0; j < kPerLane; ++j) {
-    const int e = lane + 32 * j;
-    query[j] = e < head_dim ? to_float(q[int64_t{head} * head_dim + e]) * scale : 0.0f;
-    acc[j] = 0;
-  }
-  float highest = -INFINITY, sum = 0;
-  for (int k = begin + warp * kKeysAtOnce; k < end; k += kAttentionWarps * kKeysAtOnce) {
-    float score[kKeysAtOnce];
-#pragma unroll
-    for (int n = 0; n < kKeysAtOnce; ++n) {
-      const T* key = keys + min(k + n, end - 1) * stride + shift;
-      float dot = 0;
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
-        const int e = lane + 32 * j;
-        if (e < head_dim) dot = fmaf(query[j], to_float(key[e]), dot);
-      }
-      score[n] = dot;
+// The first `count` of 8 numbers; the rest are 0. Vectors: all of them or none.
+template <typename T, bool Vectors>
+__device__ uint4 eight(const T* from, int count) {
+  if constexpr (Vectors) {
+    return count > 0 ? __ldcs(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+  } else {
+    Vector<T, kVector> in = {};
+    for (int j = 0; j < kVector; ++j) {
+      if (j < count) in.v[j] = from[j];
     }
-#pragma unroll
-    for (int n = 0; n < kKeysAtOnce; ++n) score[n] = k + n < end ? warp_sum(score[n]) : -INFINITY;
-    if (context.bias != nullptr) {
-#pragma unroll
-      for (int n = 0; n < kKeysAtOnce; ++n) {
-        // Beyond the end it is −∞ already.
-        const int distance = max(length - 1 - k - n, 0);
-        score[n] += to_float(context.bias[head * context.distances + min(distance, context.distances - 1)]);
-      }
-    }
-    float next = highest;
-#pragma unroll
-    for (int n = 0; n < kKeysAtOnce; ++n) next = fmaxf(next, score[n]);
-    const float shrink = expf(highest - next);  // 0 at first
-    highest = next;
-    sum *= shrink;
-#pragma unroll
-    for (int j = 0; j < kPerLane; ++j) acc[j] *= shrink;
-#pragma unroll
-    for (int n = 0; n < kKeysAtOnce; ++n) {
-      if (k + n >= end) break;
-      const float weight = expf(score[n] - highest);
-      const T* value = values + (k + n) * stride + shift;
-      sum += weight;
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
-        const int e = lane + 32 * j;
-        if (e < head_dim) acc[j] = fmaf(weight, to_float(value[e]), acc[j]);
-      }
-    }
-  }
-  if (lane == 0) {
-    maxima[warp] = highest;
-    sums[warp] = sum;
-  }
-#pragma unroll
-  for (int j = 0; j < kPerLane; ++j) {
-    const int e = lane + 32 * j;
-    if (e < head_dim) mixed[warp][e] = acc[j];
-  }
-  __syncthreads();
-  float top = -INFINITY;
-  for (int w = 0; w < kAttentionWarps; ++w) top = fmaxf(top, maxima[w]);
-  float weights[kAttentionWarps], total = 0;
-  for (int w = 0; w < kAttentionWarps; ++w) {
-    // A warp without keys weighs nothing.
-    weights[w] = maxima[w] == -INFINITY ? 0.0f : expf(maxima[w] - top);
-    total += weights[w] * sums[w];
-  }
-  float* to = partial + ((int64_t{row} * heads + head) * splits + blockIdx.y) * (head_dim + 2);
-  for (int e = threadIdx.x; e < head_dim; e += kAttentionThreads) {
-    float y = 0;
-    for (int w = 0; w < kAttentionWarps; ++w) y += weights[w] * mixed[w][e];
-    to[e] = y;
-  }
-  if (threadIdx.x == 0) {
-    to[head_dim] = top;
-    to[head_dim + 1] = total;
+    return *reinterpret_cast<const uint4*>(&in);
   }
 }
 
-template <typename T>
-__global__ void combine(const float* partial, T* out, int splits, int head_dim) {
-  const int64_t head = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;  // of all rows' heads
-  const float* parts = partial + head * splits * (head_dim + 2);
-  float top = -INFINITY;
-  for (int s = 0; s < splits; ++s) top = fmaxf(top, parts[s * (head_dim + 2) + head_dim]);
-  for (int e = threadIdx.x; e < head_dim; e += kAttentionThreads) {
-    float y = 0, total = 0;
-    for (int s = 0; s < splits; ++s) {
-      const float* part = parts + s * (head_dim + 2);
-      const float weight = part[head_dim] == -INFINITY ? 0.0f : expf(part[head_dim] - top);
-      y += weight * part[e];
-      total += weight * part[head_dim + 1];
+// The query heads of one key: `chunks` blocks do `per` of them each, or fewer.
+struct Group {
+  int heads, chunks, per;
+};
+
+// Softmax's running maximum may be −∞ (no key yet): then all weights are 0, not NaN.
+__device__ inline float finite_or_zero(float highest) { return highest == -INFINITY ? 0.0f : highest; }
+
+// One part of the context for `count` ≤ G query heads of a row that share their keys: each key is read once for all of
+// them, by Lanes lanes, 8 numbers each. Each group of Lanes lanes has its own keys and its own softmax, in powers of 2;
+// they meet at the end. Of several parts, the block that comes last adds them up.
+// q: [rows, query_heads, head_dim], its first heads. partial: of [rows, heads, splits] the values' sums before they are
+// divided, [head_dim], then of each the maximum and the sum. arrivals: [rows, gridDim.x], zeros.
+template <typename T, int Lanes, int G, bool Vectors>
+__global__ void __launch_bounds__(kAttentionThreads, 4)
+    attend(const T* q, int query_heads, const Context<T> context, const Group group, float* partial, uint32_t* arrivals,
+           T* out, int head_dim, float scale) {
+  constexpr int kGroups = 32 / Lanes, kBlockKeys = kAttentionWarps * kGroups;
+  // Keys, and as many values, that a lane asks for before it uses the first: as registers allow.
+  constexpr int kKeys = G <= 2 ? 4 : 2;
+  __shared__ float maxima[kAttentionWarps][G], sums[kAttentionWarps][G];
+  __shared__ __align__(16) float mixed[kAttentionWarps][G][Lanes * kVector];
+  const int row = blockIdx.z, split = blockIdx.y, splits = gridDim.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int place = lane % Lanes * kVector;
+  const int heads = context.kv_heads * group.heads;
+  const int kv_head = blockIdx.x / group.chunks, skipped = blockIdx.x % group.chunks * group.per;
+  const int head = kv_head * group.heads + skipped, count = min(group.per, group.heads - skipped);
+  const int64_t first = int64_t{row} * heads + head;  // of all rows' heads
+  const int length = context.lengths[row] + (context.step != nullptr ? *context.step + 1 : 0);
+  const int share = (length + splits - 1) / splits, begin = min(split * share, length),
+            end = min(begin + share, length);
+  const int64_t stride = int64_t{context.kv_heads} * head_dim;
+  const int own = begin + warp * kGroups + lane / Lanes, numbers = head_dim - place;
+  const int64_t shift = (int64_t{row} * context.capacity + own) * stride + kv_head * head_dim + place;
+  const T *keys = context.keys + shift, *values = context.values + shift;
+  float query[G][kVector], acc[G][kVector] = {}, highest[G], sum[G] = {};
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+    highest[g] = -INFINITY;
+    const int64_t at = int64_t{row} * query_heads + head + min(g, count - 1);
+    unpack<T>(eight<T, Vectors>(q + at * head_dim + place, numbers), query[g]);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) query[g][j] *= scale * kLog2E;
+  }
+  // A warp's lanes go on together, as they exchange numbers.
+  for (int k0 = own; k0 - lane / Lanes < end; k0 += kKeys * kBlockKeys) {
+    uint4 key[kKeys], value[kKeys];
+#pragma unroll
+    for (int n = 0; n < kKeys; ++n) {
+      const int there = k0 + n * kBlockKeys < end ? numbers : 0;
+      key[n] = eight<T, Vectors>(keys, there);
+      value[n] = eight<T, Vectors>(values, there);
+      keys += kBlockKeys * stride;
+      values += kBlockKeys * stride;
     }
-    out[head * head_dim + e] = from_float<T>(y / total);
+    float score[G][kKeys];
+#pragma unroll
+    for (int n = 0; n < kKeys; ++n) {
+      const int k = k0 + n * kBlockKeys;
+      float x[kVector];
+      unpack<T>(key[n], x);
+#pragma unroll
+      for (int g = 0; g < G; ++g) {
+        float dot = 0;
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) dot = fmaf(query[g][j], x[j], dot);
+#pragma unroll
+        for (int offset = Lanes / 2; offset > 0; offset /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
+        if (k < end && context.bias != nullptr) {
+          const int distance = min(length - 1 - k, context.distances - 1);
+          const T* of_head = context.bias + (head + min(g, count - 1)) * context.distances;
+          dot = fmaf(to_float(of_head[distance]), kLog2E, dot);
+        }
+        score[g][n] = k < end ? dot : -INFINITY;
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+      float next = highest[g];
+#pragma unroll
+      for (int n = 0; n < kKeys; ++n) next = fmaxf(next, score[g][n]);
+      const float base = finite_or_zero(next), shrink = exp2f(highest[g] - base);
+      highest[g] = next;
+      sum[g] *= shrink;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) acc[g][j] *= shrink;
+#pragma unroll
+      for (int n = 0; n < kKeys; ++n) {
+        score[g][n] = exp2f(score[g][n] - base);  // the key's weight
+        sum[g] += score[g][n];
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kKeys; ++n) {
+      float x[kVector];
+      unpack<T>(value[n], x);
+#pragma unroll
+      for (int g = 0; g < G; ++g) {
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) acc[g][j] = fmaf(score[g][n], x[j], acc[g][j]);
+      }
+    }
+  }
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+    float top = highest[g];
+#pragma unroll
+    for (int offset = Lanes; offset < 32; offset *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
+    const float shrink = exp2f(highest[g] - finite_or_zero(top));
+    const auto over_groups = [shrink](float x) {
+      x *= shrink;
+#pragma unroll
+      for (int offset = Lanes; offset < 32; offset *= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+      return x;
+    };
+    sum[g] = over_groups(sum[g]);
+    Vector<float, kVector> y;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) y.v[j] = over_groups(acc[g][j]);
+    if (lane < Lanes) *reinterpret_cast<Vector<float, kVector>*>(&mixed[warp][g][place]) = y;
+    if (lane == 0) {
+      maxima[warp][g] = top;
+      sums[warp][g] = sum[g];
+    }
+  }
+  __syncthreads();
+  float2* ends = reinterpret_cast<float2*>(partial + int64_t{gridDim.z} * heads * splits * head_dim);
+  for (int g = 0; g < count; ++g) {
+    float top = -INFINITY, weights[kAttentionWarps], total = 0;
+    for (int w = 0; w < kAttentionWarps; ++w) top = fmaxf(top, maxima[w][g]);
+    for (int w = 0; w < kAttentionWarps; ++w) {
+      weights[w] = exp2f(maxima[w][g] - finite_or_zero(top));
+      total += weights[w] * sums[w][g];
+    }
+    const int64_t part = (first + g) * splits + split;
+    const float last = splits == 1 ? 1.0f / total : 1.0f;
+#pragma unroll 1
+    for (int e = threadIdx.x; e < head_dim; e += kAttentionThreads) {
+      float y = 0;
+      for (int w = 0; w < kAttentionWarps; ++w) y += weights[w] * mixed[w][g][e];
+      if (splits == 1) {
+        out[(first + g) * head_dim + e] = from_float<T>(y * last);
+      } else {
+        partial[part * head_dim + e] = y;
+      }
+    }
+    if (splits > 1 && threadIdx.x == 0) ends[part] = {top, total};
+  }
+  if (splits == 1) return;
+
+  // Who sees a block's arrival sees what it wrote before. The last one leaves 0 behind.
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicInc(arrivals + row * gridDim.x + blockIdx.x, splits - 1) == static_cast<uint32_t>(splits) - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!is_last) return;
+  __shared__ float shares[G][32];
+  if (warp < count) {
+    float2 end_of = {-INFINITY, 0};
+    if (lane < splits) end_of = __ldcg(ends + (first + warp) * splits + lane);
+    float top = end_of.x;
+    for (int offset = 16; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
+    const float weight = exp2f(end_of.x - finite_or_zero(top));
+    shares[warp][lane] = weight / warp_sum(weight * end_of.y);
+  }
+  __syncthreads();
+  constexpr int kWidth = Vectors ? 4 : 1;
+  const int columns = head_dim / kWidth;
+  for (int i = threadIdx.x; i < count * columns; i += kAttentionThreads) {
+    const int g = i / columns, e = i % columns * kWidth;
+    const float* from = partial + (first + g) * splits * head_dim + e;
+    float y[kWidth] = {};
+#pragma unroll 8
+    for (int s = 0; s < splits; ++s) {
+      const float weight = shares[g][s];
+      if constexpr (Vectors) {
+        const float4 in = __ldcg(reinterpret_cast<const float4*>(from + int64_t{s} * head_dim));
+        y[0] = fmaf(weight, in.x, y[0]);
+        y[1] = fmaf(weight, in.y, y[1]);
+        y[2] = fmaf(weight, in.z, y[2]);
+        y[3] = fmaf(weight, in.w, y[3]);
+      } else {
+        y[0] = fmaf(weight, __ldcg(from + int64_t{s} * head_dim), y[0]);
+      }
+    }
+    Vector<T, kWidth> rounded_y;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) rounded_y.v[j] = from_float<T>(y[j]);
+    store<kWidth>(out + (first + g) * head_dim + e, rounded_y);
   }
 }
 
 template <typename T>
 void enqueue_attend(const Decode& op, int query_heads, const Context<T>& context, cudaStream_t stream) {
-  attend<T><<<dim3(op.heads, op.splits, op.batch), kAttentionThreads, 0, stream>>>(
-      static_cast<const T*>(op.qkv), query_heads, context, op.partial, op.heads, op.head_dim, op.scale);
-  combine<T><<<dim3(op.heads, op.batch), kAttentionThreads, 0, stream>>>(op.partial, static_cast<T*>(op.mixed),
-                                                                         op.splits, op.head_dim);
+  const int heads = op.heads / context.kv_heads, chunks = chunks_of(heads), per = (heads + chunks - 1) / chunks;
+  const auto run = [&](auto kernel, const Group& group) {
+    kernel<<<dim3(context.kv_heads * group.chunks, op.splits, op.batch), kAttentionThreads, 0, stream>>>(
+        static_cast<const T*>(op.qkv), query_heads, context, group, op.partial,
+        reinterpret_cast<uint32_t*>(op.arrivals), static_cast<T*>(op.mixed), op.head_dim, op.scale);
+  };
+  if (op.head_dim % kVector != 0 || !aligned(op.qkv) || !aligned(context.keys) || !aligned(context.values) ||
+      !aligned(op.partial) || !aligned(op.mixed)) {
+    run(attend<T, 32, 1, false>, {heads, heads, 1});
+    return;
+  }
+  const Group group = {heads, chunks, per};
+  const auto with_lanes = [&]<int Lanes>(std::integral_constant<int, Lanes>) {
+    if (per == 1) {
+      run(attend<T, Lanes, 1, true>, group);
+    } else if (per == 2) {
+      run(attend<T, Lanes, 2, true>, group);
+    } else {
+      run(attend<T, Lanes, kMaxGroup, true>, group);
+    }
+  };
+  if (op.head_dim <= 64) {
+    with_lanes(std::integral_constant<int, 8>{});
+  } else if (op.head_dim <= 128) {
+    with_lanes(std::integral_constant<int, 16>{});
+  } else {
+    with_lanes(std::integral_constant<int, 32>{});
+  }
 }
 
 Status enqueue_attention(const Decode& op, int32_t index, void* stream) {
-  if (op.head_dim > kMaxHeadDim || op.head_dim % 2 != 0 || op.heads % op.kv_heads != 0)
+  if (op.head_dim > kMaxHeadDim || op.head_dim % 2 != 0 || op.heads % op.kv_heads != 0 || op.splits > kMaxSplits)
     return "attention heads of a shape that the kernel does not take";
   const DecodeLayer& layer = op.layers[index];
   const auto to = static_cast<cudaStream_t>(stream);
@@ -589,7 +710,8 @@ Status enqueue_attention(const Decode& op, int32_t index, void* stream) {
 }
 
 Status enqueue_cross_attention(const Decode& op, int32_t index, void* stream) {
-  if (op.head_dim > kMaxHeadDim) return "attention heads of a shape that the kernel does not take";
+  if (op.head_dim > kMaxHeadDim || op.head_dim % 2 != 0 || op.splits > kMaxSplits)
+    return "attention heads of a shape that the kernel does not take";
   const DecodeLayer& layer = op.layers[index];
   with_type(op.type, [&]<typename T>(T) {
     enqueue_attend<T>(op, op.heads,

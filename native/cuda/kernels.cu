@@ -13,7 +13,7 @@ Status compute_capability(int32_t* capability) {
 
 }  // namespace martlet::cuda
 
-extern "C" __attribute__((visibility("default"))) const martlet::cuda::Kernels* martlet_cuda_kernels_8() {
+extern "C" __attribute__((visibility("default"))) const martlet::cuda::Kernels* martlet_cuda_kernels_9() {
   using namespace martlet::cuda;
   static const Kernels kernels = {
       rms_norm,       rms_norm_backward, add_rms_norm,       rms_norm_backward_add,  rotary,

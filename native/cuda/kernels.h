@@ -120,7 +120,7 @@ struct Kernels {
 };
 
 // The only symbol of the library; its name changes with the struct, so that an old library is never called wrongly.
-inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_8";
+inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_9";
 using EntryPoint = const Kernels* (*)();
 
 }  // namespace martlet::cuda
