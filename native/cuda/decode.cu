@@ -1,6 +1,7 @@
 // Decoding one row reads each weight once for one product: what counts is how many bytes are under way, and how few
-// instructions each weight takes. A warp does two rows, so that it reads and converts x once for both; a lane reads 8
-// weights of each at a time, kUnroll times before it computes.
+// instructions each weight takes. Of 16 bits and int8 a warp does two rows, so that it reads and converts x once for
+// both; a lane reads 8 weights of each at a time, kUnroll times before it computes. Of NF4 a block does 16 rows with
+// its tensor cores.
 #include "cuda/matrix.cuh"
 
 namespace martlet::cuda {
@@ -10,6 +11,7 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kAttentionThreads = 128, kAttentionWarps = kAttentionThreads / 32;
 static_assert(kMaxGroup <= kAttentionWarps && kMaxSplits <= 32);
 constexpr int kArgmaxThreads = 1024;
+constexpr int kMaxNormed = 47 * 1024;  // bytes of a normed row in shared memory
 constexpr float kLog2E = 1.44269504f;
 
 __device__ inline float warp_sum(float x) {
@@ -34,9 +36,8 @@ __device__ void unpack(const uint4& in, float* out) {
   }
 }
 
-// A storage's row, read a Word = 8 weights at a time, in steps of kUnroll words for each of 32 lanes. fetch() asks for
-// what a step needs besides, ready() takes it; dot() is of the lane's u-th word. Words beyond the end are 0. All lanes
-// call all of them.
+// A storage's row, read a Word = 8 weights at a time, in steps of kUnroll words for each of 32 lanes. Words beyond the
+// end are 0.
 template <typename T>
 struct DenseRow {
   using Word = uint4;
@@ -45,9 +46,7 @@ struct DenseRow {
 
   __device__ DenseRow(const Matrix& m, int row)
       : words(static_cast<const Word*>(m.weight) + int64_t{row} * (m.columns / kVector)) {}
-  __device__ void fetch(int, int) {}
-  __device__ void ready() {}
-  __device__ float dot(const Word& word, const float* x, int, int) const {
+  __device__ float dot(const Word& word, const float* x) const {
     float w[kVector], sum = 0;
     unpack<T>(word, w);
 #pragma unroll
@@ -64,59 +63,16 @@ struct Int8Row {
 
   __device__ Int8Row(const Matrix& m, int row)
       : words(static_cast<const Word*>(m.weight) + int64_t{row} * (m.columns / kVector)) {}
-  __device__ void fetch(int, int) {}
-  __device__ void ready() {}
-  __device__ float dot(const Word& word, const float* x, int, int) const {
-    const auto w = *reinterpret_cast<const Vector<int8_t, kVector>*>(&word);
+  __device__ float dot(const Word& word, const float* x) const {
+    // 2²³ + (code + 128) is a float whose last byte is code + 128: cheaper than a conversion.
+    const uint32_t shifted[] = {word.x ^ 0x80808080u, word.y ^ 0x80808080u};
     float sum = 0;
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) sum = fmaf(static_cast<float>(w.v[j]), x[j], sum);
+    for (int j = 0; j < kVector; ++j) {
+      const float code = __uint_as_float(__byte_perm(shifted[j / 4], 0x4b000000u, 0x7440 + j % 4)) - 8388736.0f;
+      sum = fmaf(code, x[j], sum);
+    }
     return sum;
-  }
-};
-
-// Rows begin with a block of 64, which is 8 words; a step has 32 blocks, a scale for each lane to find.
-// The table lies in shared memory, where 16 numbers are in banks of their own: lanes do not wait for each other.
-struct Nf4Row {
-  using Word = uint32_t;
-  static constexpr int kUnroll = 8;
-  const Word* words;
-  const Matrix& matrix;
-  const float* table;
-  uint32_t row_block;
-  float scale, nested_scale;
-  uint8_t code;
-
-  __device__ Nf4Row(const Matrix& m, int row, const float* table)
-      : words(static_cast<const Word*>(m.weight) + int64_t{row} * (m.columns / kVector)),
-        matrix(m),
-        table(table),
-        row_block(static_cast<uint32_t>(row) * (m.columns / 64)) {}
-  __device__ void fetch(int word, int lane) {
-    const uint32_t block = row_block + min(word / 8 + lane, matrix.columns / 64 - 1);
-    if (matrix.nested_map == nullptr) {
-      scale = static_cast<const float*>(matrix.scales)[block];
-    } else {
-      code = static_cast<const uint8_t*>(matrix.scales)[block];
-      nested_scale = __ldg(matrix.nested_scales + block / 256);
-    }
-  }
-  __device__ void ready() {
-    if (matrix.nested_map != nullptr) scale = nf4_scale(matrix, code, nested_scale);
-  }
-  __device__ float dot(Word word, const float* x, int u, int lane) const {
-    // The four upper and the four lower halves, times 4: places in the table in bytes.
-    const uint32_t upper = word >> 2 & 0x3c3c3c3cu, lower = word << 2 & 0x3c3c3c3cu;
-    const auto value = [this](uint32_t places, int j) {
-      return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(table) + __byte_perm(places, 0, 0x4440 + j));
-    };
-    float sum = 0;
-#pragma unroll
-    for (int j = 0; j < kVector / 2; ++j) {
-      sum = fmaf(value(upper, j), x[2 * j], sum);
-      sum = fmaf(value(lower, j), x[2 * j + 1], sum);
-    }
-    return sum * __shfl_sync(0xffffffffu, scale, u * 4 + lane / 8);
   }
 };
 
@@ -129,16 +85,12 @@ __device__ float2 row_pair(Row a, Row b, int columns, const T* x, int lane) {
   float2 sum = {0, 0};
   for (int i = 0; i < n; i += 32 * kUnroll) {
     Word of_a[kUnroll], of_b[kUnroll];
-    a.fetch(i, lane);
-    b.fetch(i, lane);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = i + 32 * u + lane;
       of_a[u] = at < n ? __ldcs(a.words + at) : Word{};
       of_b[u] = at < n ? __ldcs(b.words + at) : Word{};
     }
-    a.ready();
-    b.ready();
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (i + 32 * u >= n) break;
@@ -147,12 +99,137 @@ __device__ float2 row_pair(Row a, Row b, int columns, const T* x, int lane) {
       const uint4 in = at < n ? reinterpret_cast<const uint4*>(x)[at] : make_uint4(0, 0, 0, 0);
       float v[kVector];
       unpack<T>(in, v);
-      sum.x += a.dot(of_a[u], v, u, lane);
-      sum.y += b.dot(of_b[u], v, u, lane);
+      sum.x += a.dot(of_a[u], v);
+      sum.y += b.dot(of_b[u], v);
     }
   }
   return sum;
 }
+
+// d += a · b: 16 rows of 16 numbers times 16 of 8 columns, as mma.m16n8k16 has them.
+template <typename T>
+__device__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// What a byte of NF4 codes stands for, two numbers of 16 bits: for each lane a column of its own, so that lanes do not
+// wait for each other's banks. The numbers are times kSpread, with which bfloat16 rounds the 16 of them best: by 0.06 %
+// (root mean square), a weight of 16 bits by 0.11 %.
+constexpr int kNf4Entries = 256;
+constexpr float kSpread = 1.437f;
+template <typename T>
+__device__ void fill_pairs(uint32_t* pairs) {
+  static_assert(kThreads == kNf4Entries);
+  const int byte = threadIdx.x;
+  const Vector<T, 2> both = {from_float<T>(codes_on_device.values[byte >> 4] * kSpread),
+                             from_float<T>(codes_on_device.values[byte & 15] * kSpread)};
+  const uint32_t pair = *reinterpret_cast<const uint32_t*>(&both);
+  // Threads of a quarter warp begin with different banks.
+  for (int i = 0; i < 8; ++i)
+    reinterpret_cast<uint4*>(pairs)[byte * 8 + (i + byte) % 8] = make_uint4(pair, pair, pair, pair);
+}
+
+// In 32-bit addresses, which take one instruction less to add up.
+__device__ inline uint32_t load_shared(uint32_t address) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
+  return word;
+}
+
+// The block's warps do kNf4Step columns of 16 rows in turn, with tensor cores. A lane (g = lane / 4, t = lane % 4)
+// reads 32 columns of its two rows at a time, so t = 0, 1 have one block of 64 weights and t = 2, 3 the next: each
+// block's x lies in a column of b of its own, all else there being 0, and what comes out is the sum of each row and
+// block, which gets its scale.
+constexpr int kNf4Step = 512, kNf4Reads = kNf4Step / 128;
+template <typename T>
+struct Nf4Rows {
+  const Matrix* matrix[2];
+  const uint4* words[2];
+  uint32_t first_block[2];
+  uint4 codes[2][kNf4Reads];
+  float scale[2][2];  // of the blocks 2t and 2t + 1; nested: one of each 256 scales, until product()
+  uint8_t code[2][2];
+
+  __device__ Nf4Rows(const Matrix& a, int row_a, const Matrix& b, int row_b) : matrix{&a, &b} {
+    const int rows[] = {row_a, row_b};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      words[r] = static_cast<const uint4*>(matrix[r]->weight) + int64_t{rows[r]} * (matrix[r]->columns / 32);
+      first_block[r] = static_cast<uint32_t>(rows[r]) * (matrix[r]->columns / 64);
+    }
+  }
+  __device__ static int column(int step, int read, int lane) { return step * kNf4Step + read * 128 + lane % 4 * 32; }
+  __device__ void fetch(int step, int columns, int lane) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int read = 0; read < kNf4Reads; ++read) {
+        const int at = column(step, read, lane);
+        codes[r][read] = at < columns ? __ldcs(words[r] + at / 32) : make_uint4(0, 0, 0, 0);
+      }
+      const Matrix& m = *matrix[r];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t block = first_block[r] + min(step * (kNf4Step / 64) + lane % 4 * 2 + i, columns / 64 - 1);
+        if (m.nested_map == nullptr) {
+          scale[r][i] = static_cast<const float*>(m.scales)[block];
+        } else {
+          code[r][i] = static_cast<const uint8_t*>(m.scales)[block];
+          scale[r][i] = __ldg(m.nested_scales + block / 256);
+        }
+      }
+    }
+  }
+  // This lane's part of both rows. pairs: the address in shared memory of this lane's column of the table.
+  __device__ float2 product(int step, int columns, const T* x, uint32_t pairs, int lane) const {
+    float acc[4] = {};
+#pragma unroll
+    for (int read = 0; read < kNf4Reads; ++read) {
+      const int at = column(step, read, lane);
+      const bool own = lane / 4 == 2 * read + lane % 4 / 2 && at < columns;
+      uint32_t in[16];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint4 four = own ? reinterpret_cast<const uint4*>(x + at)[i] : make_uint4(0, 0, 0, 0);
+        in[4 * i] = four.x;
+        in[4 * i + 1] = four.y;
+        in[4 * i + 2] = four.z;
+        in[4 * i + 3] = four.w;
+      }
+      const uint32_t of[2][4] = {{codes[0][read].x, codes[0][read].y, codes[0][read].z, codes[0][read].w},
+                                 {codes[1][read].x, codes[1][read].y, codes[1][read].z, codes[1][read].w}};
+      // A row of the table has 128 bytes.
+      const auto pair = [&](uint32_t word, int byte) {
+        return load_shared(pairs + __byte_perm(word, 0, 0x4440 + byte) * 128);
+      };
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int first = i % 2 * 2;
+        const uint32_t a[4] = {pair(of[0][i / 2], first), pair(of[1][i / 2], first), pair(of[0][i / 2], first + 1),
+                               pair(of[1][i / 2], first + 1)};
+        multiply_add<T>(acc, a, in[2 * i], in[2 * i + 1]);
+      }
+    }
+    float sum[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float own[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        own[i] = matrix[r]->nested_map == nullptr ? scale[r][i] : nf4_scale(*matrix[r], code[r][i], scale[r][i]);
+      sum[r] = fmaf(acc[2 * r], own[0], acc[2 * r + 1] * own[1]);
+    }
+    return {sum[0], sum[1]};
+  }
+};
 
 // The same of one row of any shape, a weight at a time.
 template <typename T>
@@ -201,23 +278,6 @@ __device__ float finished(const Matrix& m, int row, float sum, const T* x, int l
   if (m.lora.a == nullptr) return sum;
   const float added = m.lora.is_float ? low_rank<T, float>(m.lora, row, lane) : low_rank<T, T>(m.lora, row, lane);
   return rounded<T>(fmaf(m.lora.scaling, warp_sum(added), sum));
-}
-
-// Of two rows. Vectors: both are of one storage, and rows and x are such that words can be read.
-template <typename T>
-__device__ float2 linear_pair(const Matrix& a, int row_a, const Matrix& b, int row_b, const T* x, const float* table,
-                              int lane, bool vectors) {
-  float2 sum;
-  if (!vectors) {
-    sum = {any_row<T>(a, row_a, x, table, lane), any_row<T>(b, row_b, x, table, lane)};
-  } else if (a.storage == Storage::kDense) {
-    sum = row_pair<T>(DenseRow<T>(a, row_a), DenseRow<T>(b, row_b), a.columns, x, lane);
-  } else if (a.storage == Storage::kInt8) {
-    sum = row_pair<T>(Int8Row(a, row_a), Int8Row(b, row_b), a.columns, x, lane);
-  } else {
-    sum = row_pair<T>(Nf4Row(a, row_a, table), Nf4Row(b, row_b, table), a.columns, x, lane);
-  }
-  return {finished<T>(a, row_a, sum.x, x, lane), finished<T>(b, row_b, sum.y, x, lane)};
 }
 
 // RMSNorm in Llama's order, as rms_norm.cu; LayerNorm rounds at its end. The block's threads do N numbers at a time.
@@ -285,42 +345,108 @@ __global__ void lora_down(const Parts parts, const T* x, const Norm norm, float 
 // Two neighbours.
 __host__ __device__ inline int pairs_of(const Matrix& m) { return (m.rows + 1) / 2; }
 
+// How a product's weights are read: one by one where rows or x are such that words cannot be, or storages differ.
+enum class Form { kDense, kInt8, kNf4, kOneByOne };
+
+// Two rows that a warp does: of gate and up, or neighbours.
+struct Pair {
+  const Matrix *a, *b;
+  int row_a, row_b, out;
+
+  __device__ Pair(const Parts& parts, bool gated, int pair) {
+    if (gated) {
+      a = &parts.matrix[0];
+      b = &parts.matrix[1];
+      row_a = row_b = out = pair;
+      return;
+    }
+    int part = 0, rows_before = 0;
+    while (pair >= pairs_of(parts.matrix[part])) {
+      pair -= pairs_of(parts.matrix[part]);
+      rows_before += parts.matrix[part++].rows;
+    }
+    a = b = &parts.matrix[part];
+    row_a = 2 * pair;
+    row_b = min(row_a + 1, a->rows - 1);
+    out = rows_before + row_a;
+  }
+};
+
 // With a norm each block norms x anew, into its shared memory: x is small beside the rows.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 4)
-    matvec(const Parts parts, bool gated, Activation activation, const T* x, const Norm norm, float eps,
-           const T* residual, T* out, int pairs, bool vectors) {
-  __shared__ float table[16];
-  const int lane = threadIdx.x % 32;
-  if (threadIdx.x < 16) table[threadIdx.x] = codes_on_device.values[threadIdx.x];
-  x = normed_row(x, norm, eps, parts.matrix[0].columns);
-  __syncthreads();
-  int pair = blockIdx.x * kWarps + threadIdx.x / 32;
-  if (pair >= pairs) return;
+template <typename T, Form F>
+__global__ void __launch_bounds__(kThreads, F == Form::kNf4 ? 3 : 4)
+    matvec(const __grid_constant__ Parts parts, bool gated, Activation activation, const T* x, const Norm norm,
+           float eps, const T* residual, T* out, int pairs) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, columns = parts.matrix[0].columns;
+  const int first = blockIdx.x * kWarps;
+  float2 sum = {0, 0};
+  if constexpr (F == Form::kNf4) {
+    __shared__ __align__(16) uint32_t pairs_of_numbers[kNf4Entries * 32];
+    __shared__ float2 sums[kWarps][kWarps];  // [warp][pair]
+    const Pair read(parts, gated, min(first + lane / 4, pairs - 1));
+    Nf4Rows<T> rows(*read.a, read.row_a, *read.b, read.row_b);
+    const int steps = (columns + kNf4Step - 1) / kNf4Step;
+    if (warp < steps) rows.fetch(warp, columns, lane);
+    fill_pairs<T>(pairs_of_numbers);
+    x = normed_row(x, norm, eps, columns);
+    __syncthreads();
+    const auto pairs_at = static_cast<uint32_t>(__cvta_generic_to_shared(pairs_of_numbers + lane));
+    for (int step = warp; step < steps;) {
+      const float2 part = rows.product(step, columns, x, pairs_at, lane);
+      sum.x += part.x;
+      sum.y += part.y;
+      step += kWarps;
+      if (step < steps) rows.fetch(step, columns, lane);
+    }
+#pragma unroll
+    for (int offset = 2; offset > 0; offset /= 2) {
+      sum.x += __shfl_xor_sync(0xffffffffu, sum.x, offset);
+      sum.y += __shfl_xor_sync(0xffffffffu, sum.y, offset);
+    }
+    if (lane % 4 == 0) sums[warp][lane / 4] = {sum.x * (1 / kSpread), sum.y * (1 / kSpread)};
+    __syncthreads();
+    sum = lane < kWarps ? sums[lane][warp] : float2{0, 0};
+    if (first + warp >= pairs) return;
+  } else {
+    __shared__ float table[16];
+    if (threadIdx.x < 16) table[threadIdx.x] = codes_on_device.values[threadIdx.x];
+    x = normed_row(x, norm, eps, columns);
+    __syncthreads();
+    if (first + warp >= pairs) return;
+    const Pair own(parts, gated, first + warp);
+    if constexpr (F == Form::kDense) {
+      sum = row_pair<T>(DenseRow<T>(*own.a, own.row_a), DenseRow<T>(*own.b, own.row_b), columns, x, lane);
+    } else if constexpr (F == Form::kInt8) {
+      sum = row_pair<T>(Int8Row(*own.a, own.row_a), Int8Row(*own.b, own.row_b), columns, x, lane);
+    } else {
+      sum = {any_row<T>(*own.a, own.row_a, x, table, lane), any_row<T>(*own.b, own.row_b, x, table, lane)};
+    }
+  }
+  const Pair own(parts, gated, first + warp);
+  const float2 y = {finished<T>(*own.a, own.row_a, sum.x, x, lane), finished<T>(*own.b, own.row_b, sum.y, x, lane)};
   if (gated) {
-    const float2 y = linear_pair<T>(parts.matrix[0], pair, parts.matrix[1], pair, x, table, lane, vectors);
-    if (lane == 0) out[pair] = from_float<T>(rounded<T>(activate(y.x, activation)) * y.y);
+    if (lane == 0) out[own.out] = from_float<T>(rounded<T>(activate(y.x, activation)) * y.y);
     return;
   }
-  int part = 0, rows_before = 0;
-  while (pair >= pairs_of(parts.matrix[part])) {
-    pair -= pairs_of(parts.matrix[part]);
-    rows_before += parts.matrix[part++].rows;
-  }
-  const Matrix& m = parts.matrix[part];
-  const float2 y = linear_pair<T>(m, 2 * pair, m, min(2 * pair + 1, m.rows - 1), x, table, lane, vectors);
   // Two lanes write.
-  const int row = 2 * pair + lane;
-  if (lane >= 2 || row >= m.rows) return;
-  float own = activate(lane == 0 ? y.x : y.y, activation);
-  if (residual != nullptr) own += to_float(residual[rows_before + row]);
-  out[rows_before + row] = from_float<T>(own);
+  if (lane >= 2 || own.row_a + lane >= own.a->rows) return;
+  float result = activate(lane == 0 ? y.x : y.y, activation);
+  if (residual != nullptr) result += to_float(residual[own.out + lane]);
+  out[own.out + lane] = from_float<T>(result);
 }
 
 bool takes_vectors(const Matrix& m) {
-  const int bytes = m.storage == Storage::kDense ? 16 : m.storage == Storage::kInt8 ? 8 : 4;
+  const int bytes = m.storage == Storage::kInt8 ? 8 : 16;
   return m.columns % (m.storage == Storage::kNf4 ? 64 : kVector) == 0 &&
          reinterpret_cast<uintptr_t>(m.weight) % bytes == 0;
+}
+
+Form form_of(const Matvec& op) {
+  const Storage storage = op.parts[0].storage;
+  for (int i = 0; i < op.count; ++i) {
+    if (!aligned(op.x) || op.parts[i].storage != storage || !takes_vectors(op.parts[i])) return Form::kOneByOne;
+  }
+  return storage == Storage::kDense ? Form::kDense : storage == Storage::kInt8 ? Form::kInt8 : Form::kNf4;
 }
 
 template <typename T>
@@ -360,23 +486,35 @@ Status enqueue_matmul(Matvec op, Type type, void* stream) {
 Status enqueue_matvec(const Matvec& op, Type type, void* stream) {
   if (op.batch > 1) return enqueue_matmul(op, type, stream);
   Parts parts = {};
-  bool vectors = aligned(op.x) && (!op.gated || op.parts[0].storage == op.parts[1].storage);
   int pairs = 0, ranks = 0;
   for (int i = 0; i < op.count; ++i) {
     parts.matrix[i] = op.parts[i];
     ranks += op.parts[i].lora.rank;
-    vectors = vectors && takes_vectors(op.parts[i]);
     pairs += pairs_of(op.parts[i]);
   }
   if (op.gated) pairs = op.parts[0].rows;  // row i of gate and of up
   const size_t bytes = op.norm.weight == nullptr ? 0 : static_cast<size_t>(op.parts[0].columns) * 2;
-  if (bytes > 47 * 1024) return "a normed row of more than 24,064 numbers";
+  if (bytes > kMaxNormed) return "a normed row of more than 24,064 numbers";
   const auto to = static_cast<cudaStream_t>(stream);
   with_type(type, [&]<typename T>(T) {
     if (ranks > 0) lora_down<T><<<ranks, kThreads, bytes, to>>>(parts, static_cast<const T*>(op.x), op.norm, op.eps);
-    matvec<T><<<blocks_for(pairs, kWarps), kThreads, bytes, to>>>(
-        parts, op.gated, op.activation, static_cast<const T*>(op.x), op.norm, op.eps,
-        static_cast<const T*>(op.residual), static_cast<T*>(op.out), pairs, vectors);
+    const auto run = [&](auto kernel) {
+      // Beyond 48 KiB with the kernel's own.
+      if (bytes > 0) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxNormed);
+      kernel<<<blocks_for(pairs, kWarps), kThreads, bytes, to>>>(
+          parts, op.gated, op.activation, static_cast<const T*>(op.x), op.norm, op.eps,
+          static_cast<const T*>(op.residual), static_cast<T*>(op.out), pairs);
+    };
+    switch (form_of(op)) {
+      case Form::kDense:
+        return run(matvec<T, Form::kDense>);
+      case Form::kInt8:
+        return run(matvec<T, Form::kInt8>);
+      case Form::kNf4:
+        return run(matvec<T, Form::kNf4>);
+      case Form::kOneByOne:
+        return run(matvec<T, Form::kOneByOne>);
+    }
   });
   return status();
 }
