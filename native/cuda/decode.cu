@@ -2,6 +2,7 @@
 // instructions each weight takes. Of 16 bits and int8 a warp does two rows, so that it reads and converts x once for
 // both; a lane reads 8 weights of each at a time, kUnroll times before it computes. Of NF4 a block does 16 rows with
 // its tensor cores.
+#include "cuda/launch.cuh"
 #include "cuda/matrix.cuh"
 
 namespace martlet::cuda {
@@ -76,32 +77,40 @@ struct Int8Row {
   }
 };
 
-// This lane's parts of two rows · x.
-template <typename T, typename Row>
-__device__ float2 row_pair(Row a, Row b, int columns, const T* x, int lane) {
+// A step's words of two rows, from word `i` on, of n.
+template <typename Row>
+struct Step {
   using Word = typename Row::Word;
-  constexpr int kUnroll = Row::kUnroll;
-  const int n = columns / kVector;
-  float2 sum = {0, 0};
-  for (int i = 0; i < n; i += 32 * kUnroll) {
-    Word of_a[kUnroll], of_b[kUnroll];
+  Word of_a[Row::kUnroll], of_b[Row::kUnroll];
+
+  __device__ void fetch(const Row& a, const Row& b, int i, int n, int lane) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < Row::kUnroll; ++u) {
       const int at = i + 32 * u + lane;
       of_a[u] = at < n ? __ldcs(a.words + at) : Word{};
       of_b[u] = at < n ? __ldcs(b.words + at) : Word{};
     }
+  }
+};
+
+// This lane's parts of two rows · x, n words each, the first step's of which are in `step`.
+template <typename T, typename Row>
+__device__ float2 row_pair(const Row& a, const Row& b, Step<Row> step, int n, const T* x, int lane) {
+  float2 sum = {0, 0};
+  for (int i = 0; i < n;) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < Row::kUnroll; ++u) {
       if (i + 32 * u >= n) break;
       const int at = i + 32 * u + lane;
       // Bits of 0 are the number 0 in both types.
       const uint4 in = at < n ? reinterpret_cast<const uint4*>(x)[at] : make_uint4(0, 0, 0, 0);
       float v[kVector];
       unpack<T>(in, v);
-      sum.x += a.dot(of_a[u], v);
-      sum.y += b.dot(of_b[u], v);
+      sum.x += a.dot(step.of_a[u], v);
+      sum.y += b.dot(step.of_b[u], v);
     }
+    i += 32 * Row::kUnroll;
+    if (i < n) step.fetch(a, b, i, n, lane);
   }
   return sum;
 }
@@ -324,10 +333,12 @@ __device__ const T* normed_row(const T* x, const Norm& norm, float eps, int colu
 // A block does a row of A · norm(x), of all parts' adapters one after the other; blocks.y are rows of x.
 template <typename T>
 __global__ void lora_down(const Parts parts, const T* x, const Norm norm, float eps) {
+  let_next_start();
   const int columns = parts.matrix[0].columns, of = blockIdx.y;
   int part = 0, row = blockIdx.x;
   while (row >= parts.matrix[part].lora.rank) row -= parts.matrix[part++].lora.rank;
   const Lora& lora = parts.matrix[part].lora;
+  wait_for_earlier();
   x = normed_row(x + int64_t{of} * columns, norm, eps, columns);
   __syncthreads();
   const auto dot = [&]<typename L>(const L* a) {
@@ -380,6 +391,7 @@ __global__ void __launch_bounds__(kThreads, F == Form::kNf4 ? 3 : 4)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, columns = parts.matrix[0].columns;
   const int first = blockIdx.x * kWarps;
   float2 sum = {0, 0};
+  let_next_start();
   if constexpr (F == Form::kNf4) {
     __shared__ __align__(16) uint32_t pairs_of_numbers[kNf4Entries * 32];
     __shared__ float2 sums[kWarps][kWarps];  // [warp][pair]
@@ -388,6 +400,7 @@ __global__ void __launch_bounds__(kThreads, F == Form::kNf4 ? 3 : 4)
     const int steps = (columns + kNf4Step - 1) / kNf4Step;
     if (warp < steps) rows.fetch(warp, columns, lane);
     fill_pairs<T>(pairs_of_numbers);
+    wait_for_earlier();
     x = normed_row(x, norm, eps, columns);
     __syncthreads();
     const auto pairs_at = static_cast<uint32_t>(__cvta_generic_to_shared(pairs_of_numbers + lane));
@@ -406,22 +419,31 @@ __global__ void __launch_bounds__(kThreads, F == Form::kNf4 ? 3 : 4)
     if (lane % 4 == 0) sums[warp][lane / 4] = {sum.x * (1 / kSpread), sum.y * (1 / kSpread)};
     __syncthreads();
     sum = lane < kWarps ? sums[lane][warp] : float2{0, 0};
-    if (first + warp >= pairs) return;
   } else {
     __shared__ float table[16];
     if (threadIdx.x < 16) table[threadIdx.x] = codes_on_device.values[threadIdx.x];
-    x = normed_row(x, norm, eps, columns);
-    __syncthreads();
-    if (first + warp >= pairs) return;
-    const Pair own(parts, gated, first + warp);
+    const Pair own(parts, gated, min(first + warp, pairs - 1));
+    // The first weights are on their way before x is there.
+    const auto by_words = [&]<typename Row>(const Row& a, const Row& b) {
+      Step<Row> step;
+      step.fetch(a, b, 0, columns / kVector, lane);
+      wait_for_earlier();
+      x = normed_row(x, norm, eps, columns);
+      __syncthreads();
+      if (first + warp < pairs) sum = row_pair<T>(a, b, step, columns / kVector, x, lane);
+    };
     if constexpr (F == Form::kDense) {
-      sum = row_pair<T>(DenseRow<T>(*own.a, own.row_a), DenseRow<T>(*own.b, own.row_b), columns, x, lane);
+      by_words(DenseRow<T>(*own.a, own.row_a), DenseRow<T>(*own.b, own.row_b));
     } else if constexpr (F == Form::kInt8) {
-      sum = row_pair<T>(Int8Row(*own.a, own.row_a), Int8Row(*own.b, own.row_b), columns, x, lane);
+      by_words(Int8Row(*own.a, own.row_a), Int8Row(*own.b, own.row_b));
     } else {
+      wait_for_earlier();
+      x = normed_row(x, norm, eps, columns);
+      __syncthreads();
       sum = {any_row<T>(*own.a, own.row_a, x, table, lane), any_row<T>(*own.b, own.row_b, x, table, lane)};
     }
   }
+  if (first + warp >= pairs) return;
   const Pair own(parts, gated, first + warp);
   const float2 y = {finished<T>(*own.a, own.row_a, sum.x, x, lane), finished<T>(*own.b, own.row_b, sum.y, x, lane)};
   if (gated) {
@@ -451,6 +473,8 @@ Form form_of(const Matvec& op) {
 
 template <typename T>
 __global__ void norm_rows(const T* x, const Norm norm, float eps, T* out, int columns) {
+  let_next_start();
+  wait_for_earlier();
   const int64_t begin = int64_t{blockIdx.x} * columns;
   x += begin;
   out += begin;
@@ -473,12 +497,12 @@ Status enqueue_matmul(Matvec op, Type type, void* stream) {
   }
   with_type(type, [&]<typename T>(T) {
     if (op.norm.weight != nullptr) {
-      norm_rows<T><<<op.batch, kThreads, 0, to>>>(static_cast<const T*>(op.x), op.norm, op.eps,
-                                                  static_cast<T*>(op.normed), columns);
+      launch(norm_rows<T>, op.batch, kThreads, 0, to, static_cast<const T*>(op.x), op.norm, op.eps,
+             static_cast<T*>(op.normed), columns);
       op.x = op.normed;
     }
     if (ranks > 0)
-      lora_down<T><<<dim3(ranks, op.batch), kThreads, 0, to>>>(parts, static_cast<const T*>(op.x), Norm{}, 0.0f);
+      launch(lora_down<T>, dim3(ranks, op.batch), kThreads, 0, to, parts, static_cast<const T*>(op.x), Norm{}, 0.0f);
   });
   return enqueue_products(op, type, stream);
 }
@@ -497,13 +521,14 @@ Status enqueue_matvec(const Matvec& op, Type type, void* stream) {
   if (bytes > kMaxNormed) return "a normed row of more than 24,064 numbers";
   const auto to = static_cast<cudaStream_t>(stream);
   with_type(type, [&]<typename T>(T) {
-    if (ranks > 0) lora_down<T><<<ranks, kThreads, bytes, to>>>(parts, static_cast<const T*>(op.x), op.norm, op.eps);
+    if (ranks > 0)
+      launch(lora_down<T>, ranks, kThreads, bytes, to, parts, static_cast<const T*>(op.x), op.norm, op.eps);
     const auto run = [&](auto kernel) {
       // Beyond 48 KiB with the kernel's own.
       if (bytes > 0) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxNormed);
-      kernel<<<blocks_for(pairs, kWarps), kThreads, bytes, to>>>(
-          parts, op.gated, op.activation, static_cast<const T*>(op.x), op.norm, op.eps,
-          static_cast<const T*>(op.residual), static_cast<T*>(op.out), pairs);
+      launch(kernel, blocks_for(pairs, kWarps), kThreads, bytes, to, parts, op.gated, op.activation,
+             static_cast<const T*>(op.x), op.norm, op.eps, static_cast<const T*>(op.residual), static_cast<T*>(op.out),
+             pairs);
     };
     switch (form_of(op)) {
       case Form::kDense:
@@ -533,6 +558,8 @@ template <typename T, typename Table>
 __global__ void place(T* qkv, const T* q_norm, const T* k_norm, float eps, const Table* cos, const Table* sin,
                       const T* query_scale, T* keys, T* values, const int32_t* step_at, const int32_t* prompts,
                       int steps, int capacity, int heads, int kv_heads, int head_dim) {
+  let_next_start();
+  wait_for_earlier();
   const int head = blockIdx.x, row = blockIdx.y, lane = threadIdx.x, half = head_dim / 2, step = *step_at;
   T* x = qkv + (int64_t{row} * gridDim.x + head) * head_dim;
   const int64_t slot = (int64_t{row} * capacity + prompts[row] + step) * kv_heads;
@@ -615,6 +642,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 4)
   constexpr int kKeys = G <= 2 ? 4 : 2;
   __shared__ float maxima[kAttentionWarps][G], sums[kAttentionWarps][G];
   __shared__ __align__(16) float mixed[kAttentionWarps][G][Lanes * kVector];
+  let_next_start();
+  wait_for_earlier();
   const int row = blockIdx.z, split = blockIdx.y, splits = gridDim.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int place = lane % Lanes * kVector;
   const int heads = context.kv_heads * group.heads;
@@ -793,9 +822,9 @@ template <typename T>
 void enqueue_attend(const Decode& op, int query_heads, const Context<T>& context, cudaStream_t stream) {
   const int heads = op.heads / context.kv_heads, chunks = chunks_of(heads), per = (heads + chunks - 1) / chunks;
   const auto run = [&](auto kernel, const Group& group) {
-    kernel<<<dim3(context.kv_heads * group.chunks, op.splits, op.batch), kAttentionThreads, 0, stream>>>(
-        static_cast<const T*>(op.qkv), query_heads, context, group, op.partial,
-        reinterpret_cast<uint32_t*>(op.arrivals), static_cast<T*>(op.mixed), op.head_dim, op.scale);
+    launch(kernel, dim3(context.kv_heads * group.chunks, op.splits, op.batch), kAttentionThreads, 0, stream,
+           static_cast<const T*>(op.qkv), query_heads, context, group, op.partial,
+           reinterpret_cast<uint32_t*>(op.arrivals), static_cast<T*>(op.mixed), op.head_dim, op.scale);
   };
   if (op.head_dim % kVector != 0 || !aligned(op.qkv) || !aligned(context.keys) || !aligned(context.values) ||
       !aligned(op.partial) || !aligned(op.mixed)) {
@@ -828,11 +857,11 @@ Status enqueue_attention(const Decode& op, int32_t index, void* stream) {
   const auto to = static_cast<cudaStream_t>(stream);
   with_type(op.type, [&]<typename T>(T) {
     const auto placed = [&]<typename Table>(Table) {
-      place<T, Table><<<dim3(op.heads + 2 * op.kv_heads, op.batch), 32, 0, to>>>(
-          static_cast<T*>(op.qkv), static_cast<const T*>(layer.q_norm), static_cast<const T*>(layer.k_norm), op.eps,
-          static_cast<const Table*>(op.cos), static_cast<const Table*>(op.sin), static_cast<const T*>(op.query_scale),
-          static_cast<T*>(layer.keys), static_cast<T*>(layer.values), op.step, op.prompts, op.steps, op.capacity,
-          op.heads, op.kv_heads, op.head_dim);
+      launch(place<T, Table>, dim3(op.heads + 2 * op.kv_heads, op.batch), 32, 0, to, static_cast<T*>(op.qkv),
+             static_cast<const T*>(layer.q_norm), static_cast<const T*>(layer.k_norm), op.eps,
+             static_cast<const Table*>(op.cos), static_cast<const Table*>(op.sin),
+             static_cast<const T*>(op.query_scale), static_cast<T*>(layer.keys), static_cast<T*>(layer.values), op.step,
+             op.prompts, op.steps, op.capacity, op.heads, op.kv_heads, op.head_dim);
     };
     if (op.float_table) {
       placed(float{});
@@ -864,6 +893,9 @@ Status enqueue_cross_attention(const Decode& op, int32_t index, void* stream) {
 template <typename T>
 __global__ void embed(const T* table, const int64_t* token, const T* positions, const int32_t* step, T* out, int steps,
                       int hidden) {
+  wait_for_earlier();
+  // Not before: what the caller's own kernels wrote, the next ones read without waiting.
+  let_next_start();
   const int row = blockIdx.x;
   table += max(token[row], int64_t{0}) * hidden;
   if (positions != nullptr) positions += (int64_t{row} * steps + *step) * hidden;
@@ -879,6 +911,8 @@ template <typename T>
 __global__ void argmax(const T* logits, int vocab, int64_t* token, int32_t* step) {
   __shared__ float values[32];
   __shared__ int ids[32];
+  let_next_start();
+  wait_for_earlier();
   logits += int64_t{blockIdx.x} * vocab;
   float best = -INFINITY;
   int id = vocab;
@@ -916,9 +950,8 @@ __global__ void argmax(const T* logits, int vocab, int64_t* token, int32_t* step
 Status enqueue_step(const Decode& op, void* stream) {
   const auto to = static_cast<cudaStream_t>(stream);
   with_type(op.type, [&]<typename T>(T) {
-    embed<T><<<op.batch, kThreads, 0, to>>>(static_cast<const T*>(op.embedding), op.token,
-                                            static_cast<const T*>(op.positions), op.step, static_cast<T*>(op.states),
-                                            op.steps, op.hidden);
+    launch(embed<T>, op.batch, kThreads, 0, to, static_cast<const T*>(op.embedding), op.token,
+           static_cast<const T*>(op.positions), op.step, static_cast<T*>(op.states), op.steps, op.hidden);
   });
   Status error = status();
   const auto run = [&](Matvec product) {
@@ -958,7 +991,8 @@ Status enqueue_step(const Decode& op, void* stream) {
   read(&op.head, 1, op.final_norm, op.logits);
   if (error != nullptr) return error;
   with_type(op.type, [&]<typename T>(T) {
-    argmax<T><<<op.batch, kArgmaxThreads, 0, to>>>(static_cast<const T*>(op.logits), op.head.rows, op.token, op.step);
+    launch(argmax<T>, op.batch, kArgmaxThreads, 0, to, static_cast<const T*>(op.logits), op.head.rows, op.token,
+           op.step);
   });
   return status();
 }
