@@ -420,8 +420,6 @@ __global__ void __launch_bounds__(kThreads, F == Form::kNf4 ? 3 : 4)
     __syncthreads();
     sum = lane < kWarps ? sums[lane][warp] : float2{0, 0};
   } else {
-    __shared__ float table[16];
-    if (threadIdx.x < 16) table[threadIdx.x] = codes_on_device.values[threadIdx.x];
     const Pair own(parts, gated, min(first + warp, pairs - 1));
     // The first weights are on their way before x is there.
     const auto by_words = [&]<typename Row>(const Row& a, const Row& b) {
@@ -437,6 +435,8 @@ __global__ void __launch_bounds__(kThreads, F == Form::kNf4 ? 3 : 4)
     } else if constexpr (F == Form::kInt8) {
       by_words(Int8Row(*own.a, own.row_a), Int8Row(*own.b, own.row_b));
     } else {
+      __shared__ float table[16];
+      if (threadIdx.x < 16) table[threadIdx.x] = codes_on_device.values[threadIdx.x];
       wait_for_earlier();
       x = normed_row(x, norm, eps, columns);
       __syncthreads();

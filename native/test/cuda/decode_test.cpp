@@ -110,8 +110,16 @@ TEST("matrix times vector: 16 bits, int8, NF4; norms, bias, residual, three part
   const cuda::DecodeKernels& kernels = cuda_kernels(at::empty({1}, at::dtype(at::kHalf).device(gpu())))->decode;
   for (const at::ScalarType type : kTypes) {
     for (const auto& [name, quantization] : kStorages) {
-      for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{
-               {5, 1}, {13, 7}, {70, 80}, {7, 64}, {9, 514}, {33, 3584}, {129, 520}, {11, 2112}, {40, 18944}}) {
+      for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{{5, 1},
+                                                                                  {13, 7},
+                                                                                  {70, 80},
+                                                                                  {7, 64},
+                                                                                  {9, 514},
+                                                                                  {33, 3584},
+                                                                                  {129, 520},
+                                                                                  {11, 2112},
+                                                                                  {21, 8192},
+                                                                                  {40, 18944}}) {
         const std::string what = name + " " + std::to_string(rows) + "×" + std::to_string(columns);
         const at::Tensor x = randn({columns}, 1).to(type).to(gpu()),
                          norm = (1 + 0.1 * randn({columns}, 2)).to(type).to(gpu());
