@@ -8,7 +8,9 @@
 // in the order of the blocks, so that the same bits come out every time.
 #include <algorithm>
 
+#include "cuda/launch.cuh"
 #include "cuda/matrix.cuh"
+#include "cuda/mma.cuh"
 
 namespace martlet::cuda {
 namespace {
@@ -38,24 +40,6 @@ __device__ uint32_t pack(float a, float b) {
   } else {
     const __half2 both = __floats2half2_rn(a, b);
     return *reinterpret_cast<const uint32_t*>(&both);
-  }
-}
-
-// d += a · b: 16 rows of weights, 16 columns, 8 rows of x. a: rows g and g + 8 of columns (2t, 2t + 1), then of
-// (2t + 8, 2t + 9); b: the same columns of row g; d: rows g and g + 8 for rows 2t and 2t + 1 of x. (g = lane / 4,
-// t = lane % 4. Which columns of the matrix these are is the same for a and b, and so does not matter.)
-template <typename T>
-__device__ void mma(float* d, const uint32_t* a, const uint32_t* b) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 }
 
@@ -606,7 +590,7 @@ __global__ void __launch_bounds__(kThreads, kResident) products(const __grid_con
       if (begin + s < end) scales[s].settle(stages + s * Of::kBytes);
     }
   }
-  wait_for_inputs();
+  wait_for_earlier();
   Loader<S, N>::template first_x<kAhead>(op, chunk, end - begin, stages);
 
   const int warp = threadIdx.x / 32, place = warp % kRowWarps * kTiles * kTile;
@@ -738,7 +722,7 @@ int tiles_of(const Matvec& op) {
 // As many blocks as the GPU holds at once, ahead: weights are brought while the kernel before still runs, which may not
 // be one that writes them.
 template <typename Of>
-Status launch(void (*kernel)(const Product), const Product& op, cudaStream_t stream) {
+Status start(void (*kernel)(const Product), const Product& op, cudaStream_t stream) {
   int device = 0, processors = 0, shared = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
@@ -748,8 +732,8 @@ Status launch(void (*kernel)(const Product), const Product& op, cudaStream_t str
   // A block takes up to 2 KB more, for static variables and for the system.
   const int most = std::min(processors * std::clamp(shared / (Of::kAllBytes + 2048), 1, kResident), kProductBlocks);
   const int64_t stages = int64_t{op.tiles} * op.chunks;
-  launch_ahead(kernel, static_cast<int>(std::min<int64_t>((stages + kLeastStages - 1) / kLeastStages, most)),
-               Of::kAllBytes, stream, op);
+  const auto blocks = static_cast<unsigned int>(std::min<int64_t>((stages + kLeastStages - 1) / kLeastStages, most));
+  launch(kernel, blocks, kThreads, Of::kAllBytes, stream, op);
   return status();
 }
 
@@ -766,7 +750,7 @@ Status enqueue(const Matvec& op, Product product, cudaStream_t stream) {
   const auto of = [&]<Storage S>(std::integral_constant<Storage, S>) {
     using Of = Stage<S, N>;
     product.chunks = (product.columns + Of::kColumns - 1) / Of::kColumns;
-    return launch<Of>(products<T, S, N>, product, stream);
+    return start<Of>(products<T, S, N>, product, stream);
   };
   switch (storage) {
     case Storage::kDense:

@@ -42,40 +42,6 @@ __device__ inline float activate(float x, Activation activation) {
   return x;
 }
 
-// Programmatic dependent launch, from sm_90 on. Once all blocks of a kernel have called this, or ended, the next kernel
-// may start, if it is launched ahead: with launch_ahead().
-__device__ inline void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// For a kernel that is launched ahead: until all that came before in the stream is done, and can be read.
-__device__ inline void wait_for_inputs() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-template <typename... Parameters, typename... Arguments>
-void launch_ahead(void (*kernel)(Parameters...), int blocks, int shared_bytes, cudaStream_t stream,
-                  const Arguments&... arguments) {
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaLaunchAttribute ahead = {};
-  ahead.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  ahead.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned int>(blocks);
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = &ahead;
-  config.numAttrs = major >= 9 ? 1 : 0;
-  cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
 }  // namespace
 
 // op.batch rows, 2 to kMaxBatch, of an x that is normed already.

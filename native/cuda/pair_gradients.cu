@@ -2,7 +2,7 @@
 // dy · (s B), which are sums over columns. A block does some rows of a slice of columns, its warps 128 columns each, 16
 // rows at a time, staged through shared memory; both products are of tensor cores. Sums of the blocks meet in a second
 // kernel, in a fixed order.
-#include "cuda/vector.cuh"
+#include "cuda/mma.cuh"
 
 namespace martlet::cuda {
 namespace {
@@ -56,22 +56,6 @@ __device__ inline void load_transposed_pair(uint32_t (&out)[2], const void* row)
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                : "=r"(out[0]), "=r"(out[1])
                : "r"(shared_address(row)));
-}
-
-// d += a · b: 16 × 16 by 16 × 8.
-template <typename T>
-__device__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  }
 }
 
 // blocks.x: slices of the parts, one part after the other; blocks.y: `split` rows each. kRanks: tiles of 8 ranks.

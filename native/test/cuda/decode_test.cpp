@@ -122,8 +122,16 @@ TEST("matrix times vector: 16 bits, int8, NF4; norms, bias, residual, three part
   const cuda::DecodeKernels& kernels = cuda_kernels(at::empty({1}, at::dtype(at::kHalf).device(gpu())))->decode;
   for (const at::ScalarType type : kTypes) {
     for (const auto& [name, quantization] : kStorages) {
-      for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{
-               {5, 1}, {13, 7}, {70, 80}, {7, 64}, {9, 514}, {33, 3584}, {129, 520}, {11, 2112}, {40, 18944}}) {
+      for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{{5, 1},
+                                                                                  {13, 7},
+                                                                                  {70, 80},
+                                                                                  {7, 64},
+                                                                                  {9, 514},
+                                                                                  {33, 3584},
+                                                                                  {129, 520},
+                                                                                  {11, 2112},
+                                                                                  {21, 8192},
+                                                                                  {40, 18944}}) {
         const std::string what = name + " " + std::to_string(rows) + "×" + std::to_string(columns);
         const at::Tensor x = randn({columns}, 1).to(type).to(gpu()),
                          norm = (1 + 0.1 * randn({columns}, 2)).to(type).to(gpu());
@@ -299,9 +307,11 @@ TEST("attention of one query, rotary, norms of q and k, and the cache") {
     int32_t heads, kv_heads, head_dim;
   };
   for (const at::ScalarType type : kTypes) {
-    for (const Shape& shape : {Shape{28, 4, 128}, Shape{6, 3, 64}, Shape{4, 4, 80}, Shape{3, 1, 6}}) {
-      for (const int64_t context : {1, 2, 31, 32, 33, 257, 2100}) {
-        for (const bool extras : {false, true}) {
+    for (const Shape& shape : {Shape{28, 4, 128}, Shape{32, 32, 128}, Shape{12, 2, 128}, Shape{6, 3, 64},
+                               Shape{4, 4, 80}, Shape{5, 5, 96}, Shape{8, 2, 256}, Shape{3, 1, 6}}) {
+      for (const int64_t context : {1, 2, 31, 33, 257, 700, 2100}) {
+        for (const auto& [splits, extras] :
+             std::vector<std::pair<int32_t, bool>>{{1, false}, {7, true}, {cuda::kMaxSplits, false}}) {
           const auto [heads, kv_heads, d] = shape;
           const int32_t step = context > 3 ? 2 : 0;  // of 3 steps, the rest of the context is the prompt's
           const auto on_gpu = [&](const at::Tensor& t) { return t.to(type).to(gpu()); };
@@ -313,8 +323,8 @@ TEST("attention of one query, rotary, norms of q and k, and the cache") {
           const at::Tensor q_norm = on_gpu(1 + 0.1 * randn({d}, 4)), k_norm = on_gpu(1 + 0.1 * randn({d}, 5));
           const at::Tensor scale = on_gpu(1 + 0.1 * randn({3}, 6));
           const at::Tensor mixed = on_gpu(at::zeros({heads, d})), at_step = at::full({1}, step, at::kInt).to(gpu());
-          const int32_t splits = 37;
-          const at::Tensor partial = at::empty({heads, splits, d + 2}, at::kFloat).to(gpu());
+          const at::Tensor partial = at::empty({heads, splits, d + 2}, at::kFloat).to(gpu()),
+                           arrivals = at::zeros({heads}, at::kInt).to(gpu());
           // What is expected, in float32 on the CPU.
           const auto f32 = [](const at::Tensor& t) { return t.cpu().to(at::kFloat); };
           const auto turned = [&](at::Tensor x, const at::Tensor& norm) {
@@ -365,12 +375,14 @@ TEST("attention of one query, rotary, norms of q and k, and the cache") {
           op.qkv = qkv.mutable_data_ptr();
           op.mixed = mixed.mutable_data_ptr();
           op.partial = partial.mutable_data_ptr<float>();
+          op.arrivals = arrivals.mutable_data_ptr<int32_t>();
           op.step = at_step.mutable_data_ptr<int32_t>();
           check_cuda(kernels.attention(op, 0, cuda_stream(qkv)));
           const std::string what = std::to_string(heads) + "/" + std::to_string(kv_heads) + " heads of " +
-                                   std::to_string(d) + ", context " + std::to_string(context) +
-                                   (extras ? ", with norms" : "");
+                                   std::to_string(d) + ", context " + std::to_string(context) + " in " +
+                                   std::to_string(splits) + (extras ? ", with norms" : "");
           check_near(mixed, expected, 2e-2, what);
+          EXPECT_SAME(arrivals.cpu(), at::zeros({heads}, at::kInt));
           check_near(cache[0].narrow(0, 0, context), keys, 2e-2, what + ": keys");
           check_near(cache[1].narrow(0, 0, context), values, 1e-6, what + ": values");
         }
@@ -392,7 +404,8 @@ TEST("attention without rotation: a bias by distance; to what an encoder read") 
       const at::Tensor bias = on_gpu(2 * randn({kHeads, kDistances}, 3)),
                        read = on_gpu(randn({2, 19, kHeads, kDim}, 4));
       const at::Tensor mixed = on_gpu(at::zeros({kHeads, kDim})), step = at::zeros({1}, at::kInt).to(gpu());
-      const at::Tensor partial = at::empty({kHeads, kSplits, kDim + 2}, at::kFloat).to(gpu());
+      const at::Tensor partial = at::empty({kHeads, kSplits, kDim + 2}, at::kFloat).to(gpu()),
+                       arrivals = at::zeros({kHeads}, at::kInt).to(gpu());
       cuda::DecodeLayer layer = {};
       layer.keys = cache[0].mutable_data_ptr();
       layer.values = cache[1].mutable_data_ptr();
@@ -417,6 +430,7 @@ TEST("attention without rotation: a bias by distance; to what an encoder read") 
       op.qkv = qkv.mutable_data_ptr();
       op.mixed = mixed.mutable_data_ptr();
       op.partial = partial.mutable_data_ptr<float>();
+      op.arrivals = arrivals.mutable_data_ptr<int32_t>();
       op.step = step.mutable_data_ptr<int32_t>();
       const auto attended = [&](const at::Tensor& keys, const at::Tensor& values, const at::Tensor& added) {
         const at::Tensor q = f32(qkv).narrow(0, 0, kHeads).unsqueeze(1);  // [heads, 1, d]
