@@ -4,8 +4,10 @@
 #include <ATen/core/grad_mode.h>
 
 #include <cstdlib>
+#include <iterator>
 #include <string>
 
+#include "core/base/cuda_kernels.h"
 #include "core/base/error.h"
 
 namespace martlet {
@@ -358,9 +360,46 @@ at::Tensor LinearStack::input_gradient(const at::Tensor& dy) const {
   return fp8_ != nullptr ? fp8_->input_gradient(dy) : at::mm(dy, weight_);
 }
 
+// One kernel for the gradients of B and for dy s B, which it puts into low and into dy's tail; false where there is
+// none.
+bool LinearStack::backward_b(const at::Tensor& dy, const at::Tensor& low) const {
+  const cuda::Kernels* kernels = cuda_kernels(dy);
+  cuda::PairGradients op = {};
+  if (kernels == nullptr || pairs_.size() > std::size(op.parts) || low.scalar_type() != dy.scalar_type()) return false;
+  for (const Pair& pair : pairs_) {
+    at::Tensor& grad = pair.lora->b.mutable_grad();
+    if (!grad.defined()) grad = at::zeros(pair.lora->b.sizes(), pair.lora->b.options().requires_grad(false));
+    if (grad.scalar_type() != dy.scalar_type() || !grad.is_contiguous()) return false;
+    op.parts[op.count++] = {static_cast<int32_t>(pair.row),         static_cast<int32_t>(pair.rows),
+                            static_cast<int32_t>(pair.rank_begin),  static_cast<int32_t>(pair.rank()),
+                            static_cast<float>(pair.lora->scaling), grad.mutable_data_ptr()};
+  }
+  at::Tensor tail = with_tail(dy, ranks_).narrow(1, out_, ranks_);
+  op.dy = dy.const_data_ptr();
+  op.tail = tail.mutable_data_ptr();
+  op.rows = dy.size(0);
+  op.columns = out_;
+  op.dy_pitch = dy.stride(0);
+  op.low = low.const_data_ptr();
+  op.dlow = low.mutable_data_ptr();
+  op.scaled_b = scaled_b_.const_data_ptr();
+  op.b_pitch = scaled_b_.stride(0);
+  op.ranks = static_cast<int32_t>(ranks_);
+  op.type = cuda_type(dy.scalar_type());
+  int64_t numbers = 0;
+  check_cuda(kernels->pair_gradients_scratch(op, &numbers));
+  if (numbers == 0) return false;
+  const at::Tensor scratch = at::empty({numbers}, dy.options().dtype(at::kFloat));
+  op.partial_tail = scratch.mutable_data_ptr<float>();
+  check_cuda(kernels->pair_gradients(op, cuda_stream(dy)));
+  return true;
+}
+
 at::Tensor LinearStack::backward(const at::Tensor& dy, at::Tensor& low) const {
   if (!quantized_.empty()) return dequantized().backward(dy, low);
   if (pairs_.empty()) return input_gradient(dy);
+  const bool tailed = buffer_.defined() && has_tail(dy, ranks_);
+  if (tailed && backward_b(dy, low)) return at::mm(with_tail(dy, ranks_), buffer_.narrow(1, 0, in_));
   for (const Pair& pair : pairs_) {
     const at::Tensor part = dy.narrow(1, pair.row, pair.rows).to(low.scalar_type()),
                      h = low.narrow(1, pair.rank_begin, pair.rank());
@@ -370,7 +409,7 @@ at::Tensor LinearStack::backward(const at::Tensor& dy, at::Tensor& low) const {
       grad = at::mm(part.t(), h).mul_(pair.lora->scaling);
     }
   }
-  if (buffer_.defined() && has_tail(dy, ranks_)) {
+  if (tailed) {
     const at::Tensor all = with_tail(dy, ranks_);
     at::Tensor tail = all.narrow(1, out_, ranks_);
     at::mm_out(tail, dy, scaled_b_);

@@ -63,6 +63,7 @@ class LinearStack {
     int64_t rank() const { return lora->a.size(0); }
   };
   at::Tensor input_gradient(const at::Tensor& dy) const;  // of the weights alone
+  bool backward_b(const at::Tensor& dy, const at::Tensor& low) const;
   // The parts of `buffer`, which holds the weights.
   void bind(const at::Tensor& buffer);
   LinearStack dequantized() const;  // of quantized_
