@@ -57,21 +57,7 @@ __device__ void multiply(const uint32_t (&w)[2][kPairs], const uint4 (&x)[N], fl
   }
 }
 
-// Copies `bytes` of 16, the rest becomes 0. Weights are read once: other things stay in the second-level cache rather
-// than they.
-__device__ void copy_weights(void* to, const void* from, int bytes, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(bytes), "l"(policy)
-               : "memory");
-}
-
-__device__ uint64_t read_once() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
+// Copies `bytes` of 16, the rest becomes 0.
 __device__ void copy(void* to, const void* from, int bytes) {
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
@@ -363,8 +349,7 @@ struct Scales<Storage::kNf4, N> {
 template <Storage S, int N>
 class Loader {
  public:
-  __device__ Loader(const Product& op, int tile, int chunk)
-      : op_(op), policy_(read_once()), tile_(op, tile), index_(tile), chunk_(chunk) {
+  __device__ Loader(const Product& op, int tile, int chunk) : op_(op), tile_(op, tile), index_(tile), chunk_(chunk) {
     point();
   }
   __device__ void weights(char* stage) const {
@@ -372,7 +357,7 @@ class Loader {
     const bool there = at < op_.columns * Of::kBits / 8;
 #pragma unroll
     for (int i = 0; i < kEach; ++i)
-      copy_weights(stage + Of::weights_at(row(i), piece()), there ? rows_[i] + at : rows_[i], there ? 16 : 0, policy_);
+      copy(stage + Of::weights_at(row(i), piece()), there ? rows_[i] + at : rows_[i], there ? 16 : 0);
   }
   __device__ void scales(Scales<S, N>& to) const { to.fetch(tile_, chunk_); }
   __device__ void x(char* stage) const {
@@ -438,7 +423,6 @@ class Loader {
   }
 
   const Product& op_;
-  uint64_t policy_;
   Tile<kRows> tile_;
   int index_, chunk_;
   const char* rows_[kEach];

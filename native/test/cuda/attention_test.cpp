@@ -26,6 +26,7 @@ double away(const at::Tensor& a, const at::Tensor& expected) {
 }  // namespace
 
 TEST("rows of one length that recur are cuDNN's, and have its gradients right; others stay with FlashAttention") {
+  gpu();  // before autograd's threads, one for each device, are started
   for (const Shape& s :
        {Shape{2, 96, 4, 4, 64}, {3, 40, 6, 2, 128}, {1, 17, 4, 1, 80}, {2, 5, 2, 2, 128}, {2, 200, 2, 2, 16}}) {
     const std::string what =
