@@ -404,16 +404,22 @@ const TASKS = {
     return { dataTokensPerSecond: tokens / time, dataWait: waited / time, rowTokens: tokens / steps / batch };
   },
 
-  async gradients({ batch, file }) {
+  /** Of the first batch; `loss` is the mean over the first `losses` batches. */
+  async gradients({ batch, losses, file }) {
     await engine.call('train.begin', begin({ recompute: true }));
-    const { samples, buffers } = rows(0, batch);
-    const { result, buffers: out } = await engine.call('train.gradients', { microBatches: [samples] }, { buffers });
+    const gradients = (i) => {
+      const { samples, buffers } = rows(i * batch, batch);
+      return engine.call('train.gradients', { microBatches: [samples] }, { buffers });
+    };
+    const { result, buffers: out } = await gradients(0);
+    let sum = result.loss;
+    for (let i = 1; i < losses; i++) sum += (await gradients(i)).result.loss;
     writeFloat32(
       file,
       result.gradients.map(({ name, shape, buffer }) => ({ name, shape, data: new Float32Array(out[buffer]) })),
     );
     await engine.call('train.end', {});
-    return { loss: result.loss, tensors: result.gradients.length };
+    return { loss: sum / losses, tensors: result.gradients.length };
   },
 
   /** From files to a merged folder; each element is checked against the sum in float64 on the way. */

@@ -304,12 +304,17 @@ class Side:
         }
 
     def gradients(self, task: dict) -> dict:
-        """Loss and LoRA gradients of one batch from the stored adapter, written to `file` in martlet's spelling."""
+        """LoRA gradients of the first batch from the stored adapter, written to `file` in martlet's spelling; `loss` is the mean over the first
+        `losses` batches."""
         assert self.peft is None, "training has moved the adapter"
         model = self.adapt()
         self.checkpointing(True)
         loss = model(**self.batch(0, task["batch"]), use_cache=False).loss
         loss.backward()
+        total = loss.item()
+        with torch.no_grad():
+            for i in range(1, task["losses"]):
+                total += model(**self.batch(i * task["batch"], task["batch"]), use_cache=False).loss.item()
         gradients = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -318,7 +323,7 @@ class Side:
                 gradients[own] = parameter.grad.float().cpu()
         model.zero_grad(set_to_none=True)
         save_file(gradients, task["file"])
-        return {"loss": loss.item(), "tensors": len(gradients)}
+        return {"loss": total / task["losses"], "tensors": len(gradients)}
 
     def merge(self, task: dict) -> dict:
         """From the files to a merged folder: loading, PEFT's merge, save_pretrained. Attaching the adapter is left out."""

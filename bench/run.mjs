@@ -24,8 +24,8 @@
  * Environment: BENCH_DIR = where checkpoints and merged models are written (default: the system's temporary folder), BENCH_PYTHON (default python3:
  * needs torch, transformers, peft, safetensors), COMMIT (default: git's), OUT = a second folder for the results.
  *
- * Each side is a process that answers task after task. First the checkpoint and the gate: loss and LoRA gradients of one batch against transformers +
- * PEFT in float32, beside transformers + PEFT in bfloat16 against the same (the peer's two are kept beside the checkpoint for the next run). Then task
+ * Each side is a process that answers task after task. First the checkpoint and the gate: the mean loss of some batches and the LoRA gradients of the
+ * first against transformers + PEFT in float32, beside transformers + PEFT in bfloat16 against the same (the peer's two are kept beside the checkpoint for the next run). Then task
  * after task, the sides taking turns, with only one side's model on the device. A task is begun if there is time for all sides. A shape that
  * transformers does not have is measured alone, without a gate. Results are written after each figure.
  */
@@ -57,6 +57,8 @@ const here = (name) => join(root, 'bench', name);
 const LIMITS = { lossDifference: 2e-3, cosine: 0.999, peerCosine: 2e-4 };
 const RULE = `loss off by less than ${LIMITS.lossDifference} or no further than the peer in bfloat16; cosine of the gradients above ${LIMITS.cosine} or at least the peer's in bfloat16 − ${LIMITS.peerCosine}`;
 const GATE_BATCH = 2;
+/** Batches that the gate's loss is the mean of: that of one wanders by 1e-3 and more with bfloat16's roundings, on either side. */
+const GATE_LOSSES = 8;
 /** Of base products in fp8 against martlet's own in bfloat16: the share that the loss is off by, and the cosine of the gradients. */
 const FP8_LIMITS = { lossShare: 0.01, cosine: 0.99 };
 /** Of the curve in fp8 beside bfloat16's: the share that the end is off by. */
@@ -356,7 +358,7 @@ async function benchmark(shapeName, budget) {
   }
 
   const gradients = (side) => join(dir, `gradients-${side}.safetensors`);
-  const gateTask = (side) => ({ kind: 'gradients', batch: GATE_BATCH, file: gradients(side) });
+  const gateTask = (side) => ({ kind: 'gradients', batch: GATE_BATCH, losses: GATE_LOSSES, file: gradients(side) });
   /** Distance of a side's loss and gradients from the reference's. */
   const distance = (side, loss, reference) => ({
     loss,
@@ -376,7 +378,13 @@ async function benchmark(shapeName, budget) {
    */
   async function peerGradients(peer) {
     const path = join(dir, 'gate.json');
-    const of = JSON.stringify({ gpu: machine.gpu, ...machine.versions, martlet: undefined, node: undefined });
+    const of = JSON.stringify({
+      losses: GATE_LOSSES,
+      gpu: machine.gpu,
+      ...machine.versions,
+      martlet: undefined,
+      node: undefined,
+    });
     if (existsSync(path)) {
       const kept = JSON.parse(readFileSync(path, 'utf8'));
       if (kept.of === of) {
@@ -417,6 +425,7 @@ async function benchmark(shapeName, budget) {
     results.gate = {
       rule: RULE,
       limits: LIMITS,
+      lossBatches: GATE_LOSSES,
       referenceLoss: other.reference,
       ...ours,
       peer: beside,

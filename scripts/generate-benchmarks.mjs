@@ -260,7 +260,8 @@ function gateText({ peer, gate }) {
     return '**No gate and no peer**: transformers does not have this model, and its original code was not on this machine. The figures are of speed and memory alone; that the arithmetic is right is tested on tiny checkpoints against the original code.';
   }
   const { limits } = gate;
-  const text = `loss and LoRA gradients of one batch against transformers + PEFT in float32. Loss off by ${gate.lossDifference.toExponential(1)} (limit ${limits.lossDifference}), cosine of all ${gate.tensors} gradients ${gate.cosine.toFixed(6)} (limit ${limits.cosine}).`;
+  const losses = gate.lossBatches === undefined ? 'loss' : `mean loss of ${gate.lossBatches} batches`;
+  const text = `${losses} and LoRA gradients of one batch against transformers + PEFT in float32. Loss off by ${gate.lossDifference.toExponential(1)} (limit ${limits.lossDifference}), cosine of all ${gate.tensors} gradients ${gate.cosine.toFixed(6)} (limit ${limits.cosine}).`;
   const beside = gate.peer
     ? ` transformers + PEFT in bfloat16 against the same: ${gate.peer.lossDifference.toExponential(1)} and ${gate.peer.cosine.toFixed(6)}.`
     : '';

@@ -46,7 +46,7 @@ export function memoryOptions(
     pairsDrop: config.sft_type !== 'full' && config.lora_dropout > 0,
     trainedNorms: config.sft_type === 'full' && !config.freeze_llm,
     drops: (config.dropout ?? 1) > 0 && model.decoder.dropout > 0,
-    writtenOut: (quantization === 'none' || (quantization === 'fp8' && allHoldFp8(model))) && writesOut(config, model),
+    writtenOut: (quantization !== 'fp8' || allHoldFp8(model)) && writesOut(config, model),
     recompute: fixedRecompute(config.gradient_checkpointing) ?? 'layer',
     tokens,
     labelled: Math.ceil(tokens / 2),
@@ -63,7 +63,7 @@ function allHoldFp8(model: ModelDescription): boolean {
 
 const bytesOf = (dtype: string | null): number => (dtype === 'float32' ? 4 : 2);
 
-/** Whether native code takes the decoder's layers as native/core/language/frozen_layer.h does, weights not quantised. */
+/** Whether native code takes the decoder’s layers as native/core/language/frozen_layer.h does, as far as the run’s options say. */
 function writesOut(config: TrainConfig, model: ModelDescription): boolean {
   return (
     model.decoder.writtenOut &&

@@ -254,10 +254,12 @@ export function estimateMemory(
   const loss = rows * vocabSize * (byKernel ? 2 : 8);
   // native/core/quant: three float32 temporaries of a part
   const part = options.cpu ? 2 ** 20 : 2 ** 24;
-  const dequantised = largest * computeBytes + 12 * Math.min(part, largest);
-  // In the backward of the widest product of fp8: the weight's codes transposed, and the gradient's.
   const { intermediateSize: i, heads, keyValueHeads, headDim, activation } = model.decoder;
   const widest = Math.max(i * (activation.gated ? 2 : 1), (heads + 2 * keyValueHeads) * headDim);
+  // Linears of one input are dequantised next to each other where layers are written out.
+  const together = options.writtenOut && largest > 0 ? Math.max(largest, widest * h) : largest;
+  const dequantised = together * computeBytes + 12 * Math.min(part, largest);
+  // In the backward of the widest product of fp8: the weight's codes transposed, and the gradient's.
   const turned = isFp8 ? widest * (h + tokens) : 0;
   // cuBLAS keeps 32 MiB, cuBLASLt as much
   const libraries = options.cpu ? 0 : 64 * 2 ** 20;

@@ -479,12 +479,13 @@ Reply Session::handle(const std::string& method, const std::string& args_json, c
     for (const json& entry : v.at("images")) {
       const Picture picture = parse_image(entry, args);
       const PatchGrid& grid = picture.grid;
-      if (picture.side_by_side) {
-        add("pixel_values", patches_side_by_side(picture.pixels));
+      const at::Tensor values = picture.on(at::kCPU);
+      if (picture.plan.patches && picture.plan.patches->side_by_side) {
+        add("pixel_values", patches_side_by_side(values));
         add("tgt_sizes", at::tensor({grid.h, grid.w}, at::kFloat).view({1, 2}));
         continue;
       }
-      add(picture.video ? "pixel_values_videos" : "pixel_values", picture.pixels);
+      add(picture.video ? "pixel_values_videos" : "pixel_values", values);
       if (grid.patches() == 0) continue;
       add(picture.video ? "video_grid_thw" : "image_grid_thw",
           at::tensor({grid.t, grid.h, grid.w}, at::kFloat).view({1, 3}));

@@ -1,15 +1,20 @@
 // Decoding one row reads each weight once for one product: what counts is how many bytes are under way, and how few
-// instructions each weight takes. A warp does two rows, so that it reads and converts x once for both; a lane reads 8
-// weights of each at a time, kUnroll times before it computes.
+// instructions each weight takes. Of 16 bits and int8 a warp does two rows, so that it reads and converts x once for
+// both; a lane reads 8 weights of each at a time, kUnroll times before it computes. Of NF4 a block does 16 rows with
+// its tensor cores.
+#include "cuda/launch.cuh"
 #include "cuda/matrix.cuh"
+#include "cuda/mma.cuh"
 
 namespace martlet::cuda {
 namespace {
 
-constexpr int kMaxHeadDim = 256, kPerLane = kMaxHeadDim / 32;
+constexpr int kMaxHeadDim = 256;
 constexpr int kAttentionThreads = 128, kAttentionWarps = kAttentionThreads / 32;
-constexpr int kKeysAtOnce = 4;
+static_assert(kMaxGroup <= kAttentionWarps && kMaxSplits <= 32);
 constexpr int kArgmaxThreads = 1024;
+constexpr int kMaxNormed = 47 * 1024;  // bytes of a normed row in shared memory
+constexpr float kLog2E = 1.44269504f;
 
 __device__ inline float warp_sum(float x) {
   for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
@@ -33,9 +38,8 @@ __device__ void unpack(const uint4& in, float* out) {
   }
 }
 
-// A storage's row, read a Word = 8 weights at a time, in steps of kUnroll words for each of 32 lanes. fetch() asks for
-// what a step needs besides, ready() takes it; dot() is of the lane's u-th word. Words beyond the end are 0. All lanes
-// call all of them.
+// A storage's row, read a Word = 8 weights at a time, in steps of kUnroll words for each of 32 lanes. Words beyond the
+// end are 0.
 template <typename T>
 struct DenseRow {
   using Word = uint4;
@@ -44,9 +48,7 @@ struct DenseRow {
 
   __device__ DenseRow(const Matrix& m, int row)
       : words(static_cast<const Word*>(m.weight) + int64_t{row} * (m.columns / kVector)) {}
-  __device__ void fetch(int, int) {}
-  __device__ void ready() {}
-  __device__ float dot(const Word& word, const float* x, int, int) const {
+  __device__ float dot(const Word& word, const float* x) const {
     float w[kVector], sum = 0;
     unpack<T>(word, w);
 #pragma unroll
@@ -63,95 +65,167 @@ struct Int8Row {
 
   __device__ Int8Row(const Matrix& m, int row)
       : words(static_cast<const Word*>(m.weight) + int64_t{row} * (m.columns / kVector)) {}
-  __device__ void fetch(int, int) {}
-  __device__ void ready() {}
-  __device__ float dot(const Word& word, const float* x, int, int) const {
-    const auto w = *reinterpret_cast<const Vector<int8_t, kVector>*>(&word);
+  __device__ float dot(const Word& word, const float* x) const {
+    // 2²³ + (code + 128) is a float whose last byte is code + 128: cheaper than a conversion.
+    const uint32_t shifted[] = {word.x ^ 0x80808080u, word.y ^ 0x80808080u};
     float sum = 0;
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) sum = fmaf(static_cast<float>(w.v[j]), x[j], sum);
+    for (int j = 0; j < kVector; ++j) {
+      const float code = __uint_as_float(__byte_perm(shifted[j / 4], 0x4b000000u, 0x7440 + j % 4)) - 8388736.0f;
+      sum = fmaf(code, x[j], sum);
+    }
     return sum;
   }
 };
 
-// Rows begin with a block of 64, which is 8 words; a step has 32 blocks, a scale for each lane to find.
-// The table lies in shared memory, where 16 numbers are in banks of their own: lanes do not wait for each other.
-struct Nf4Row {
-  using Word = uint32_t;
-  static constexpr int kUnroll = 8;
-  const Word* words;
-  const Matrix& matrix;
-  const float* table;
-  uint32_t row_block;
-  float scale, nested_scale;
-  uint8_t code;
-
-  __device__ Nf4Row(const Matrix& m, int row, const float* table)
-      : words(static_cast<const Word*>(m.weight) + int64_t{row} * (m.columns / kVector)),
-        matrix(m),
-        table(table),
-        row_block(static_cast<uint32_t>(row) * (m.columns / 64)) {}
-  __device__ void fetch(int word, int lane) {
-    const uint32_t block = row_block + min(word / 8 + lane, matrix.columns / 64 - 1);
-    if (matrix.nested_map == nullptr) {
-      scale = static_cast<const float*>(matrix.scales)[block];
-    } else {
-      code = static_cast<const uint8_t*>(matrix.scales)[block];
-      nested_scale = __ldg(matrix.nested_scales + block / 256);
-    }
-  }
-  __device__ void ready() {
-    if (matrix.nested_map != nullptr) scale = nf4_scale(matrix, code, nested_scale);
-  }
-  __device__ float dot(Word word, const float* x, int u, int lane) const {
-    // The four upper and the four lower halves, times 4: places in the table in bytes.
-    const uint32_t upper = word >> 2 & 0x3c3c3c3cu, lower = word << 2 & 0x3c3c3c3cu;
-    const auto value = [this](uint32_t places, int j) {
-      return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(table) + __byte_perm(places, 0, 0x4440 + j));
-    };
-    float sum = 0;
-#pragma unroll
-    for (int j = 0; j < kVector / 2; ++j) {
-      sum = fmaf(value(upper, j), x[2 * j], sum);
-      sum = fmaf(value(lower, j), x[2 * j + 1], sum);
-    }
-    return sum * __shfl_sync(0xffffffffu, scale, u * 4 + lane / 8);
-  }
-};
-
-// This lane's parts of two rows · x.
-template <typename T, typename Row>
-__device__ float2 row_pair(Row a, Row b, int columns, const T* x, int lane) {
+// A step's words of two rows, from word `i` on, of n.
+template <typename Row>
+struct Step {
   using Word = typename Row::Word;
-  constexpr int kUnroll = Row::kUnroll;
-  const int n = columns / kVector;
-  float2 sum = {0, 0};
-  for (int i = 0; i < n; i += 32 * kUnroll) {
-    Word of_a[kUnroll], of_b[kUnroll];
-    a.fetch(i, lane);
-    b.fetch(i, lane);
+  Word of_a[Row::kUnroll], of_b[Row::kUnroll];
+
+  __device__ void fetch(const Row& a, const Row& b, int i, int n, int lane) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < Row::kUnroll; ++u) {
       const int at = i + 32 * u + lane;
       of_a[u] = at < n ? __ldcs(a.words + at) : Word{};
       of_b[u] = at < n ? __ldcs(b.words + at) : Word{};
     }
-    a.ready();
-    b.ready();
+  }
+};
+
+// This lane's parts of two rows · x, n words each, the first step's of which are in `step`.
+template <typename T, typename Row>
+__device__ float2 row_pair(const Row& a, const Row& b, Step<Row> step, int n, const T* x, int lane) {
+  float2 sum = {0, 0};
+  for (int i = 0; i < n;) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < Row::kUnroll; ++u) {
       if (i + 32 * u >= n) break;
       const int at = i + 32 * u + lane;
       // Bits of 0 are the number 0 in both types.
       const uint4 in = at < n ? reinterpret_cast<const uint4*>(x)[at] : make_uint4(0, 0, 0, 0);
       float v[kVector];
       unpack<T>(in, v);
-      sum.x += a.dot(of_a[u], v, u, lane);
-      sum.y += b.dot(of_b[u], v, u, lane);
+      sum.x += a.dot(step.of_a[u], v);
+      sum.y += b.dot(step.of_b[u], v);
     }
+    i += 32 * Row::kUnroll;
+    if (i < n) step.fetch(a, b, i, n, lane);
   }
   return sum;
 }
+
+// What a byte of NF4 codes stands for, two numbers of 16 bits: for each lane a column of its own, so that lanes do not
+// wait for each other's banks. The numbers are times kSpread, with which bfloat16 rounds the 16 of them best: by 0.06 %
+// (root mean square), a weight of 16 bits by 0.11 %.
+constexpr int kNf4Entries = 256;
+constexpr float kSpread = 1.437f;
+template <typename T>
+__device__ void fill_pairs(uint32_t* pairs) {
+  static_assert(kThreads == kNf4Entries);
+  const int byte = threadIdx.x;
+  const Vector<T, 2> both = {from_float<T>(codes_on_device.values[byte >> 4] * kSpread),
+                             from_float<T>(codes_on_device.values[byte & 15] * kSpread)};
+  const uint32_t pair = *reinterpret_cast<const uint32_t*>(&both);
+  // Threads of a quarter warp begin with different banks.
+  for (int i = 0; i < 8; ++i)
+    reinterpret_cast<uint4*>(pairs)[byte * 8 + (i + byte) % 8] = make_uint4(pair, pair, pair, pair);
+}
+
+// In 32-bit addresses, which take one instruction less to add up.
+__device__ inline uint32_t load_shared(uint32_t address) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
+  return word;
+}
+
+// The block's warps do kNf4Step columns of 16 rows in turn, with tensor cores. A lane (g = lane / 4, t = lane % 4)
+// reads 32 columns of its two rows at a time, so t = 0, 1 have one block of 64 weights and t = 2, 3 the next: each
+// block's x lies in a column of b of its own, all else there being 0, and what comes out is the sum of each row and
+// block, which gets its scale.
+constexpr int kNf4Step = 512, kNf4Reads = kNf4Step / 128;
+template <typename T>
+struct Nf4Rows {
+  const Matrix* matrix[2];
+  const uint4* words[2];
+  uint32_t first_block[2];
+  uint4 codes[2][kNf4Reads];
+  float scale[2][2];  // of the blocks 2t and 2t + 1; nested: one of each 256 scales, until product()
+  uint8_t code[2][2];
+
+  __device__ Nf4Rows(const Matrix& a, int row_a, const Matrix& b, int row_b) : matrix{&a, &b} {
+    const int rows[] = {row_a, row_b};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      words[r] = static_cast<const uint4*>(matrix[r]->weight) + int64_t{rows[r]} * (matrix[r]->columns / 32);
+      first_block[r] = static_cast<uint32_t>(rows[r]) * (matrix[r]->columns / 64);
+    }
+  }
+  __device__ static int column(int step, int read, int lane) { return step * kNf4Step + read * 128 + lane % 4 * 32; }
+  __device__ void fetch(int step, int columns, int lane) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int read = 0; read < kNf4Reads; ++read) {
+        const int at = column(step, read, lane);
+        codes[r][read] = at < columns ? __ldcs(words[r] + at / 32) : make_uint4(0, 0, 0, 0);
+      }
+      const Matrix& m = *matrix[r];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t block = first_block[r] + min(step * (kNf4Step / 64) + lane % 4 * 2 + i, columns / 64 - 1);
+        if (m.nested_map == nullptr) {
+          scale[r][i] = static_cast<const float*>(m.scales)[block];
+        } else {
+          code[r][i] = static_cast<const uint8_t*>(m.scales)[block];
+          scale[r][i] = __ldg(m.nested_scales + block / 256);
+        }
+      }
+    }
+  }
+  // This lane's part of both rows. pairs: the address in shared memory of this lane's column of the table.
+  __device__ float2 product(int step, int columns, const T* x, uint32_t pairs, int lane) const {
+    float acc[4] = {};
+#pragma unroll
+    for (int read = 0; read < kNf4Reads; ++read) {
+      const int at = column(step, read, lane);
+      const bool own = lane / 4 == 2 * read + lane % 4 / 2 && at < columns;
+      uint32_t in[16];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint4 four = own ? reinterpret_cast<const uint4*>(x + at)[i] : make_uint4(0, 0, 0, 0);
+        in[4 * i] = four.x;
+        in[4 * i + 1] = four.y;
+        in[4 * i + 2] = four.z;
+        in[4 * i + 3] = four.w;
+      }
+      const uint32_t of[2][4] = {{codes[0][read].x, codes[0][read].y, codes[0][read].z, codes[0][read].w},
+                                 {codes[1][read].x, codes[1][read].y, codes[1][read].z, codes[1][read].w}};
+      // A row of the table has 128 bytes.
+      const auto pair = [&](uint32_t word, int byte) {
+        return load_shared(pairs + __byte_perm(word, 0, 0x4440 + byte) * 128);
+      };
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int first = i % 2 * 2;
+        const uint32_t a[4] = {pair(of[0][i / 2], first), pair(of[1][i / 2], first), pair(of[0][i / 2], first + 1),
+                               pair(of[1][i / 2], first + 1)};
+        mma<T>(acc, a, in + 2 * i);
+      }
+    }
+    float sum[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float own[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        own[i] = matrix[r]->nested_map == nullptr ? scale[r][i] : nf4_scale(*matrix[r], code[r][i], scale[r][i]);
+      sum[r] = fmaf(acc[2 * r], own[0], acc[2 * r + 1] * own[1]);
+    }
+    return {sum[0], sum[1]};
+  }
+};
 
 // The same of one row of any shape, a weight at a time.
 template <typename T>
@@ -202,23 +276,6 @@ __device__ float finished(const Matrix& m, int row, float sum, const T* x, int l
   return rounded<T>(fmaf(m.lora.scaling, warp_sum(added), sum));
 }
 
-// Of two rows. Vectors: both are of one storage, and rows and x are such that words can be read.
-template <typename T>
-__device__ float2 linear_pair(const Matrix& a, int row_a, const Matrix& b, int row_b, const T* x, const float* table,
-                              int lane, bool vectors) {
-  float2 sum;
-  if (!vectors) {
-    sum = {any_row<T>(a, row_a, x, table, lane), any_row<T>(b, row_b, x, table, lane)};
-  } else if (a.storage == Storage::kDense) {
-    sum = row_pair<T>(DenseRow<T>(a, row_a), DenseRow<T>(b, row_b), a.columns, x, lane);
-  } else if (a.storage == Storage::kInt8) {
-    sum = row_pair<T>(Int8Row(a, row_a), Int8Row(b, row_b), a.columns, x, lane);
-  } else {
-    sum = row_pair<T>(Nf4Row(a, row_a, table), Nf4Row(b, row_b, table), a.columns, x, lane);
-  }
-  return {finished<T>(a, row_a, sum.x, x, lane), finished<T>(b, row_b, sum.y, x, lane)};
-}
-
 // RMSNorm in Llama's order, as rms_norm.cu; LayerNorm rounds at its end. The block's threads do N numbers at a time.
 template <typename T, int N>
 __device__ void norm_row(const T* x, const Norm& norm, float eps, T* out, int columns) {
@@ -263,10 +320,12 @@ __device__ const T* normed_row(const T* x, const Norm& norm, float eps, int colu
 // A block does a row of A · norm(x), of all parts' adapters one after the other; blocks.y are rows of x.
 template <typename T>
 __global__ void lora_down(const Parts parts, const T* x, const Norm norm, float eps) {
+  let_next_start();
   const int columns = parts.matrix[0].columns, of = blockIdx.y;
   int part = 0, row = blockIdx.x;
   while (row >= parts.matrix[part].lora.rank) row -= parts.matrix[part++].lora.rank;
   const Lora& lora = parts.matrix[part].lora;
+  wait_for_earlier();
   x = normed_row(x + int64_t{of} * columns, norm, eps, columns);
   __syncthreads();
   const auto dot = [&]<typename L>(const L* a) {
@@ -284,46 +343,125 @@ __global__ void lora_down(const Parts parts, const T* x, const Norm norm, float 
 // Two neighbours.
 __host__ __device__ inline int pairs_of(const Matrix& m) { return (m.rows + 1) / 2; }
 
+// How a product's weights are read: one by one where rows or x are such that words cannot be, or storages differ.
+enum class Form { kDense, kInt8, kNf4, kOneByOne };
+
+// Two rows that a warp does: of gate and up, or neighbours.
+struct Pair {
+  const Matrix *a, *b;
+  int row_a, row_b, out;
+
+  __device__ Pair(const Parts& parts, bool gated, int pair) {
+    if (gated) {
+      a = &parts.matrix[0];
+      b = &parts.matrix[1];
+      row_a = row_b = out = pair;
+      return;
+    }
+    int part = 0, rows_before = 0;
+    while (pair >= pairs_of(parts.matrix[part])) {
+      pair -= pairs_of(parts.matrix[part]);
+      rows_before += parts.matrix[part++].rows;
+    }
+    a = b = &parts.matrix[part];
+    row_a = 2 * pair;
+    row_b = min(row_a + 1, a->rows - 1);
+    out = rows_before + row_a;
+  }
+};
+
 // With a norm each block norms x anew, into its shared memory: x is small beside the rows.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 4)
-    matvec(const Parts parts, bool gated, Activation activation, const T* x, const Norm norm, float eps,
-           const T* residual, T* out, int pairs, bool vectors) {
-  __shared__ float table[16];
-  const int lane = threadIdx.x % 32;
-  if (threadIdx.x < 16) table[threadIdx.x] = codes_on_device.values[threadIdx.x];
-  x = normed_row(x, norm, eps, parts.matrix[0].columns);
-  __syncthreads();
-  int pair = blockIdx.x * kWarps + threadIdx.x / 32;
-  if (pair >= pairs) return;
+template <typename T, Form F>
+__global__ void __launch_bounds__(kThreads, F == Form::kNf4 ? 3 : 4)
+    matvec(const __grid_constant__ Parts parts, bool gated, Activation activation, const T* x, const Norm norm,
+           float eps, const T* residual, T* out, int pairs) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, columns = parts.matrix[0].columns;
+  const int first = blockIdx.x * kWarps;
+  float2 sum = {0, 0};
+  let_next_start();
+  if constexpr (F == Form::kNf4) {
+    __shared__ __align__(16) uint32_t pairs_of_numbers[kNf4Entries * 32];
+    __shared__ float2 sums[kWarps][kWarps];  // [warp][pair]
+    const Pair read(parts, gated, min(first + lane / 4, pairs - 1));
+    Nf4Rows<T> rows(*read.a, read.row_a, *read.b, read.row_b);
+    const int steps = (columns + kNf4Step - 1) / kNf4Step;
+    if (warp < steps) rows.fetch(warp, columns, lane);
+    fill_pairs<T>(pairs_of_numbers);
+    wait_for_earlier();
+    x = normed_row(x, norm, eps, columns);
+    __syncthreads();
+    const auto pairs_at = static_cast<uint32_t>(__cvta_generic_to_shared(pairs_of_numbers + lane));
+    for (int step = warp; step < steps;) {
+      const float2 part = rows.product(step, columns, x, pairs_at, lane);
+      sum.x += part.x;
+      sum.y += part.y;
+      step += kWarps;
+      if (step < steps) rows.fetch(step, columns, lane);
+    }
+#pragma unroll
+    for (int offset = 2; offset > 0; offset /= 2) {
+      sum.x += __shfl_xor_sync(0xffffffffu, sum.x, offset);
+      sum.y += __shfl_xor_sync(0xffffffffu, sum.y, offset);
+    }
+    if (lane % 4 == 0) sums[warp][lane / 4] = {sum.x * (1 / kSpread), sum.y * (1 / kSpread)};
+    __syncthreads();
+    sum = lane < kWarps ? sums[lane][warp] : float2{0, 0};
+  } else {
+    const Pair own(parts, gated, min(first + warp, pairs - 1));
+    // The first weights are on their way before x is there.
+    const auto by_words = [&]<typename Row>(const Row& a, const Row& b) {
+      Step<Row> step;
+      step.fetch(a, b, 0, columns / kVector, lane);
+      wait_for_earlier();
+      x = normed_row(x, norm, eps, columns);
+      __syncthreads();
+      if (first + warp < pairs) sum = row_pair<T>(a, b, step, columns / kVector, x, lane);
+    };
+    if constexpr (F == Form::kDense) {
+      by_words(DenseRow<T>(*own.a, own.row_a), DenseRow<T>(*own.b, own.row_b));
+    } else if constexpr (F == Form::kInt8) {
+      by_words(Int8Row(*own.a, own.row_a), Int8Row(*own.b, own.row_b));
+    } else {
+      __shared__ float table[16];
+      if (threadIdx.x < 16) table[threadIdx.x] = codes_on_device.values[threadIdx.x];
+      wait_for_earlier();
+      x = normed_row(x, norm, eps, columns);
+      __syncthreads();
+      sum = {any_row<T>(*own.a, own.row_a, x, table, lane), any_row<T>(*own.b, own.row_b, x, table, lane)};
+    }
+  }
+  if (first + warp >= pairs) return;
+  const Pair own(parts, gated, first + warp);
+  const float2 y = {finished<T>(*own.a, own.row_a, sum.x, x, lane), finished<T>(*own.b, own.row_b, sum.y, x, lane)};
   if (gated) {
-    const float2 y = linear_pair<T>(parts.matrix[0], pair, parts.matrix[1], pair, x, table, lane, vectors);
-    if (lane == 0) out[pair] = from_float<T>(rounded<T>(activate(y.x, activation)) * y.y);
+    if (lane == 0) out[own.out] = from_float<T>(rounded<T>(activate(y.x, activation)) * y.y);
     return;
   }
-  int part = 0, rows_before = 0;
-  while (pair >= pairs_of(parts.matrix[part])) {
-    pair -= pairs_of(parts.matrix[part]);
-    rows_before += parts.matrix[part++].rows;
-  }
-  const Matrix& m = parts.matrix[part];
-  const float2 y = linear_pair<T>(m, 2 * pair, m, min(2 * pair + 1, m.rows - 1), x, table, lane, vectors);
   // Two lanes write.
-  const int row = 2 * pair + lane;
-  if (lane >= 2 || row >= m.rows) return;
-  float own = activate(lane == 0 ? y.x : y.y, activation);
-  if (residual != nullptr) own += to_float(residual[rows_before + row]);
-  out[rows_before + row] = from_float<T>(own);
+  if (lane >= 2 || own.row_a + lane >= own.a->rows) return;
+  float result = activate(lane == 0 ? y.x : y.y, activation);
+  if (residual != nullptr) result += to_float(residual[own.out + lane]);
+  out[own.out + lane] = from_float<T>(result);
 }
 
 bool takes_vectors(const Matrix& m) {
-  const int bytes = m.storage == Storage::kDense ? 16 : m.storage == Storage::kInt8 ? 8 : 4;
+  const int bytes = m.storage == Storage::kInt8 ? 8 : 16;
   return m.columns % (m.storage == Storage::kNf4 ? 64 : kVector) == 0 &&
          reinterpret_cast<uintptr_t>(m.weight) % bytes == 0;
 }
 
+Form form_of(const Matvec& op) {
+  const Storage storage = op.parts[0].storage;
+  for (int i = 0; i < op.count; ++i) {
+    if (!aligned(op.x) || op.parts[i].storage != storage || !takes_vectors(op.parts[i])) return Form::kOneByOne;
+  }
+  return storage == Storage::kDense ? Form::kDense : storage == Storage::kInt8 ? Form::kInt8 : Form::kNf4;
+}
+
 template <typename T>
 __global__ void norm_rows(const T* x, const Norm norm, float eps, T* out, int columns) {
+  let_next_start();
+  wait_for_earlier();
   const int64_t begin = int64_t{blockIdx.x} * columns;
   x += begin;
   out += begin;
@@ -346,12 +484,12 @@ Status enqueue_matmul(Matvec op, Type type, void* stream) {
   }
   with_type(type, [&]<typename T>(T) {
     if (op.norm.weight != nullptr) {
-      norm_rows<T><<<op.batch, kThreads, 0, to>>>(static_cast<const T*>(op.x), op.norm, op.eps,
-                                                  static_cast<T*>(op.normed), columns);
+      launch(norm_rows<T>, op.batch, kThreads, 0, to, static_cast<const T*>(op.x), op.norm, op.eps,
+             static_cast<T*>(op.normed), columns);
       op.x = op.normed;
     }
     if (ranks > 0)
-      lora_down<T><<<dim3(ranks, op.batch), kThreads, 0, to>>>(parts, static_cast<const T*>(op.x), Norm{}, 0.0f);
+      launch(lora_down<T>, dim3(ranks, op.batch), kThreads, 0, to, parts, static_cast<const T*>(op.x), Norm{}, 0.0f);
   });
   return enqueue_products(op, type, stream);
 }
@@ -359,23 +497,36 @@ Status enqueue_matmul(Matvec op, Type type, void* stream) {
 Status enqueue_matvec(const Matvec& op, Type type, void* stream) {
   if (op.batch > 1) return enqueue_matmul(op, type, stream);
   Parts parts = {};
-  bool vectors = aligned(op.x) && (!op.gated || op.parts[0].storage == op.parts[1].storage);
   int pairs = 0, ranks = 0;
   for (int i = 0; i < op.count; ++i) {
     parts.matrix[i] = op.parts[i];
     ranks += op.parts[i].lora.rank;
-    vectors = vectors && takes_vectors(op.parts[i]);
     pairs += pairs_of(op.parts[i]);
   }
   if (op.gated) pairs = op.parts[0].rows;  // row i of gate and of up
   const size_t bytes = op.norm.weight == nullptr ? 0 : static_cast<size_t>(op.parts[0].columns) * 2;
-  if (bytes > 47 * 1024) return "a normed row of more than 24,064 numbers";
+  if (bytes > kMaxNormed) return "a normed row of more than 24,064 numbers";
   const auto to = static_cast<cudaStream_t>(stream);
   with_type(type, [&]<typename T>(T) {
-    if (ranks > 0) lora_down<T><<<ranks, kThreads, bytes, to>>>(parts, static_cast<const T*>(op.x), op.norm, op.eps);
-    matvec<T><<<blocks_for(pairs, kWarps), kThreads, bytes, to>>>(
-        parts, op.gated, op.activation, static_cast<const T*>(op.x), op.norm, op.eps,
-        static_cast<const T*>(op.residual), static_cast<T*>(op.out), pairs, vectors);
+    if (ranks > 0)
+      launch(lora_down<T>, ranks, kThreads, bytes, to, parts, static_cast<const T*>(op.x), op.norm, op.eps);
+    const auto run = [&](auto kernel) {
+      // Beyond 48 KiB with the kernel's own.
+      if (bytes > 0) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxNormed);
+      launch(kernel, blocks_for(pairs, kWarps), kThreads, bytes, to, parts, op.gated, op.activation,
+             static_cast<const T*>(op.x), op.norm, op.eps, static_cast<const T*>(op.residual), static_cast<T*>(op.out),
+             pairs);
+    };
+    switch (form_of(op)) {
+      case Form::kDense:
+        return run(matvec<T, Form::kDense>);
+      case Form::kInt8:
+        return run(matvec<T, Form::kInt8>);
+      case Form::kNf4:
+        return run(matvec<T, Form::kNf4>);
+      case Form::kOneByOne:
+        return run(matvec<T, Form::kOneByOne>);
+    }
   });
   return status();
 }
@@ -394,6 +545,8 @@ template <typename T, typename Table>
 __global__ void place(T* qkv, const T* q_norm, const T* k_norm, float eps, const Table* cos, const Table* sin,
                       const T* query_scale, T* keys, T* values, const int32_t* step_at, const int32_t* prompts,
                       int steps, int capacity, int heads, int kv_heads, int head_dim) {
+  let_next_start();
+  wait_for_earlier();
   const int head = blockIdx.x, row = blockIdx.y, lane = threadIdx.x, half = head_dim / 2, step = *step_at;
   T* x = qkv + (int64_t{row} * gridDim.x + head) * head_dim;
   const int64_t slot = (int64_t{row} * capacity + prompts[row] + step) * kv_heads;
@@ -440,140 +593,262 @@ struct Context {
   int distances;
 };
 
-// One head of a row's query over one part of the context: the softmax's maximum and sum, and the values' sum before it
-// is divided. q: [rows, query_heads, head_dim], its first heads; partial: [rows, heads, splits, head_dim + 2].
-template <typename T>
-__global__ void attend(const T* q, int query_heads, const Context<T> context, float* partial, int heads, int head_dim,
-                       float scale) {
-  __shared__ float maxima[kAttentionWarps], sums[kAttentionWarps], mixed[kAttentionWarps][kMaxHeadDim];
-  const int head = blockIdx.x, row = blockIdx.z, splits = gridDim.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t begin_of_row = int64_t{row} * context.capacity * context.kv_heads * head_dim;
-  const T *keys = context.keys + begin_of_row, *values = context.values + begin_of_row;
-  q += int64_t{row} * query_heads * head_dim;
-  const int length = context.lengths[row] + (context.step != nullptr ? *context.step + 1 : 0);
-  const int share = (length + splits - 1) / splits, kv_heads = context.kv_heads;
-  const int begin = min(static_cast<int>(blockIdx.y) * share, length), end = min(begin + share, length);
-  const int64_t stride = int64_t{kv_heads} * head_dim, shift = int64_t{head / (heads / kv_heads)} * head_dim;
-  float query[kPerLane], acc[kPerLane];
-#pragma unroll
-  for (int j = 0; j < kPerLane; ++j) {
-    const int e = lane + 32 * j;
-    query[j] = e < head_dim ? to_float(q[int64_t{head} * head_dim + e]) * scale : 0.0f;
-    acc[j] = 0;
-  }
-  float highest = -INFINITY, sum = 0;
-  for (int k = begin + warp * kKeysAtOnce; k < end; k += kAttentionWarps * kKeysAtOnce) {
-    float score[kKeysAtOnce];
-#pragma unroll
-    for (int n = 0; n < kKeysAtOnce; ++n) {
-      const T* key = keys + min(k + n, end - 1) * stride + shift;
-      float dot = 0;
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
-        const int e = lane + 32 * j;
-        if (e < head_dim) dot = fmaf(query[j], to_float(key[e]), dot);
-      }
-      score[n] = dot;
+// The first `count` of 8 numbers; the rest are 0. Vectors: all of them or none.
+template <typename T, bool Vectors>
+__device__ uint4 eight(const T* from, int count) {
+  if constexpr (Vectors) {
+    return count > 0 ? __ldcs(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+  } else {
+    Vector<T, kVector> in = {};
+    for (int j = 0; j < kVector; ++j) {
+      if (j < count) in.v[j] = from[j];
     }
-#pragma unroll
-    for (int n = 0; n < kKeysAtOnce; ++n) score[n] = k + n < end ? warp_sum(score[n]) : -INFINITY;
-    if (context.bias != nullptr) {
-#pragma unroll
-      for (int n = 0; n < kKeysAtOnce; ++n) {
-        // Beyond the end it is −∞ already.
-        const int distance = max(length - 1 - k - n, 0);
-        score[n] += to_float(context.bias[head * context.distances + min(distance, context.distances - 1)]);
-      }
-    }
-    float next = highest;
-#pragma unroll
-    for (int n = 0; n < kKeysAtOnce; ++n) next = fmaxf(next, score[n]);
-    const float shrink = expf(highest - next);  // 0 at first
-    highest = next;
-    sum *= shrink;
-#pragma unroll
-    for (int j = 0; j < kPerLane; ++j) acc[j] *= shrink;
-#pragma unroll
-    for (int n = 0; n < kKeysAtOnce; ++n) {
-      if (k + n >= end) break;
-      const float weight = expf(score[n] - highest);
-      const T* value = values + (k + n) * stride + shift;
-      sum += weight;
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
-        const int e = lane + 32 * j;
-        if (e < head_dim) acc[j] = fmaf(weight, to_float(value[e]), acc[j]);
-      }
-    }
-  }
-  if (lane == 0) {
-    maxima[warp] = highest;
-    sums[warp] = sum;
-  }
-#pragma unroll
-  for (int j = 0; j < kPerLane; ++j) {
-    const int e = lane + 32 * j;
-    if (e < head_dim) mixed[warp][e] = acc[j];
-  }
-  __syncthreads();
-  float top = -INFINITY;
-  for (int w = 0; w < kAttentionWarps; ++w) top = fmaxf(top, maxima[w]);
-  float weights[kAttentionWarps], total = 0;
-  for (int w = 0; w < kAttentionWarps; ++w) {
-    // A warp without keys weighs nothing.
-    weights[w] = maxima[w] == -INFINITY ? 0.0f : expf(maxima[w] - top);
-    total += weights[w] * sums[w];
-  }
-  float* to = partial + ((int64_t{row} * heads + head) * splits + blockIdx.y) * (head_dim + 2);
-  for (int e = threadIdx.x; e < head_dim; e += kAttentionThreads) {
-    float y = 0;
-    for (int w = 0; w < kAttentionWarps; ++w) y += weights[w] * mixed[w][e];
-    to[e] = y;
-  }
-  if (threadIdx.x == 0) {
-    to[head_dim] = top;
-    to[head_dim + 1] = total;
+    return *reinterpret_cast<const uint4*>(&in);
   }
 }
 
-template <typename T>
-__global__ void combine(const float* partial, T* out, int splits, int head_dim) {
-  const int64_t head = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;  // of all rows' heads
-  const float* parts = partial + head * splits * (head_dim + 2);
-  float top = -INFINITY;
-  for (int s = 0; s < splits; ++s) top = fmaxf(top, parts[s * (head_dim + 2) + head_dim]);
-  for (int e = threadIdx.x; e < head_dim; e += kAttentionThreads) {
-    float y = 0, total = 0;
-    for (int s = 0; s < splits; ++s) {
-      const float* part = parts + s * (head_dim + 2);
-      const float weight = part[head_dim] == -INFINITY ? 0.0f : expf(part[head_dim] - top);
-      y += weight * part[e];
-      total += weight * part[head_dim + 1];
+// The query heads of one key: `chunks` blocks do `per` of them each, or fewer.
+struct Group {
+  int heads, chunks, per;
+};
+
+// Softmax's running maximum may be −∞ (no key yet): then all weights are 0, not NaN.
+__device__ inline float finite_or_zero(float highest) { return highest == -INFINITY ? 0.0f : highest; }
+
+// One part of the context for `count` ≤ G query heads of a row that share their keys: each key is read once for all of
+// them, by Lanes lanes, 8 numbers each. Each group of Lanes lanes has its own keys and its own softmax, in powers of 2;
+// they meet at the end. Of several parts, the block that comes last adds them up.
+// q: [rows, query_heads, head_dim], its first heads. partial: of [rows, heads, splits] the values' sums before they are
+// divided, [head_dim], then of each the maximum and the sum. arrivals: [rows, gridDim.x], zeros.
+template <typename T, int Lanes, int G, bool Vectors>
+__global__ void __launch_bounds__(kAttentionThreads, 4)
+    attend(const T* q, int query_heads, const Context<T> context, const Group group, float* partial, uint32_t* arrivals,
+           T* out, int head_dim, float scale) {
+  constexpr int kGroups = 32 / Lanes, kBlockKeys = kAttentionWarps * kGroups;
+  // Keys, and as many values, that a lane asks for before it uses the first: as registers allow.
+  constexpr int kKeys = G <= 2 ? 4 : 2;
+  __shared__ float maxima[kAttentionWarps][G], sums[kAttentionWarps][G];
+  __shared__ __align__(16) float mixed[kAttentionWarps][G][Lanes * kVector];
+  let_next_start();
+  wait_for_earlier();
+  const int row = blockIdx.z, split = blockIdx.y, splits = gridDim.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int place = lane % Lanes * kVector;
+  const int heads = context.kv_heads * group.heads;
+  const int kv_head = blockIdx.x / group.chunks, skipped = blockIdx.x % group.chunks * group.per;
+  const int head = kv_head * group.heads + skipped, count = min(group.per, group.heads - skipped);
+  const int64_t first = int64_t{row} * heads + head;  // of all rows' heads
+  const int length = context.lengths[row] + (context.step != nullptr ? *context.step + 1 : 0);
+  const int share = (length + splits - 1) / splits, begin = min(split * share, length),
+            end = min(begin + share, length);
+  const int64_t stride = int64_t{context.kv_heads} * head_dim;
+  const int own = begin + warp * kGroups + lane / Lanes, numbers = head_dim - place;
+  const int64_t shift = (int64_t{row} * context.capacity + own) * stride + kv_head * head_dim + place;
+  const T *keys = context.keys + shift, *values = context.values + shift;
+  float query[G][kVector], acc[G][kVector] = {}, highest[G], sum[G] = {};
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+    highest[g] = -INFINITY;
+    const int64_t at = int64_t{row} * query_heads + head + min(g, count - 1);
+    unpack<T>(eight<T, Vectors>(q + at * head_dim + place, numbers), query[g]);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) query[g][j] *= scale * kLog2E;
+  }
+  // A warp's lanes go on together, as they exchange numbers.
+  for (int k0 = own; k0 - lane / Lanes < end; k0 += kKeys * kBlockKeys) {
+    uint4 key[kKeys], value[kKeys];
+#pragma unroll
+    for (int n = 0; n < kKeys; ++n) {
+      const int there = k0 + n * kBlockKeys < end ? numbers : 0;
+      key[n] = eight<T, Vectors>(keys, there);
+      value[n] = eight<T, Vectors>(values, there);
+      keys += kBlockKeys * stride;
+      values += kBlockKeys * stride;
     }
-    out[head * head_dim + e] = from_float<T>(y / total);
+    float score[G][kKeys];
+#pragma unroll
+    for (int n = 0; n < kKeys; ++n) {
+      const int k = k0 + n * kBlockKeys;
+      float x[kVector];
+      unpack<T>(key[n], x);
+#pragma unroll
+      for (int g = 0; g < G; ++g) {
+        float dot = 0;
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) dot = fmaf(query[g][j], x[j], dot);
+#pragma unroll
+        for (int offset = Lanes / 2; offset > 0; offset /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
+        if (k < end && context.bias != nullptr) {
+          const int distance = min(length - 1 - k, context.distances - 1);
+          const T* of_head = context.bias + (head + min(g, count - 1)) * context.distances;
+          dot = fmaf(to_float(of_head[distance]), kLog2E, dot);
+        }
+        score[g][n] = k < end ? dot : -INFINITY;
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+      float next = highest[g];
+#pragma unroll
+      for (int n = 0; n < kKeys; ++n) next = fmaxf(next, score[g][n]);
+      const float base = finite_or_zero(next), shrink = exp2f(highest[g] - base);
+      highest[g] = next;
+      sum[g] *= shrink;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) acc[g][j] *= shrink;
+#pragma unroll
+      for (int n = 0; n < kKeys; ++n) {
+        score[g][n] = exp2f(score[g][n] - base);  // the key's weight
+        sum[g] += score[g][n];
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kKeys; ++n) {
+      float x[kVector];
+      unpack<T>(value[n], x);
+#pragma unroll
+      for (int g = 0; g < G; ++g) {
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) acc[g][j] = fmaf(score[g][n], x[j], acc[g][j]);
+      }
+    }
+  }
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+    float top = highest[g];
+#pragma unroll
+    for (int offset = Lanes; offset < 32; offset *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
+    const float shrink = exp2f(highest[g] - finite_or_zero(top));
+    const auto over_groups = [shrink](float x) {
+      x *= shrink;
+#pragma unroll
+      for (int offset = Lanes; offset < 32; offset *= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+      return x;
+    };
+    sum[g] = over_groups(sum[g]);
+    Vector<float, kVector> y;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) y.v[j] = over_groups(acc[g][j]);
+    if (lane < Lanes) *reinterpret_cast<Vector<float, kVector>*>(&mixed[warp][g][place]) = y;
+    if (lane == 0) {
+      maxima[warp][g] = top;
+      sums[warp][g] = sum[g];
+    }
+  }
+  __syncthreads();
+  float2* ends = reinterpret_cast<float2*>(partial + int64_t{gridDim.z} * heads * splits * head_dim);
+  for (int g = 0; g < count; ++g) {
+    float top = -INFINITY, weights[kAttentionWarps], total = 0;
+    for (int w = 0; w < kAttentionWarps; ++w) top = fmaxf(top, maxima[w][g]);
+    for (int w = 0; w < kAttentionWarps; ++w) {
+      weights[w] = exp2f(maxima[w][g] - finite_or_zero(top));
+      total += weights[w] * sums[w][g];
+    }
+    const int64_t part = (first + g) * splits + split;
+    const float last = splits == 1 ? 1.0f / total : 1.0f;
+#pragma unroll 1
+    for (int e = threadIdx.x; e < head_dim; e += kAttentionThreads) {
+      float y = 0;
+      for (int w = 0; w < kAttentionWarps; ++w) y += weights[w] * mixed[w][g][e];
+      if (splits == 1) {
+        out[(first + g) * head_dim + e] = from_float<T>(y * last);
+      } else {
+        partial[part * head_dim + e] = y;
+      }
+    }
+    if (splits > 1 && threadIdx.x == 0) ends[part] = {top, total};
+  }
+  if (splits == 1) return;
+
+  // Who sees a block's arrival sees what it wrote before. The last one leaves 0 behind.
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicInc(arrivals + row * gridDim.x + blockIdx.x, splits - 1) == static_cast<uint32_t>(splits) - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!is_last) return;
+  __shared__ float shares[G][32];
+  if (warp < count) {
+    float2 end_of = {-INFINITY, 0};
+    if (lane < splits) end_of = __ldcg(ends + (first + warp) * splits + lane);
+    float top = end_of.x;
+    for (int offset = 16; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
+    const float weight = exp2f(end_of.x - finite_or_zero(top));
+    shares[warp][lane] = weight / warp_sum(weight * end_of.y);
+  }
+  __syncthreads();
+  constexpr int kWidth = Vectors ? 4 : 1;
+  const int columns = head_dim / kWidth;
+  for (int i = threadIdx.x; i < count * columns; i += kAttentionThreads) {
+    const int g = i / columns, e = i % columns * kWidth;
+    const float* from = partial + (first + g) * splits * head_dim + e;
+    float y[kWidth] = {};
+#pragma unroll 8
+    for (int s = 0; s < splits; ++s) {
+      const float weight = shares[g][s];
+      if constexpr (Vectors) {
+        const float4 in = __ldcg(reinterpret_cast<const float4*>(from + int64_t{s} * head_dim));
+        y[0] = fmaf(weight, in.x, y[0]);
+        y[1] = fmaf(weight, in.y, y[1]);
+        y[2] = fmaf(weight, in.z, y[2]);
+        y[3] = fmaf(weight, in.w, y[3]);
+      } else {
+        y[0] = fmaf(weight, __ldcg(from + int64_t{s} * head_dim), y[0]);
+      }
+    }
+    Vector<T, kWidth> rounded_y;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) rounded_y.v[j] = from_float<T>(y[j]);
+    store<kWidth>(out + (first + g) * head_dim + e, rounded_y);
   }
 }
 
 template <typename T>
 void enqueue_attend(const Decode& op, int query_heads, const Context<T>& context, cudaStream_t stream) {
-  attend<T><<<dim3(op.heads, op.splits, op.batch), kAttentionThreads, 0, stream>>>(
-      static_cast<const T*>(op.qkv), query_heads, context, op.partial, op.heads, op.head_dim, op.scale);
-  combine<T><<<dim3(op.heads, op.batch), kAttentionThreads, 0, stream>>>(op.partial, static_cast<T*>(op.mixed),
-                                                                         op.splits, op.head_dim);
+  const int heads = op.heads / context.kv_heads, chunks = chunks_of(heads), per = (heads + chunks - 1) / chunks;
+  const auto run = [&](auto kernel, const Group& group) {
+    launch(kernel, dim3(context.kv_heads * group.chunks, op.splits, op.batch), kAttentionThreads, 0, stream,
+           static_cast<const T*>(op.qkv), query_heads, context, group, op.partial,
+           reinterpret_cast<uint32_t*>(op.arrivals), static_cast<T*>(op.mixed), op.head_dim, op.scale);
+  };
+  if (op.head_dim % kVector != 0 || !aligned(op.qkv) || !aligned(context.keys) || !aligned(context.values) ||
+      !aligned(op.partial) || !aligned(op.mixed)) {
+    run(attend<T, 32, 1, false>, {heads, heads, 1});
+    return;
+  }
+  const Group group = {heads, chunks, per};
+  const auto with_lanes = [&]<int Lanes>(std::integral_constant<int, Lanes>) {
+    if (per == 1) {
+      run(attend<T, Lanes, 1, true>, group);
+    } else if (per == 2) {
+      run(attend<T, Lanes, 2, true>, group);
+    } else {
+      run(attend<T, Lanes, kMaxGroup, true>, group);
+    }
+  };
+  if (op.head_dim <= 64) {
+    with_lanes(std::integral_constant<int, 8>{});
+  } else if (op.head_dim <= 128) {
+    with_lanes(std::integral_constant<int, 16>{});
+  } else {
+    with_lanes(std::integral_constant<int, 32>{});
+  }
 }
 
 Status enqueue_attention(const Decode& op, int32_t index, void* stream) {
-  if (op.head_dim > kMaxHeadDim || op.head_dim % 2 != 0 || op.heads % op.kv_heads != 0)
+  if (op.head_dim > kMaxHeadDim || op.head_dim % 2 != 0 || op.heads % op.kv_heads != 0 || op.splits > kMaxSplits)
     return "attention heads of a shape that the kernel does not take";
   const DecodeLayer& layer = op.layers[index];
   const auto to = static_cast<cudaStream_t>(stream);
   with_type(op.type, [&]<typename T>(T) {
     const auto placed = [&]<typename Table>(Table) {
-      place<T, Table><<<dim3(op.heads + 2 * op.kv_heads, op.batch), 32, 0, to>>>(
-          static_cast<T*>(op.qkv), static_cast<const T*>(layer.q_norm), static_cast<const T*>(layer.k_norm), op.eps,
-          static_cast<const Table*>(op.cos), static_cast<const Table*>(op.sin), static_cast<const T*>(op.query_scale),
-          static_cast<T*>(layer.keys), static_cast<T*>(layer.values), op.step, op.prompts, op.steps, op.capacity,
-          op.heads, op.kv_heads, op.head_dim);
+      launch(place<T, Table>, dim3(op.heads + 2 * op.kv_heads, op.batch), 32, 0, to, static_cast<T*>(op.qkv),
+             static_cast<const T*>(layer.q_norm), static_cast<const T*>(layer.k_norm), op.eps,
+             static_cast<const Table*>(op.cos), static_cast<const Table*>(op.sin),
+             static_cast<const T*>(op.query_scale), static_cast<T*>(layer.keys), static_cast<T*>(layer.values), op.step,
+             op.prompts, op.steps, op.capacity, op.heads, op.kv_heads, op.head_dim);
     };
     if (op.float_table) {
       placed(float{});
@@ -589,7 +864,8 @@ Status enqueue_attention(const Decode& op, int32_t index, void* stream) {
 }
 
 Status enqueue_cross_attention(const Decode& op, int32_t index, void* stream) {
-  if (op.head_dim > kMaxHeadDim) return "attention heads of a shape that the kernel does not take";
+  if (op.head_dim > kMaxHeadDim || op.head_dim % 2 != 0 || op.splits > kMaxSplits)
+    return "attention heads of a shape that the kernel does not take";
   const DecodeLayer& layer = op.layers[index];
   with_type(op.type, [&]<typename T>(T) {
     enqueue_attend<T>(op, op.heads,
@@ -604,6 +880,9 @@ Status enqueue_cross_attention(const Decode& op, int32_t index, void* stream) {
 template <typename T>
 __global__ void embed(const T* table, const int64_t* token, const T* positions, const int32_t* step, T* out, int steps,
                       int hidden) {
+  wait_for_earlier();
+  // Not before: what the caller's own kernels wrote, the next ones read without waiting.
+  let_next_start();
   const int row = blockIdx.x;
   table += max(token[row], int64_t{0}) * hidden;
   if (positions != nullptr) positions += (int64_t{row} * steps + *step) * hidden;
@@ -619,6 +898,8 @@ template <typename T>
 __global__ void argmax(const T* logits, int vocab, int64_t* token, int32_t* step) {
   __shared__ float values[32];
   __shared__ int ids[32];
+  let_next_start();
+  wait_for_earlier();
   logits += int64_t{blockIdx.x} * vocab;
   float best = -INFINITY;
   int id = vocab;
@@ -656,14 +937,15 @@ __global__ void argmax(const T* logits, int vocab, int64_t* token, int32_t* step
 Status enqueue_step(const Decode& op, void* stream) {
   const auto to = static_cast<cudaStream_t>(stream);
   with_type(op.type, [&]<typename T>(T) {
-    embed<T><<<op.batch, kThreads, 0, to>>>(static_cast<const T*>(op.embedding), op.token,
-                                            static_cast<const T*>(op.positions), op.step, static_cast<T*>(op.states),
-                                            op.steps, op.hidden);
+    launch(embed<T>, op.batch, kThreads, 0, to, static_cast<const T*>(op.embedding), op.token,
+           static_cast<const T*>(op.positions), op.step, static_cast<T*>(op.states), op.steps, op.hidden);
   });
   Status error = status();
   const auto run = [&](Matvec product) {
     product.batch = op.batch;
     product.normed = op.normed;
+    product.sums = op.sums;
+    product.arrived = op.arrived;
     if (error == nullptr) error = enqueue_matvec(product, op.type, stream);
   };
   // Of the normed states.
@@ -698,7 +980,8 @@ Status enqueue_step(const Decode& op, void* stream) {
   read(&op.head, 1, op.final_norm, op.logits);
   if (error != nullptr) return error;
   with_type(op.type, [&]<typename T>(T) {
-    argmax<T><<<op.batch, kArgmaxThreads, 0, to>>>(static_cast<const T*>(op.logits), op.head.rows, op.token, op.step);
+    launch(argmax<T>, op.batch, kArgmaxThreads, 0, to, static_cast<const T*>(op.logits), op.head.rows, op.token,
+           op.step);
   });
   return status();
 }

@@ -11,6 +11,20 @@ enum class Type : int32_t;
 using Status = const char*;
 
 constexpr int32_t kMaxBatch = 16;
+// What a product of several rows needs beside: blocks that may share its work, rows of weights that they sum apart.
+constexpr int32_t kProductBlocks = 384, kProductRows = 128;
+// Of attention: parts of the context, and query heads with the same keys that a block does at once.
+constexpr int32_t kMaxSplits = 32, kMaxGroup = 4;
+
+// Blocks that share the query heads of one key.
+constexpr int32_t chunks_of(int32_t group) { return (group + kMaxGroup - 1) / kMaxGroup; }
+
+// Parts of the context that keep a large GPU busy: four blocks on each of 132 multiprocessors. With more, the parts are
+// added up for nothing.
+constexpr int32_t splits_for(int32_t batch, int32_t heads, int32_t kv_heads) {
+  const int32_t splits = 528 / (batch * kv_heads * chunks_of(heads / kv_heads));
+  return splits < 1 ? 1 : splits > kMaxSplits ? kMaxSplits : splits;
+}
 
 enum class Storage : int32_t { kDense, kInt8, kNf4 };
 
@@ -49,7 +63,8 @@ struct Norm {
 
 enum class Activation : int32_t { kNone, kGelu, kGeluTanh, kQuickGelu, kSilu, kRelu };
 
-// What a product reads and where its results go.
+// What a product reads and where its results go. Of several rows, weights (codes and scales) are read ahead: no kernel
+// that is still under way may be writing them.
 struct Matvec {
   const Matrix* parts = nullptr;  // up to 3, of as many columns each; their rows one after the other
   int32_t count = 0;
@@ -62,6 +77,10 @@ struct Matvec {
   const void* residual = nullptr;  // added to the result, or null; may be `out`
   void* out = nullptr;             // 16-bit [batch, rows]
   void* normed = nullptr;          // scratch of several rows with a norm: 16-bit [batch, columns]
+  // Scratch of several rows: [2 kProductBlocks, batch, kProductRows], 16-byte aligned; [kProductBlocks], zeros, which
+  // it leaves as zeros.
+  float* sums = nullptr;
+  int32_t* arrived = nullptr;
 };
 
 struct DecodeLayer {
@@ -84,7 +103,7 @@ struct Decode {
   int32_t batch;            // rows
   int32_t steps, capacity;  // of the tables and of the cache
   const int32_t* prompts;   // device, [batch]: positions in the cache before step 0
-  int32_t splits;           // parts of the context that attention works on at once
+  int32_t splits;           // parts of the context that attention works on at once, up to kMaxSplits
   int32_t memory;           // places for what an encoder read
   const int32_t* memories;  // device, [batch]: positions that it read
   float eps;
@@ -105,8 +124,11 @@ struct Decode {
   // Device memory that the caller owns. All but the last three are scratch.
   void *states, *normed;  // `type`, [batch, hidden]; normed: where there are several rows
   void *qkv, *mixed,
-      *product;    // `type`, [batch, (heads + 2 kv_heads) head_dim], [.., heads head_dim], [.., intermediate]
-  float* partial;  // [batch, heads, splits, head_dim + 2]
+      *product;       // `type`, [batch, (heads + 2 kv_heads) head_dim], [.., heads head_dim], [.., intermediate]
+  float* partial;     // [batch, heads, splits, head_dim + 2]
+  int32_t* arrivals;  // [batch, heads], zeros, which attention leaves behind
+  float* sums;        // of Matvec, as `arrived`; where there are several rows
+  int32_t* arrived;
   void* logits;    // `type`, [batch, vocab]
   int64_t* token;  // [batch]: the last token; then the next one, the argmax: −1 if the logits are not finite
   int32_t* step;   // steps done

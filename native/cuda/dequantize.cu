@@ -10,49 +10,59 @@ constexpr int kNestedBlock = 256;  // scales that share one of their own
 
 __constant__ Nf4Codes codes_on_device = kNf4Codes;
 
-// One thread does 8 elements, which are of one block.
-template <typename T>
-__global__ void nf4(const uint8_t* __restrict__ codes, const void* __restrict__ scales,
-                    const float* __restrict__ nested_map, const float* __restrict__ nested_scales, float offset,
-                    T* __restrict__ out, int64_t n) {
-  // In shared memory, where threads of a warp may read different entries at once.
+__device__ float scale_of(const Nf4& op, int64_t block) {
+  if (op.nested_map == nullptr) return static_cast<const float*>(op.scales)[block];
+  const uint8_t code = static_cast<const uint8_t*>(op.scales)[block];
+  return __fadd_rn(__fmul_rn(__ldg(op.nested_map + code), __ldg(op.nested_scales + block / kNestedBlock)),
+                   op.nested_offset);
+}
+
+constexpr int kNf4Threads = 128, kSteps = 4;
+
+// A thread does N numbers, which are of one block, kSteps times: all codes and scales are asked for before the first is
+// used. blocks.x are rows, blocks.y parts of a row.
+template <typename T, int N>
+__global__ void nf4_rows(const Nf4 op, T* __restrict__ out) {
+  // In shared memory, where threads of a warp may read different entries at once: 16 numbers are in banks of their own.
   __shared__ float table[16];
   if (threadIdx.x < 16) table[threadIdx.x] = codes_on_device.values[threadIdx.x];
   __syncthreads();
-  const int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kVector;
-  if (i >= n) return;
-  const int64_t block = i / kBlock;
-  float scale;
-  if (nested_map == nullptr) {
-    scale = static_cast<const float*>(scales)[block];
-  } else {
-    const uint8_t code = static_cast<const uint8_t*>(scales)[block];
-    scale = __fadd_rn(__fmul_rn(nested_map[code], nested_scales[block / kNestedBlock]), offset);
+  const int64_t first = int64_t{blockIdx.x} * op.columns;
+  const int begin = (static_cast<int>(blockIdx.y) * kSteps * kNf4Threads + static_cast<int>(threadIdx.x)) * N;
+  out += blockIdx.x * op.out_pitch;
+  uint32_t bytes[kSteps];
+  float scale[kSteps];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int column = begin + step * kNf4Threads * N;
+    if (column >= op.columns) break;
+    const int64_t i = first + column;
+    bytes[step] = N == kVector ? __ldcs(reinterpret_cast<const uint32_t*>(op.codes + i / 2)) : op.codes[i / 2];
+    scale[step] = scale_of(op, i / kBlock);
   }
-  const auto value = [&](uint32_t code) { return from_float<T>(table[code] * scale); };
-  if (i + kVector <= n) {
-    const auto bytes = load<kVector / 2>(codes + i / 2);
-    Vector<T, kVector> y;
-    for (int j = 0; j < kVector / 2; ++j) {
-      y.v[2 * j] = value(bytes.v[j] >> 4);
-      y.v[2 * j + 1] = value(bytes.v[j] & 15);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int column = begin + step * kNf4Threads * N;
+    if (column >= op.columns) break;
+    Vector<T, N> y;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      // The first of two in the upper half.
+      const bool upper = N == 1 ? (first + column) % 2 == 0 : j % 2 == 0;
+      const uint32_t code = bytes[step] >> (8 * (j / 2) + (upper ? 4 : 0)) & 15;
+      y.v[j] = from_float<T>(table[code] * scale[step]);
     }
-    store<kVector>(out + i, y);
-    return;
-  }
-  for (int64_t j = i; j < n; ++j) {
-    const uint8_t byte = codes[j / 2];
-    out[j] = value(j % 2 == 0 ? byte >> 4 : byte & 15);
+    store<N>(out + column, y);
   }
 }
 
 template <typename T, int N>
 __global__ void int8_rows(const int8_t* __restrict__ codes, const float* __restrict__ scales, T* __restrict__ out,
-                          int columns) {
+                          int columns, int64_t out_pitch) {
   const int64_t row = blockIdx.x;
   const float scale = scales[row];
   codes += row * columns;
-  out += row * columns;
+  out += row * out_pitch;
   for (int i = threadIdx.x * N; i < columns; i += kThreads * N) {
     const auto in = load<N>(codes + i);
     Vector<T, N> y;
@@ -65,23 +75,26 @@ __global__ void int8_rows(const int8_t* __restrict__ codes, const float* __restr
 }  // namespace
 
 Status nf4_dequantize(const Nf4& op, void* out, void* stream) {
-  if (op.elements == 0) return nullptr;
-  if (!aligned(out) || reinterpret_cast<uintptr_t>(op.codes) % 4 != 0) return "an NF4 tensor is not aligned";
+  if (op.rows == 0 || op.columns == 0) return nullptr;
+  const bool vectors = op.columns % kVector == 0 && op.out_pitch % kVector == 0 && aligned(out) &&
+                       reinterpret_cast<uintptr_t>(op.codes) % 4 == 0;
   with_type(op.type, [&]<typename T>(T) {
-    nf4<T><<<blocks_for(op.elements, kThreads * kVector), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        op.codes, op.scales, op.nested_map, op.nested_scales, op.nested_offset, static_cast<T*>(out), op.elements);
+    with_width(vectors, [&]<int N>(std::integral_constant<int, N>) {
+      const dim3 blocks(blocks_for(op.rows, 1), blocks_for(op.columns, kSteps * kNf4Threads * N));
+      nf4_rows<T, N><<<blocks, kNf4Threads, 0, static_cast<cudaStream_t>(stream)>>>(op, static_cast<T*>(out));
+    });
   });
   return status();
 }
 
 Status int8_dequantize(const Int8& op, void* out, void* stream) {
   if (op.rows == 0 || op.columns == 0) return nullptr;
-  const bool vectors =
-      op.columns % kVector == 0 && aligned(out) && reinterpret_cast<uintptr_t>(op.codes) % kVector == 0;
+  const bool vectors = op.columns % kVector == 0 && op.out_pitch % kVector == 0 && aligned(out) &&
+                       reinterpret_cast<uintptr_t>(op.codes) % kVector == 0;
   with_type(op.type, [&]<typename T>(T) {
     with_width(vectors, [&]<int N>(std::integral_constant<int, N>) {
       int8_rows<T, N><<<blocks_for(op.rows, 1), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-          op.codes, op.scales, static_cast<T*>(out), op.columns);
+          op.codes, op.scales, static_cast<T*>(out), op.columns, op.out_pitch);
     });
   });
   return status();

@@ -52,7 +52,9 @@ struct Nf4 {
   const float* nested_map;
   const float* nested_scales;  // one of each 256 scales
   float nested_offset;
-  int64_t elements;
+  int64_t rows;
+  int32_t columns;
+  int64_t out_pitch;  // of the rows of the 16-bit numbers
   Type type;
 };
 
@@ -61,6 +63,7 @@ struct Int8 {
   const float* scales;  // [rows]: the absolute maximum, which 127 stands for
   int64_t rows;
   int32_t columns;
+  int64_t out_pitch;
   Type type;
 };
 
@@ -75,6 +78,30 @@ struct Fp8Rows {
   int32_t columns;  // a multiple of 16
   Type type;
   bool e5m2;  // else e4m3
+};
+
+// A LoRA pair of a stack of linears: B is [columns, rank].
+struct PairGradient {
+  int32_t column, columns;  // of dy
+  int32_t rank_begin, rank;
+  float scaling;
+  void* gradient;  // of B, [columns, rank], contiguous: added to
+};
+struct PairGradients {
+  PairGradient parts[3];
+  int32_t count;
+  const void* dy;  // [rows, columns], rows dy_pitch apart
+  void* tail;      // [rows, ranks], rows dy_pitch apart
+  int64_t rows, columns, dy_pitch;
+  const void* low;  // x Aᵀ, [rows, ranks], contiguous
+  void* dlow;       // of that shape; may be low itself
+  const void*
+      scaled_b;  // [columns, ranks], rows b_pitch apart: each pair's s B in its own rows and columns, else zeros
+  int64_t b_pitch;
+  int32_t ranks;
+  Type type;
+  float* partial_tail;  // scratch
+  float* partial_db;    // set within
 };
 
 struct CrossEntropy {
@@ -109,8 +136,17 @@ struct Kernels {
   // the target is the first of its largest logits. With `gradient`, scale · the gradient is put in place of the logits.
   Status (*cross_entropy)(const CrossEntropy& op, float scale, float smoothing, bool gradient, float* losses,
                           bool* correct, void* stream);
+  // out = x · sigmoid(1.702 x), each product and the sigmoid rounded. n numbers; out may be x.
+  Status (*quick_gelu)(const void* x, void* out, int64_t n, Type type, void* stream);
   Status (*nf4_dequantize)(const Nf4& op, void* out, void* stream);
   Status (*int8_dequantize)(const Int8& op, void* out, void* stream);
+  // With one reading of dy: adds s · dyᵀ · low to each pair's gradient of B, and puts dy · (s B) into dlow and tail.
+  // How many float32 of scratch it needs; 0: it does not take these (ranks other than 8 and 16, or not all of one).
+  Status (*pair_gradients_scratch)(const PairGradients& op, int64_t* numbers);
+  Status (*pair_gradients)(const PairGradients& op, void* stream);
+  // Rows of `bytes` bytes from one pitch to another, both in bytes.
+  Status (*copy_rows)(const void* x, int64_t pitch, void* out, int64_t out_pitch, int64_t bytes, int64_t rows,
+                      void* stream);
   // Major · 10 + minor of the current device.
   Status (*compute_capability)(int32_t* capability);
   Status (*fp8_quantize_rows)(const Fp8Rows& op, void* stream);
@@ -120,7 +156,7 @@ struct Kernels {
 };
 
 // The only symbol of the library; its name changes with the struct, so that an old library is never called wrongly.
-inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_8";
+inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_9";
 using EntryPoint = const Kernels* (*)();
 
 }  // namespace martlet::cuda

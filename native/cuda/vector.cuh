@@ -107,8 +107,12 @@ Status swiglu_halves_backward(void* gate_up, int64_t pitch, void* dy, int64_t ou
                               Type type, void* stream);
 Status cross_entropy(const CrossEntropy& op, float scale, float smoothing, bool gradient, float* losses, bool* correct,
                      void* stream);
+Status quick_gelu(const void* x, void* out, int64_t n, Type type, void* stream);
 Status nf4_dequantize(const Nf4& op, void* out, void* stream);
 Status int8_dequantize(const Int8& op, void* out, void* stream);
+Status pair_gradients_scratch(const PairGradients& op, int64_t* numbers);
+Status pair_gradients(const PairGradients& op, void* stream);
+Status copy_rows(const void* x, int64_t pitch, void* out, int64_t out_pitch, int64_t bytes, int64_t rows, void* stream);
 Status compute_capability(int32_t* capability);
 Status fp8_quantize_rows(const Fp8Rows& op, void* stream);
 Status transpose_bytes(const void* x, void* out, int64_t rows, int64_t columns, void* stream);

@@ -150,7 +150,7 @@ TEST("packed rows have the states that each has alone; decoding step by step giv
       return text.forward(input.hidden, input.pass);
     };
     const Sample one = row(form, "single"), two = row(form, "text-only"), three = row(form, "two-images");
-    EXPECT_CLOSE(states({&one, &two, &three}), at::cat({states({&one}), states({&two}), states({&three})}), 2e-5);
+    EXPECT_CLOSE(states({&one, &two, &three}), at::cat({states({&one}), states({&two}), states({&three})}), 1e-4);
 
     const Sample prompt = row(form, "single", "promptIds");
     const PackedBatch batch = pack({&prompt}, *model, at::kCPU);
@@ -171,7 +171,7 @@ TEST("packed rows have the states that each has alone; decoding step by step giv
     } else {
       whole.input_ids.insert(whole.input_ids.end(), answer.begin(), answer.end());
     }
-    EXPECT_CLOSE(at::cat(parts), states({&whole}), 2e-5);
+    EXPECT_CLOSE(at::cat(parts), states({&whole}), 1e-4);
   }
 }
 

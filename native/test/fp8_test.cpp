@@ -19,7 +19,7 @@ LayerOptions small_layer() {
   options.config.num_kv_heads = 2;
   options.config.qkv_bias = true;
   options.lengths = {17, 30};
-  options.fp8 = true;
+  options.quantization = {QuantizationOptions::Method::kFp8, false};
   return options;
 }
 
@@ -168,7 +168,7 @@ TEST("a layer in fp8 beside the one in bfloat16: gradients point the same way") 
   options.config.rope_axis.assign(16, 0);
   options.dtype = options.pair_dtype = at::kBFloat16;
   LayerOptions full = options;
-  full.fp8 = false;
+  full.quantization = {};
   const LayerResult expected = LayerCase(full).run(/*written_out=*/true, Recompute::kNone);
   LayerCase c(options);
   const LayerResult actual = c.run(/*written_out=*/true, Recompute::kNone);
@@ -179,7 +179,7 @@ TEST("a layer in fp8 beside the one in bfloat16: gradients point the same way") 
 TEST("LoRA's dropout in fp8: by autograd, beside the same in full") {
   const auto run = [](bool fp8) {
     LayerOptions options = small_layer();
-    options.fp8 = fp8;
+    if (!fp8) options.quantization = {};
     LayerCase c(options);
     c.with_dropout_source = true;
     for (auto& [name, pair] : c.pairs) pair.dropout = 0.3;

@@ -44,7 +44,7 @@ at::Tensor smooth_picture(int64_t width, int64_t height) {
 }
 
 at::Tensor preprocess(const at::Tensor& image, const ImagePlan& plan) {
-  return preprocess_image(image.const_data_ptr<uint8_t>(), 1, image.size(1), image.size(0), plan).pixels;
+  return preprocess_image(image.const_data_ptr<uint8_t>(), 1, image.size(1), image.size(0), plan).on(at::kCPU);
 }
 
 // mean 0, std 1 and no rescaling: pixel values as they are.

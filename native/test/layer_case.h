@@ -38,7 +38,7 @@ struct LayerOptions {
   bool drawn_on_device = false;  // for large layers; other values
   bool input_grad = true;
   PairForm form = PairForm::kInPlace;
-  bool fp8 = false;  // the linears' weights
+  QuantizationOptions quantization;  // of the linears' weights
 };
 
 // Output "y" and gradients: of "x", "q_proj.lora_A", …
@@ -76,8 +76,8 @@ struct LayerCase {
       if (linear == nullptr) return;
       const std::string name = path.substr(path.rfind('.') + 1);
       linears[name] = linear;
-      if (o.fp8) {
-        linear->weight.quantized = Fp8Tensor::quantize(linear->weight.value);
+      if (o.quantization.enabled()) {
+        linear->weight.quantized = quantize(linear->weight.value, o.quantization);
         linear->weight.value.reset();
       }
       if (o.targets && std::find(o.targets->begin(), o.targets->end(), name) == o.targets->end()) return;
@@ -91,6 +91,7 @@ struct LayerCase {
     stack_layer_weights(*layer, o.form);
     refresh_layer_pairs(*layer);
     rows = SequenceLengths::from_lengths(o.lengths, o.device);
+    rows.recurring = true;
     x = drawn({rows.total(), o.config.hidden_size}, 1, 0, o.dtype);
     dy = drawn({rows.total(), o.config.hidden_size}, 1, 0, o.dtype);
     const at::Tensor places = at::arange(rows.total(), at::TensorOptions().dtype(at::kLong).device(o.device));

@@ -29,8 +29,8 @@ TEST("patches come in blocks of merge × merge, each as [channel, frame, row, co
   };
   const at::Tensor frames =
       axis(2, 1000, {2, 1, 1, 1}) + axis(3, 100, {1, 3, 1, 1}) + axis(4, 10, {1, 1, 4, 1}) + axis(8, 1, {1, 1, 1, 8});
-  PatchGrid grid;
-  const at::Tensor patches = cut_patches(frames, 2, 2, 2, grid);
+  const PatchGrid grid = patch_grid(frames, 2, 2, 2);
+  const at::Tensor patches = cut_patches(frames, 2, 2, 2);
   EXPECT_EQ(grid.t, 1);
   EXPECT_EQ(grid.h, 2);
   EXPECT_EQ(grid.w, 4);
@@ -47,19 +47,17 @@ TEST("patches come in blocks of merge × merge, each as [channel, frame, row, co
 
 TEST("a still picture is its own second frame; a last temporal patch that is not full repeats the last frame") {
   const at::Tensor frames = randn({3, 3, 4, 4}, 1);
-  PatchGrid grid;
-  EXPECT_SAME(cut_patches(frames.narrow(0, 0, 1), 2, 2, 2, grid),
-              cut_patches(frames.narrow(0, 0, 1).expand({2, 3, 4, 4}), 2, 2, 2, grid));
-  EXPECT_EQ(grid.t, 1);
-  const at::Tensor three = cut_patches(frames, 2, 2, 2, grid);
-  EXPECT_EQ(grid.t, 2);
-  EXPECT_SAME(three.narrow(0, 4, 4), cut_patches(frames.narrow(0, 2, 1), 2, 2, 2, grid));
-  EXPECT_SAME(three.narrow(0, 0, 4), cut_patches(frames.narrow(0, 0, 2), 2, 2, 2, grid));
+  EXPECT_SAME(cut_patches(frames.narrow(0, 0, 1), 2, 2, 2),
+              cut_patches(frames.narrow(0, 0, 1).expand({2, 3, 4, 4}), 2, 2, 2));
+  EXPECT_EQ(patch_grid(frames.narrow(0, 0, 1), 2, 2, 2).t, 1);
+  const at::Tensor three = cut_patches(frames, 2, 2, 2);
+  EXPECT_EQ(patch_grid(frames, 2, 2, 2).t, 2);
+  EXPECT_SAME(three.narrow(0, 4, 4), cut_patches(frames.narrow(0, 2, 1), 2, 2, 2));
+  EXPECT_SAME(three.narrow(0, 0, 4), cut_patches(frames.narrow(0, 0, 2), 2, 2, 2));
 }
 
 TEST("a side that is no multiple of patch × merge is ERR_MARTLET_IMAGE with both numbers") {
-  PatchGrid grid;
-  const Error error = EXPECT_THROWS_CODE(code::kImage, cut_patches(at::zeros({1, 3, 8, 6}), 2, 2, 2, grid));
+  const Error error = EXPECT_THROWS_CODE(code::kImage, cut_patches(at::zeros({1, 3, 8, 6}), 2, 2, 2));
   EXPECT_CONTAINS(error.what(), "6×8");
   EXPECT_CONTAINS(error.what(), "multiple of 4");
 }
@@ -173,8 +171,7 @@ TEST("a table of positions at another number of rows: itself where it fits, smoo
 TEST("patches side by side are cut from the picture column by column of patches") {
   const int64_t size = 2;
   const at::Tensor image = at::arange(3 * 4 * 6, at::kFloat).view({3, 4, 6});
-  PatchGrid grid;
-  const at::Tensor patches = cut_patches(image.unsqueeze(0), size, 1, 1, grid);
+  const at::Tensor patches = cut_patches(image.unsqueeze(0), size, 1, 1);
   const at::Tensor row = patches_side_by_side(patches);
   EXPECT(row.sizes() == at::IntArrayRef({3, 2, 12}));
   for (int64_t i = 0; i < 6; ++i) {

@@ -13,8 +13,6 @@ namespace {
 
 // What the matrices' kernel takes in its shared memory, and the attention's in its registers.
 constexpr int64_t kMaxHidden = 24064, kMaxHeadDim = 256;
-// Blocks of the attention kernel that keep a large GPU busy.
-constexpr int64_t kAttentionBlocks = 1024, kMaxSplits = 64;
 
 bool fits(const at::Tensor& x, at::ScalarType dtype) {
   return x.defined() && x.is_cuda() && x.scalar_type() == dtype && x.is_contiguous();
@@ -163,6 +161,10 @@ std::unique_ptr<FastDecoder> FastDecoder::make(const LanguageModel& model, const
   out->logits_ = at::empty({batch, head_weight.size(0)}, like);
   out->token_ = at::zeros({batch}, like.dtype(at::kLong));
   out->step_ = at::zeros({1}, like.dtype(at::kInt));
+  if (batch > 1) {
+    out->sums_ = at::empty({2 * cuda::kProductBlocks, batch, cuda::kProductRows}, like.dtype(at::kFloat));
+    out->arrived_ = at::zeros({cuda::kProductBlocks}, like.dtype(at::kInt));
+  }
   out->answers_ =
       at::empty({2, static_cast<int64_t>(kMaxRows)}, at::TensorOptions().dtype(at::kLong).pinned_memory(true));
   int64_t rank = 0;
@@ -280,12 +282,13 @@ void FastDecoder::bind() {
   kernels_->decode.release(graph_);
   graph_ = nullptr;
   const int64_t batch = cache_.size(2);
-  const int64_t splits = std::clamp<int64_t>(kAttentionBlocks / (plan_.heads * batch), 1, kMaxSplits);
+  const int32_t splits = cuda::splits_for(static_cast<int32_t>(batch), plan_.heads, plan_.kv_heads);
   partial_ = at::empty({batch, plan_.heads, splits, plan_.head_dim + 2}, cache_.options().dtype(at::kFloat));
+  arrivals_ = at::zeros({batch, plan_.heads}, cache_.options().dtype(at::kInt));
   plan_.batch = static_cast<int32_t>(batch);
   plan_.steps = static_cast<int32_t>(steps_);
   plan_.capacity = static_cast<int32_t>(cache_.size(3));
-  plan_.splits = static_cast<int32_t>(splits);
+  plan_.splits = splits;
   plan_.cos = data_or_null(cos_);
   plan_.sin = data_or_null(sin_);
   plan_.query_scale = data_or_null(query_scale_);
@@ -307,6 +310,9 @@ void FastDecoder::bind() {
   plan_.mixed = mixed_.mutable_data_ptr();
   plan_.product = product_.mutable_data_ptr();
   plan_.partial = partial_.mutable_data_ptr<float>();
+  plan_.sums = sums_.defined() ? sums_.mutable_data_ptr<float>() : nullptr;
+  plan_.arrived = arrived_.defined() ? arrived_.mutable_data_ptr<int32_t>() : nullptr;
+  plan_.arrivals = arrivals_.mutable_data_ptr<int32_t>();
   plan_.logits = logits_.mutable_data_ptr();
   plan_.token = token_.mutable_data_ptr<int64_t>();
   plan_.step = step_.mutable_data_ptr<int32_t>();

@@ -67,8 +67,9 @@ class FastDecoder {
   at::Tensor prompts_, memories_;                   // [batch] int32
   at::Tensor distance_bias_, final_norm_;
   std::vector<KvCache::Memory> memory_;  // of each layer with cross-attention: [batch, places, heads, head_dim]
-  at::Tensor states_, normed_, qkv_, mixed_, product_, partial_, low_, logits_, token_, step_;
-  at::Tensor answers_;  // [2, kMaxRows] tokens in pinned memory
+  at::Tensor states_, normed_, qkv_, mixed_, product_, partial_, arrivals_, low_, logits_, token_, step_;
+  at::Tensor sums_, arrived_;  // products' scratch, where there are several rows
+  at::Tensor answers_;         // [2, kMaxRows] tokens in pinned memory
   // Of the rows that are computed, which are wanted.
   std::vector<int64_t> live_;
   bool ahead_ = false;  // greedy and with a graph

@@ -5,6 +5,7 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "core/base/cuda_kernels.h"
 #include "core/lora/linear_stack.h"
 
 namespace martlet {
@@ -12,6 +13,19 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+
+// to = from. ATen copies rows that lie apart with half the memory's speed.
+void put(const at::Tensor& to, const at::Tensor& from) {
+  const int64_t row = from.size(1) * from.size(2);
+  const cuda::Kernels* kernels = cuda_kernels(from);
+  if (kernels == nullptr || !from.is_contiguous() || to.stride(2) != 1 || to.stride(1) != to.size(2)) {
+    to.copy_(from);
+    return;
+  }
+  const int64_t bytes = static_cast<int64_t>(from.element_size());
+  check_cuda(kernels->copy_rows(from.const_data_ptr(), row * bytes, to.mutable_data_ptr(), to.stride(0) * bytes,
+                                row * bytes, from.size(0), cuda_stream(from)));
+}
 
 bool trains(const Norm& norm) { return static_cast<const RmsNorm&>(norm).weight.value.requires_grad(); }
 
@@ -147,7 +161,7 @@ void FrozenLayer::attention_backward(const at::Tensor& dmixed) {
     rotate(q, dq, rotary_, /*inverse=*/true);
     rotate(k, dk, rotary_, /*inverse=*/true);
   }
-  heads(qkv_rows_, num_heads_ + num_kv_heads_, num_kv_heads_).copy_(dv);
+  put(heads(qkv_rows_, num_heads_ + num_kv_heads_, num_kv_heads_), dv);
 }
 
 at::Tensor FrozenLayer::backward(const at::Tensor& dy, bool input_grad) {
@@ -241,7 +255,7 @@ void stack_layer_weights(DecoderLayer& layer, PairForm form) {
 void refresh_layer_pairs(DecoderLayer& layer) {
   for (const auto& linears : stacks_of(layer)) {
     const at::Tensor& weight = linears[0]->weight.value;
-    if (!weight.defined()) continue;
+    if (!weight.defined()) continue;  // what is dequantised for each product takes the pairs as they are
     const auto stack = LinearStack::of({linears.begin(), linears.end()}, weight.scalar_type(), /*dropout=*/nullptr);
     if (stack) stack->refresh_pairs();
   }

@@ -4,8 +4,10 @@
 #include <ATen/core/grad_mode.h>
 
 #include <cstdlib>
+#include <iterator>
 #include <string>
 
+#include "core/base/cuda_kernels.h"
 #include "core/base/error.h"
 
 namespace martlet {
@@ -65,9 +67,8 @@ std::optional<Room> room_for(const std::vector<const Linear*>& linears) {
   int64_t ranks = 0;
   for (const Linear* linear : linears) {
     const LoraLayer* lora = linear->lora;
-    if (!linear->weight.value.defined()) return std::nullopt;
     if (lora == nullptr) continue;
-    if (lora->magnitude.defined() || lora->dropout > 0 || lora->a.scalar_type() != linear->weight.value.scalar_type() ||
+    if (lora->magnitude.defined() || lora->dropout > 0 || lora->a.scalar_type() != linear->weight.dtype() ||
         lora->b.scalar_type() != lora->a.scalar_type())
       return std::nullopt;
     ranks += lora->a.size(0);
@@ -93,6 +94,18 @@ std::vector<const Fp8Tensor*> fp8_weights(const std::vector<const Linear*>& line
   for (const Linear* linear : linears) {
     const auto* weight = dynamic_cast<const Fp8Tensor*>(linear->weight.quantized.get());
     if (weight == nullptr || linear->weight.value.defined()) return {};
+    out.push_back(weight);
+  }
+  return out;
+}
+
+// The weights, if all are kept in 4 or 8 bits and dequantised for their products; else nothing.
+std::vector<QuantizedPtr> quantized_weights(const std::vector<const Linear*>& linears) {
+  std::vector<QuantizedPtr> out;
+  for (const Linear* linear : linears) {
+    const QuantizedPtr& weight = linear->weight.quantized;
+    if (weight == nullptr || linear->weight.value.defined() || dynamic_cast<const Fp8Tensor*>(weight.get()) != nullptr)
+      return {};
     out.push_back(weight);
   }
   return out;
@@ -145,12 +158,13 @@ PairForm pair_form(at::Device device) {
 
 void stack_weights(const std::vector<Linear*>& linears, PairForm form) {
   const at::NoGradGuard no_grad;
-  const bool is_fp8 = !fp8_weights({linears.begin(), linears.end()}).empty();
+  const bool is_fp8 = !fp8_weights({linears.begin(), linears.end()}).empty(),
+             is_quantized = !quantized_weights({linears.begin(), linears.end()}).empty();
   std::vector<at::Tensor> weights, biases;
   for (const Linear* linear : linears) {
     for (const auto& [parameter, parts] : {std::pair(&linear->weight, &weights), std::pair(&linear->bias, &biases)}) {
       const at::Tensor& value = parameter->value;
-      if (is_fp8 && parts == &weights) continue;
+      if ((is_fp8 || is_quantized) && parts == &weights) continue;
       if (!value.defined()) {
         if (parameter->quantized != nullptr || parts == &weights) return;
         continue;
@@ -171,6 +185,7 @@ void stack_weights(const std::vector<Linear*>& linears, PairForm form) {
     }
   };
   if (!biases.empty() && !joined(biases).defined()) place(&Linear::bias, at::cat(biases));
+  if (is_quantized) return;
   if (is_fp8) return stack_fp8_weights(linears);
   std::optional<Room> room;
   if (form == PairForm::kAugmented) room = room_for({linears.begin(), linears.end()});
@@ -192,15 +207,16 @@ void stack_weights(const std::vector<Linear*>& linears, PairForm form) {
 }
 
 std::optional<LinearStack> LinearStack::of(const std::vector<const Linear*>& linears, at::ScalarType dtype,
-                                           const DropoutSource* dropout) {
+                                           const DropoutSource* dropout, std::optional<PairForm> form) {
   LinearStack stack;
   const std::vector<const Fp8Tensor*> fp8 = fp8_weights(linears);
+  stack.quantized_ = quantized_weights(linears);
   std::vector<at::Tensor> weights, biases, a;
   int64_t row = 0, rank = 0;
   for (const Linear* linear : linears) {
     const at::Tensor &weight = linear->weight.value, &bias = linear->bias.value;
     const int64_t rows = linear->out_features();
-    if (fp8.empty()) {
+    if (fp8.empty() && stack.quantized_.empty()) {
       if (!weight.defined() || weight.scalar_type() != dtype || weight.requires_grad()) return std::nullopt;
       weights.push_back(weight);
     } else if (linear->weight.dtype() != dtype) {
@@ -222,27 +238,67 @@ std::optional<LinearStack> LinearStack::of(const std::vector<const Linear*>& lin
     row += rows;
   }
   if (!biases.empty() && biases.size() != linears.size()) return std::nullopt;
-  if (fp8.empty()) {
-    stack.weight_ = joined(weights);
-  } else {
+  if (!fp8.empty()) {
     stack.fp8_ = joined(fp8);
+    if (stack.fp8_ == nullptr) return std::nullopt;
+  } else if (stack.quantized_.empty()) {
+    stack.weight_ = joined(weights);
+    if (!stack.weight_.defined()) return std::nullopt;
   }
-  if (!biases.empty()) stack.bias_ = joined(biases);
-  if ((!stack.weight_.defined() && stack.fp8_ == nullptr) || (!biases.empty() && !stack.bias_.defined()))
-    return std::nullopt;
+  if (!biases.empty()) {
+    stack.bias_ = joined(biases);
+    if (!stack.bias_.defined()) return std::nullopt;
+  }
+  stack.in_ = linears[0]->in_features();
+  stack.out_ = row;
+  const at::Device device = linears[0]->weight.device();
+  stack.options_ = at::TensorOptions().dtype(dtype).device(device);
   if (a.empty()) return stack;
-  if (const auto room = room_for(linears)) {
-    stack.buffer_ = buffer_of(stack.weight_, *room);
-    if (stack.buffer_.defined()) {
+  const auto room = fp8.empty() ? room_for(linears) : std::nullopt;
+  if (room && !stack.quantized_.empty() && form.value_or(pair_form(device)) == PairForm::kAugmented) {
+    stack.ranks_ = room->ranks;
+    stack.columns_ = room->columns;
+    return stack;
+  }
+  if (room && stack.weight_.defined()) {
+    const at::Tensor buffer = buffer_of(stack.weight_, *room);
+    if (buffer.defined()) {
       stack.ranks_ = room->ranks;
       stack.columns_ = room->columns;
-      stack.a_ = stack.buffer_.narrow(0, row, room->ranks).narrow(1, 0, stack.in());
-      stack.scaled_b_ = stack.buffer_.narrow(0, 0, row).narrow(1, stack.in(), room->ranks);
+      stack.bind(buffer);
       return stack;
     }
   }
   stack.a_ = a.size() == 1 ? a[0] : at::cat(a);
   return stack;
+}
+
+void LinearStack::bind(const at::Tensor& buffer) {
+  buffer_ = buffer;
+  weight_ = buffer.narrow(0, 0, out_).narrow(1, 0, in_);
+  a_ = buffer.narrow(0, out_, ranks_).narrow(1, 0, in_);
+  scaled_b_ = buffer.narrow(0, 0, out_).narrow(1, in_, ranks_);
+}
+
+LinearStack LinearStack::dequantized() const {
+  LinearStack out = *this;
+  out.quantized_.clear();
+  if (form() == PairForm::kAugmented) {
+    const at::Tensor all = empty_rows(out_ + ranks_, in_ + columns_, 0, options_);
+    all.narrow(1, in_, columns_).zero_();
+    all.narrow(0, out_, ranks_).zero_();
+    if (bias_.defined()) all.narrow(0, 0, out_).select(1, in_ + ranks_).copy_(bias_);
+    out.bind(all);
+    out.refresh_pairs();
+  } else {
+    out.weight_ = at::empty({out_, in_}, options_);
+  }
+  int64_t row = 0;
+  for (const QuantizedPtr& part : quantized_) {
+    part->dequantize_to(out.weight_.narrow(0, row, part->sizes()[0]));
+    row += part->sizes()[0];
+  }
+  return out;
 }
 
 void LinearStack::refresh_pairs() const {
@@ -257,24 +313,23 @@ void LinearStack::refresh_pairs() const {
 
 at::Tensor LinearStack::empty_input(int64_t rows) const {
   if (fp8_ != nullptr) return at::Tensor();
-  return buffer_.defined() ? empty_rows(rows, in(), columns_, weight_.options())
-                           : at::empty({rows, in()}, weight_.options());
+  return columns_ > 0 ? empty_rows(rows, in_, columns_, options_) : at::empty({rows, in_}, options_);
 }
 
 at::Tensor LinearStack::empty_output(int64_t rows) const {
   if (fp8_ != nullptr) return at::Tensor();
-  return buffer_.defined() ? empty_rows(rows, out(), ranks_, weight_.options())
-                           : at::empty({rows, out()}, weight_.options());
+  return columns_ > 0 ? empty_rows(rows, out_, ranks_, options_) : at::empty({rows, out_}, options_);
 }
 
 at::Tensor LinearStack::forward(const at::Tensor& x, at::Tensor& low, at::Tensor y) const {
+  if (!quantized_.empty()) return dequantized().forward(x, low, y);
   if (buffer_.defined() && has_tail(x, columns_)) {
     const at::Tensor all = with_tail(x, columns_);
-    at::Tensor tail = all.narrow(1, in(), ranks_);
+    at::Tensor tail = all.narrow(1, in_, ranks_);
     at::mm_out(tail, x, a_.t());
-    if (bias_.defined()) all.narrow(1, in() + ranks_, columns_ - ranks_).fill_(1);
+    if (bias_.defined()) all.narrow(1, in_ + ranks_, columns_ - ranks_).fill_(1);
     low = tail.contiguous();  // x need not be kept for it
-    const at::Tensor weights = buffer_.narrow(0, 0, out()).t();
+    const at::Tensor weights = buffer_.narrow(0, 0, out_).t();
     return y.defined() ? at::mm_out(y, all, weights) : at::mm(all, weights);
   }
   if (fp8_ != nullptr) {
@@ -305,8 +360,46 @@ at::Tensor LinearStack::input_gradient(const at::Tensor& dy) const {
   return fp8_ != nullptr ? fp8_->input_gradient(dy) : at::mm(dy, weight_);
 }
 
+// One kernel for the gradients of B and for dy s B, which it puts into low and into dy's tail; false where there is
+// none.
+bool LinearStack::backward_b(const at::Tensor& dy, const at::Tensor& low) const {
+  const cuda::Kernels* kernels = cuda_kernels(dy);
+  cuda::PairGradients op = {};
+  if (kernels == nullptr || pairs_.size() > std::size(op.parts) || low.scalar_type() != dy.scalar_type()) return false;
+  for (const Pair& pair : pairs_) {
+    at::Tensor& grad = pair.lora->b.mutable_grad();
+    if (!grad.defined()) grad = at::zeros(pair.lora->b.sizes(), pair.lora->b.options().requires_grad(false));
+    if (grad.scalar_type() != dy.scalar_type() || !grad.is_contiguous()) return false;
+    op.parts[op.count++] = {static_cast<int32_t>(pair.row),         static_cast<int32_t>(pair.rows),
+                            static_cast<int32_t>(pair.rank_begin),  static_cast<int32_t>(pair.rank()),
+                            static_cast<float>(pair.lora->scaling), grad.mutable_data_ptr()};
+  }
+  at::Tensor tail = with_tail(dy, ranks_).narrow(1, out_, ranks_);
+  op.dy = dy.const_data_ptr();
+  op.tail = tail.mutable_data_ptr();
+  op.rows = dy.size(0);
+  op.columns = out_;
+  op.dy_pitch = dy.stride(0);
+  op.low = low.const_data_ptr();
+  op.dlow = low.mutable_data_ptr();
+  op.scaled_b = scaled_b_.const_data_ptr();
+  op.b_pitch = scaled_b_.stride(0);
+  op.ranks = static_cast<int32_t>(ranks_);
+  op.type = cuda_type(dy.scalar_type());
+  int64_t numbers = 0;
+  check_cuda(kernels->pair_gradients_scratch(op, &numbers));
+  if (numbers == 0) return false;
+  const at::Tensor scratch = at::empty({numbers}, dy.options().dtype(at::kFloat));
+  op.partial_tail = scratch.mutable_data_ptr<float>();
+  check_cuda(kernels->pair_gradients(op, cuda_stream(dy)));
+  return true;
+}
+
 at::Tensor LinearStack::backward(const at::Tensor& dy, at::Tensor& low) const {
+  if (!quantized_.empty()) return dequantized().backward(dy, low);
   if (pairs_.empty()) return input_gradient(dy);
+  const bool tailed = buffer_.defined() && has_tail(dy, ranks_);
+  if (tailed && backward_b(dy, low)) return at::mm(with_tail(dy, ranks_), buffer_.narrow(1, 0, in_));
   for (const Pair& pair : pairs_) {
     const at::Tensor part = dy.narrow(1, pair.row, pair.rows).to(low.scalar_type()),
                      h = low.narrow(1, pair.rank_begin, pair.rank());
@@ -316,12 +409,12 @@ at::Tensor LinearStack::backward(const at::Tensor& dy, at::Tensor& low) const {
       grad = at::mm(part.t(), h).mul_(pair.lora->scaling);
     }
   }
-  if (buffer_.defined() && has_tail(dy, ranks_)) {
+  if (tailed) {
     const at::Tensor all = with_tail(dy, ranks_);
-    at::Tensor tail = all.narrow(1, out(), ranks_);
+    at::Tensor tail = all.narrow(1, out_, ranks_);
     at::mm_out(tail, dy, scaled_b_);
     low.copy_(tail);  // dy need not be kept for it
-    return at::mm(all, buffer_.narrow(1, 0, in()));
+    return at::mm(all, buffer_.narrow(1, 0, in_));
   }
   at::Tensor dx = input_gradient(dy);
   if (buffer_.defined()) {

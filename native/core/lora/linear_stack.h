@@ -23,17 +23,18 @@ PairForm pair_form(at::Device device);
 // Makes the weights of linears of one input views of one tensor, rows one after the other, and their biases too; so the
 // stack is one product, and each goes on under its name. kAugmented: with room for the pairs that are switched on, a
 // few columns and rows more, where these fit that form. Without pairs rows lie without gaps again. Codes of fp8 and
-// their scales too, always without gaps. Leaves the weights alone where one is quantised otherwise or trained. Needs
-// room for one more copy while it runs.
+// their scales too, always without gaps; of weights of 4 and 8 bits the biases alone. Leaves the weights alone where
+// only some are quantised, or one is trained. Needs room for one more copy while it runs.
 void stack_weights(const std::vector<Linear*>& linears, PairForm form);
 
 class LinearStack {
  public:
-  // Nothing where it cannot be done like this: weights that are not stacked, trained, quantised (all to fp8: taken) or
+  // Nothing where it cannot be done like this: weights that are not stacked, trained, only some of them quantised, or
   // of another dtype than `dtype`; pairs with magnitudes or dropout (that of `dropout` drops nothing if null), or that
-  // are not trained.
+  // are not trained. Weights of 4 and 8 bits are dequantised for each product, next to each other, in `form` (absent:
+  // that of their device).
   static std::optional<LinearStack> of(const std::vector<const Linear*>& linears, at::ScalarType dtype,
-                                       const DropoutSource* dropout);
+                                       const DropoutSource* dropout, std::optional<PairForm> form = {});
 
   // Where the input and the output (whose gradient will take its place) are best written: [rows, in], [rows, Σ out].
   // Either may also be any other tensor; undefined where no place is better than another.
@@ -52,7 +53,7 @@ class LinearStack {
   void refresh_pairs() const;
 
   bool has_pairs() const { return !pairs_.empty(); }
-  PairForm form() const { return buffer_.defined() ? PairForm::kAugmented : PairForm::kInPlace; }
+  PairForm form() const { return columns_ > 0 ? PairForm::kAugmented : PairForm::kInPlace; }
 
  private:
   struct Pair {
@@ -61,16 +62,21 @@ class LinearStack {
     int64_t rank_begin;  // of the stacked A
     int64_t rank() const { return lora->a.size(0); }
   };
-  int64_t in() const { return weight_.size(1); }
-  int64_t out() const { return weight_.size(0); }
   at::Tensor input_gradient(const at::Tensor& dy) const;  // of the weights alone
+  bool backward_b(const at::Tensor& dy, const at::Tensor& low) const;
+  // The parts of `buffer`, which holds the weights.
+  void bind(const at::Tensor& buffer);
+  LinearStack dequantized() const;  // of quantized_
 
-  at::Tensor weight_, bias_;  // [Σ out, in], [Σ out]
-  QuantizedPtr fp8_;          // in weight_'s place; always with kInPlace
-  at::Tensor a_;              // [Σ r, in]; of a buffer: with its rows of zeros
+  int64_t in_ = 0, out_ = 0;  // Σ out
+  at::TensorOptions options_;
+  at::Tensor weight_, bias_;             // [Σ out, in], [Σ out]
+  QuantizedPtr fp8_;                     // in weight_'s place; always with kInPlace
+  std::vector<QuantizedPtr> quantized_;  // of 4 or 8 bits, in weight_'s place
+  at::Tensor a_;                         // [Σ r, in]; of a buffer: with its rows of zeros
   std::vector<Pair> pairs_;
   // kAugmented: [Σ out + ranks_, in + columns_]; columns in.. are s B (each pair's rows only) and the bias, rows out..
-  // are A.
+  // are A. Undefined while the weights are quantised.
   at::Tensor buffer_;
   at::Tensor scaled_b_;  // of it: [Σ out, ranks_]
   int64_t ranks_ = 0, columns_ = 0;

@@ -18,6 +18,20 @@ Activation parse_activation(const std::string& name) {
                                     "\"; known are gelu, gelu_pytorch_tanh, gelu_new, quick_gelu, silu and relu.");
 }
 
+namespace {
+
+at::Tensor quick_gelu(const at::Tensor& x) {
+  const bool recorded = at::GradMode::is_enabled() && x.requires_grad();
+  const cuda::Kernels* kernels = recorded || !x.is_contiguous() ? nullptr : cuda_kernels(x);
+  if (kernels == nullptr) return x * at::sigmoid(x * 1.702);
+  at::Tensor out = at::empty_like(x);
+  check_cuda(kernels->quick_gelu(x.const_data_ptr(), out.mutable_data_ptr(), x.numel(), cuda_type(x.scalar_type()),
+                                 cuda_stream(x)));
+  return out;
+}
+
+}  // namespace
+
 at::Tensor activate(const at::Tensor& x, Activation activation) {
   switch (activation) {
     case Activation::kGelu:
@@ -25,7 +39,7 @@ at::Tensor activate(const at::Tensor& x, Activation activation) {
     case Activation::kGeluTanh:
       return at::gelu(x, "tanh");
     case Activation::kQuickGelu:
-      return x * at::sigmoid(x * 1.702);
+      return quick_gelu(x);
     case Activation::kSilu:
       return at::silu(x);
     case Activation::kRelu:

@@ -17,6 +17,8 @@ struct SequenceLengths {
   std::vector<int64_t> offsets{0};  // rows + 1
   at::Tensor cu_seqlens;            // the same as int32 on the device
   int64_t max_length = 0;
+  // Such rows are likely to come again many times: an attention that is planned for their shape pays.
+  bool recurring = false;
 
   static SequenceLengths from_lengths(const std::vector<int64_t>& lengths, at::Device device);
   int64_t rows() const { return static_cast<int64_t>(offsets.size()) - 1; }
@@ -36,8 +38,9 @@ struct AttentionExtras {
 };
 
 // q: [T, heads, d], k and v: [T, kv_heads, d] → [T, heads, d]; each row attends to itself only. Softmax in float32.
-// CUDA with 16-bit numbers, no bias and no dropout: one FlashAttention call (cu_seqlens). Elsewhere one batched call
-// for each length that occurs.
+// CUDA with 16-bit numbers, no bias and no dropout: one FlashAttention call (cu_seqlens), or cuDNN's, which is up to
+// twice as fast, for rows of one length that recur (MARTLET_ATTENTION=flash: never). Elsewhere one batched call for
+// each length that occurs.
 at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceLengths& rows,
                             bool causal, const AttentionExtras& extras = {});
 // Row i of the queries attends to row i of the keys.
@@ -49,16 +52,19 @@ at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::
 class AttentionPass {
  public:
   AttentionPass() = default;
-  // q, k and v must stay as they are until the backward.
+  // q, k, v and rows must stay as they are until the backward.
   AttentionPass(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceLengths& rows);
   const at::Tensor& out() const { return out_; }  // [T, heads, d]
   // Gradients of q, k and v.
   std::array<at::Tensor, 3> backward(const at::Tensor& dout);
+  bool planned() const { return planned_; }  // it was cuDNN's
 
  private:
+  void flash_forward();
   std::array<at::Tensor, 3> inputs_;
-  at::Tensor out_, logsumexp_, rng_state_, unused_, cu_seqlens_;
-  int64_t max_length_ = 0;
+  at::Tensor out_, logsumexp_, rng_state_, unused_;
+  const SequenceLengths* rows_ = nullptr;
+  bool planned_ = false;
   at::Tensor recorded_;  // where autograd does it: the output with its graph
 };
 

@@ -14,9 +14,7 @@ int64_t Parameter::numel() const {
   return n;
 }
 
-at::Device Parameter::device() const {
-  return value.defined() ? value.device() : quantized->stored().front().second.device();
-}
+at::Device Parameter::device() const { return value.defined() ? value.device() : quantized->device(); }
 
 void Module::register_parameter(Parameter& parameter, std::string name, std::vector<int64_t> shape) {
   parameter.name = std::move(name);

@@ -118,17 +118,15 @@ QuantizedPtr Fp8Tensor::quantize(const at::Tensor& weight) {
                                      weight.scalar_type());
 }
 
-at::Tensor Fp8Tensor::dequantize() const {
+void Fp8Tensor::dequantize_to(const at::Tensor& out) const {
   // float32 temporaries of 64 MB at most.
   const int64_t step = std::max<int64_t>(1, (int64_t{16} << 20) / shape_[1]);
-  const at::Tensor out = at::empty(shape_, rows_.codes.options().dtype(dtype_));
   for (int64_t begin = 0; begin < shape_[0]; begin += step) {
     const int64_t count = std::min(step, shape_[0] - begin);
     out.narrow(0, begin, count)
         .copy_(
             rows_.codes.narrow(0, begin, count).to(at::kFloat).mul_(rows_.scales.narrow(0, begin, count).unsqueeze(1)));
   }
-  return out;
 }
 
 at::Tensor Fp8Tensor::linear(const at::Tensor& x, const at::Tensor& bias) const {

@@ -44,7 +44,8 @@ class Fp8Tensor : public QuantizedTensor {
   // `units`: that of the parts.
   Fp8Tensor(Fp8Rows rows, at::Tensor units, at::ScalarType dtype);
 
-  at::Tensor dequantize() const override;
+  void dequantize_to(const at::Tensor& out) const override;
+  at::Device device() const override { return rows_.codes.device(); }
   at::Tensor linear(const at::Tensor& x, const at::Tensor& bias) const override;
   at::Tensor input_gradient(const at::Tensor& dy) const override;
   std::vector<std::pair<std::string, at::Tensor>> stored() const override;

@@ -55,12 +55,15 @@ QuantizedPtr Int8Tensor::quantize(const at::Tensor& weight) {
   return out;
 }
 
-at::Tensor Int8Tensor::dequantize() const {
+void Int8Tensor::dequantize_to(const at::Tensor& out) const {
   const int64_t rows = shape_[0], step = rows_per_chunk(codes_);
-  at::Tensor out = at::empty(shape_, codes_.options().dtype(dtype_));
   if (const cuda::Kernels* kernels = cuda_kernels(out)) {
-    const cuda::Int8 op = {codes_.const_data_ptr<int8_t>(), scale_.const_data_ptr<float>(), rows,
-                           static_cast<int32_t>(shape_[1]), cuda_type(dtype_)};
+    const cuda::Int8 op = {codes_.const_data_ptr<int8_t>(),
+                           scale_.const_data_ptr<float>(),
+                           rows,
+                           static_cast<int32_t>(shape_[1]),
+                           out.stride(0),
+                           cuda_type(dtype_)};
     check_cuda(kernels->int8_dequantize(op, out.mutable_data_ptr(), cuda_stream(out)));
   } else {
     for (int64_t begin = 0; begin < rows; begin += step) {
@@ -70,7 +73,6 @@ at::Tensor Int8Tensor::dequantize() const {
     }
   }
   if (outlier_columns_.defined()) out.index_copy_(1, outlier_columns_, outlier_values_);
-  return out;
 }
 
 bool Int8Tensor::describe(cuda::Matrix& out) const {

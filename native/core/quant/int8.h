@@ -16,7 +16,8 @@ class Int8Tensor : public QuantizedTensor {
   static QuantizedPtr read(const std::string& name, const std::function<at::Tensor(const std::string&)>& find,
                            at::IntArrayRef shape, at::ScalarType dtype, at::Device device);
 
-  at::Tensor dequantize() const override;
+  void dequantize_to(const at::Tensor& out) const override;
+  at::Device device() const override { return codes_.device(); }
   std::vector<std::pair<std::string, at::Tensor>> stored() const override;
   bool describe(cuda::Matrix& out) const override;
   const at::Tensor& outlier_columns() const { return outlier_columns_; }

@@ -66,10 +66,7 @@ at::Tensor Nf4Tensor::scales() const {
   return dequantize_blockwise(absmax_, nested_absmax_, nested_map_, kScaleBlock).add_(offset_);
 }
 
-at::Tensor Nf4Tensor::dequantize() const {
-  int64_t n = 1;
-  for (const int64_t extent : shape_) n *= extent;
-  at::Tensor out = at::empty({n}, codes_.options().dtype(dtype_));
+void Nf4Tensor::dequantize_to(const at::Tensor& out) const {
   if (const cuda::Kernels* kernels = cuda_kernels(out)) {
     const bool nested = nested_absmax_.defined();
     const cuda::Nf4 op = {codes_.const_data_ptr<uint8_t>(),
@@ -77,11 +74,14 @@ at::Tensor Nf4Tensor::dequantize() const {
                           nested ? nested_map_.const_data_ptr<float>() : nullptr,
                           nested ? nested_absmax_.const_data_ptr<float>() : nullptr,
                           static_cast<float>(offset_),
-                          n,
+                          shape_[0],
+                          static_cast<int32_t>(shape_[1]),
+                          out.stride(0),
                           cuda_type(dtype_)};
-    check_cuda(kernels->nf4_dequantize(op, out.mutable_data_ptr(), cuda_stream(out)));
-    return out.view(shape_);
+    return check_cuda(kernels->nf4_dequantize(op, out.mutable_data_ptr(), cuda_stream(out)));
   }
+  const int64_t n = shape_[0] * shape_[1];
+  const at::Tensor flat = out.is_contiguous() ? out.view(-1) : at::empty({n}, out.options());
   const at::Tensor table = pair_table(codes_.device()), scale = scales(), bytes = codes_.view(-1);
   const int64_t chunk = chunk_size(codes_.device());
   for (int64_t begin = 0; begin < n; begin += chunk) {
@@ -89,9 +89,9 @@ at::Tensor Nf4Tensor::dequantize() const {
     const at::Tensor part = bytes.narrow(0, begin / 2, (length + 1) / 2).to(at::kInt);
     const at::Tensor values = table.index_select(0, part).view(-1).narrow(0, 0, length);
     const at::Tensor factors = scale.narrow(0, begin / kBlock, (length + kBlock - 1) / kBlock);
-    out.narrow(0, begin, length).copy_(scale_blocks(values, factors, kBlock));
+    flat.narrow(0, begin, length).copy_(scale_blocks(values, factors, kBlock));
   }
-  return out.view(shape_);
+  if (!out.is_contiguous()) out.copy_(flat.view(shape_));
 }
 
 bool Nf4Tensor::describe(cuda::Matrix& out) const {

@@ -21,6 +21,12 @@ QuantizationOptions::Method QuantizationOptions::parse(const std::string& name) 
   fail(code::kConfig, "quantization \"" + name + "\" is not known; use none, int8, nf4 or fp8.");
 }
 
+at::Tensor QuantizedTensor::dequantize() const {
+  const at::Tensor out = at::empty(shape_, at::TensorOptions().dtype(dtype_).device(device()));
+  dequantize_to(out);
+  return out;
+}
+
 at::Tensor QuantizedTensor::linear(const at::Tensor& x, const at::Tensor& bias) const {
   return at::linear(x, dequantize(), bias.defined() ? std::optional(bias) : std::nullopt);
 }

@@ -32,7 +32,9 @@ class QuantizedTensor {
   virtual ~QuantizedTensor() = default;
 
   // The whole matrix in the dtype that it was quantised from (the one that is computed in).
-  virtual at::Tensor dequantize() const = 0;
+  at::Tensor dequantize() const;
+  // The same into `out`, of that shape and dtype; its rows may lie further apart than they are long.
+  virtual void dequantize_to(const at::Tensor& out) const = 0;
   // x Wᵀ + bias (may be undefined) and dy W, of rows [T, …] in dtype(). No autograd.
   virtual at::Tensor linear(const at::Tensor& x, const at::Tensor& bias) const;
   virtual at::Tensor input_gradient(const at::Tensor& dy) const;
@@ -44,6 +46,7 @@ class QuantizedTensor {
 
   at::IntArrayRef sizes() const { return shape_; }
   at::ScalarType dtype() const { return dtype_; }
+  virtual at::Device device() const = 0;
   int64_t nbytes() const;
 
  protected:

@@ -344,7 +344,8 @@ StepResult Trainer::run(int64_t number, const std::vector<MicroBatch>& micro_bat
     job.check();
     std::vector<const Sample*> samples;
     for (const Sample& sample : micro) samples.push_back(&sample);
-    const PackedBatch batch = pack(samples, model_, device_);
+    PackedBatch batch = pack(samples, model_, device_);
+    batch.rows.recurring = true;
     result.tokens += batch.tokens + batch.decoder_rows.total();
     result.flops += flops_->training(batch);
     if (batch.labelled > 0) {

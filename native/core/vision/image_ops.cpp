@@ -123,21 +123,6 @@ ImagePlan parse_image_plan(const json& value) {
   return plan;
 }
 
-at::Tensor upload(const std::vector<at::Tensor>& pixels, const at::TensorOptions& target) {
-  std::vector<int64_t> shape = pixels.at(0).sizes().vec();
-  shape[0] = 0;
-  for (const at::Tensor& picture : pixels) shape[0] += picture.size(0);
-  // From pinned memory a GPU reads at its bus's full speed.
-  const bool pinned = target.device().is_cuda();
-  const at::Tensor host = at::empty(shape, target.device(at::kCPU).pinned_memory(pinned));
-  int64_t begin = 0;
-  for (const at::Tensor& picture : pixels) {
-    host.narrow(0, begin, picture.size(0)).copy_(picture);
-    begin += picture.size(0);
-  }
-  return host.to(target.device(), /*dtype=*/host.scalar_type(), /*non_blocking=*/true);
-}
-
 at::Tensor resize_pillow_bicubic(const at::Tensor& image, int64_t height, int64_t width) {
   return resize_pillow_bicubic(image, {height, width}, {0, 0, height, width});
 }
@@ -172,8 +157,8 @@ at::Tensor resize_pillow_bicubic(const at::Tensor& image, ImagePlan::Size size, 
 
 namespace {
 
-// One frame → [3, H, W] float32.
-at::Tensor preprocess_frame(const uint8_t* rgb, int64_t width, int64_t height, const ImagePlan& plan) {
+// One frame, resized and cropped → [3, H, W] uint8.
+at::Tensor resized_frame(const uint8_t* rgb, int64_t width, int64_t height, const ImagePlan& plan) {
   at::Tensor image = at::from_blob(const_cast<uint8_t*>(rgb), {height, width, 3}, at::kByte);  // read only
   bool cropped = false;
   if (plan.resize && plan.pillow) {
@@ -183,9 +168,9 @@ at::Tensor preprocess_frame(const uint8_t* rgb, int64_t width, int64_t height, c
     cropped = box.top >= 0 && box.left >= 0 && box.height <= h - box.top && box.width <= w - box.left;
     image = resize_pillow_bicubic(image, *plan.resize, cropped ? box : whole);
   }
-  image = image.permute({2, 0, 1}).contiguous();
+  image = image.permute({2, 0, 1});
   if (plan.resize && !plan.pillow && (plan.resize->height != height || plan.resize->width != width)) {
-    image = at::_upsample_bicubic2d_aa(image.unsqueeze(0), {plan.resize->height, plan.resize->width},
+    image = at::_upsample_bicubic2d_aa(image.contiguous().unsqueeze(0), {plan.resize->height, plan.resize->width},
                                        /*align_corners=*/false)
                 .squeeze(0);
   }
@@ -202,17 +187,37 @@ at::Tensor preprocess_frame(const uint8_t* rgb, int64_t width, int64_t height, c
     }
     image = canvas;
   }
-  if (plan.pillow) {
-    // The Pillow backend rescales in float64, rounds to float32, then normalises.
-    const at::Tensor rescaled = (image.to(at::kDouble) * plan.rescale).to(at::kFloat);
-    return (rescaled - channel_values(plan.mean)) / channel_values(plan.std);
-  }
-  // The torchvision backend folds the rescaling into mean and std.
-  const double fold = 1.0 / plan.rescale;
-  return image.to(at::kFloat).sub_(channel_values(plan.mean) * fold).div_(channel_values(plan.std) * fold);
+  return image;
+}
+
+// Copied through pinned memory, which a GPU reads at its bus's full speed.
+at::Tensor moved(const at::Tensor& x, at::Device device) {
+  if (!device.is_cuda()) return x;
+  const at::Tensor pinned = at::empty_strided(x.sizes(), x.strides(), x.options().pinned_memory(true)).copy_(x);
+  return pinned.to(device, x.scalar_type(), /*non_blocking=*/true);
 }
 
 }  // namespace
+
+at::Tensor Picture::on(at::Device device) const {
+  if (pixels.defined()) return pixels.to(device);
+  const at::Tensor image = moved(bytes, device).contiguous();
+  const auto by_channel = [&](const std::array<double, 3>& values, double factor) {
+    return (channel_values(values) * factor).to(device);
+  };
+  at::Tensor values;
+  if (plan.pillow) {
+    // The Pillow backend rescales in float64, rounds to float32, then normalises.
+    const at::Tensor rescaled = (image.to(at::kDouble) * plan.rescale).to(at::kFloat);
+    values = (rescaled - by_channel(plan.mean, 1)) / by_channel(plan.std, 1);
+  } else {
+    // The torchvision backend folds the rescaling into mean and std.
+    const double fold = 1.0 / plan.rescale;
+    values = image.to(at::kFloat).sub_(by_channel(plan.mean, fold)).div_(by_channel(plan.std, fold));
+  }
+  if (!plan.patches) return values[0];
+  return cut_patches(values, plan.patches->size, plan.patches->temporal, plan.patches->merge);
+}
 
 Picture preprocess_image(const uint8_t* rgb, int64_t frames, int64_t width, int64_t height, const ImagePlan& plan) {
   check_side(width);
@@ -221,14 +226,14 @@ Picture preprocess_image(const uint8_t* rgb, int64_t frames, int64_t width, int6
     fail(code::kImage, "A video of " + std::to_string(frames) + " frames cannot be given to this model.");
   std::vector<at::Tensor> images;
   for (int64_t i = 0; i < frames; ++i)
-    images.push_back(preprocess_frame(rgb + i * height * width * 3, width, height, plan));
+    images.push_back(resized_frame(rgb + i * height * width * 3, width, height, plan));
   Picture picture;
+  picture.plan = plan;
+  // A copy: what a picture that needs no resizing was made of is the caller's. A frame keeps its order of bytes.
+  picture.bytes = frames == 1 ? images[0].clone().unsqueeze(0) : at::stack(images);
   if (plan.patches) {
     const ImagePlan::Patches& p = *plan.patches;
-    picture.pixels = cut_patches(at::stack(images), p.size, p.temporal, p.merge, picture.grid);
-    picture.side_by_side = p.side_by_side;
-  } else {
-    picture.pixels = images[0];
+    picture.grid = patch_grid(picture.bytes, p.size, p.temporal, p.merge);
   }
   return picture;
 }

@@ -35,27 +35,27 @@ struct ImagePlan {
   std::optional<Patches> patches;
 };
 
-// A picture or a video as a vision tower takes it: float32 on the CPU.
+// A picture or a video, resized and cropped.
 struct Picture {
-  // [3, H, W]; or [grid.patches(), elements of a patch] in merge-block order.
+  // What a vision tower takes, float32 on `device`: `pixels`, or made of `bytes`, which are what travels to a GPU.
+  at::Tensor on(at::Device device) const;
+
+  // [3, H, W]; or [grid.patches(), elements of a patch] in merge-block order. Undefined where there are bytes.
   at::Tensor pixels;
   PatchGrid grid;      // of patches
   bool video = false;  // its features go to video tokens
   // Seconds between two temporal patches of a video.
   double seconds_per_grid = 1.0;
-  bool side_by_side = false;                        // as in the plan
+  at::Tensor bytes;                                 // [frames, 3, H, W] uint8 on the CPU
+  ImagePlan plan;                                   // of what is still to be done with them
   std::string key;                                  // of its features in the cache; empty: they are not kept
-  std::shared_ptr<const PictureFeatures> features;  // from there; `pixels` is then undefined
+  std::shared_ptr<const PictureFeatures> features;  // from there: neither bytes nor pixels then
 };
 
 ImagePlan parse_image_plan(const nlohmann::json& plan);
 
 // rgb: frames × height × width × 3 bytes. Several frames need a plan with patches.
 Picture preprocess_image(const uint8_t* rgb, int64_t frames, int64_t width, int64_t height, const ImagePlan& plan);
-
-// All pictures' numbers one below the other along the first axis, as a tower of these options takes them: rounded on
-// the CPU and copied to the device at once.
-at::Tensor upload(const std::vector<at::Tensor>& pixels, const at::TensorOptions& target);
 
 // Bicubic as Pillow's Image.resize does it on 8-bit pictures, bit for bit (22-bit fixed-point coefficients, horizontal
 // pass first). image: [H, W, 3] uint8.

@@ -29,15 +29,20 @@ void for_each_patch(const PatchGrid& grid, int64_t merge, const std::function<vo
 
 }  // namespace
 
-at::Tensor cut_patches(const at::Tensor& frames, int64_t size, int64_t temporal, int64_t merge, PatchGrid& grid) {
-  const int64_t channels = frames.size(1), height = frames.size(2), width = frames.size(3), unit = size * merge;
+PatchGrid patch_grid(const at::Tensor& frames, int64_t size, int64_t temporal, int64_t merge) {
+  const int64_t height = frames.size(2), width = frames.size(3), unit = size * merge;
   if (height % unit != 0 || width % unit != 0) {
     fail(code::kImage,
          "A picture of " + std::to_string(width) + "×" + std::to_string(height) +
              " pixels cannot be cut into patches: each side must be a multiple of " + std::to_string(unit) + ".",
          {{"width", width}, {"height", height}, {"multiple", unit}});
   }
-  grid = {(frames.size(0) + temporal - 1) / temporal, height / size, width / size};
+  return {(frames.size(0) + temporal - 1) / temporal, height / size, width / size};
+}
+
+at::Tensor cut_patches(const at::Tensor& frames, int64_t size, int64_t temporal, int64_t merge) {
+  const PatchGrid grid = patch_grid(frames, size, temporal, merge);
+  const int64_t channels = frames.size(1);
   at::Tensor whole = frames;
   if (const int64_t missing = grid.t * temporal - frames.size(0); missing > 0)
     whole = at::cat({frames, frames.narrow(0, frames.size(0) - 1, 1).expand({missing, -1, -1, -1})}, 0);

@@ -14,9 +14,11 @@ struct PatchGrid {
   int64_t patches() const { return t * h * w; }
 };
 
-// frames: [F, C, H, W] → [t · h · w, C · temporal · size²] in merge-block order. A last temporal patch that is not full
-// repeats the last frame. A side that is not a multiple of size · merge is ERR_MARTLET_IMAGE.
-at::Tensor cut_patches(const at::Tensor& frames, int64_t size, int64_t temporal, int64_t merge, PatchGrid& grid);
+// Of frames [F, C, H, W]. A side that is not a multiple of size · merge is ERR_MARTLET_IMAGE.
+PatchGrid patch_grid(const at::Tensor& frames, int64_t size, int64_t temporal, int64_t merge);
+// frames → [t · h · w, C · temporal · size²] in merge-block order. A last temporal patch that is not full repeats the
+// last frame.
+at::Tensor cut_patches(const at::Tensor& frames, int64_t size, int64_t temporal, int64_t merge);
 
 // [n, 3 · size²] → [3, size, n · size]: patches one after the other to the right (MiniCPM-V's processor).
 at::Tensor patches_side_by_side(const at::Tensor& patches);

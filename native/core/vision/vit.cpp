@@ -126,7 +126,9 @@ std::vector<at::Tensor> Vit::forward(const at::Tensor& patches, const VitLayout&
     const VitLayer& layer = *layers_[i];
     const bool windowed = !full.empty() && std::find(full.begin(), full.end(), i) == full.end();
     // What the layer needs outlives the backward pass only if it is captured by value.
-    x = run_layer([&layer, rows = windowed ? layout.windows : layout.rows, rotary = layout.rotary,
+    SequenceLengths rows = windowed ? layout.windows : layout.rows;
+    rows.recurring = options.training;
+    x = run_layer([&layer, rows, rotary = layout.rotary,
                    dropout = options.dropout](const at::Tensor& h) { return layer.forward(h, rows, rotary, dropout); },
                   x, options);
   }

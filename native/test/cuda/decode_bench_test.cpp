@@ -69,12 +69,15 @@ TEST("GB/s of matrix times vector, and times several") {
         parts.push_back(part);
       }
       const at::Tensor x = at::empty({16, columns}, any.options()).normal_(), y = at::empty({16, rows}, any.options());
+      const at::Tensor sums =
+          at::empty({2 * cuda::kProductBlocks, 16, cuda::kProductRows}, any.options().dtype(at::kFloat));
+      const at::Tensor arrived = at::zeros({cuda::kProductBlocks}, any.options().dtype(at::kInt));
       struct Form {
         int32_t batch;
         bool normed;
       };
       for (const auto& [batch, normed] :
-           {Form{1, false}, Form{1, true}, Form{2, false}, Form{8, false}, Form{16, false}}) {
+           {Form{1, false}, Form{1, true}, Form{2, false}, Form{4, false}, Form{8, false}, Form{16, false}}) {
         if (normed && columns > 8192) continue;
         int64_t turn = 0;
         const double time = seconds(200, [&] {
@@ -86,6 +89,8 @@ TEST("GB/s of matrix times vector, and times several") {
           if (normed) op.norm.weight = x.const_data_ptr();
           op.eps = 1e-6f;
           op.out = y.mutable_data_ptr();
+          op.sums = sums.mutable_data_ptr<float>();
+          op.arrived = arrived.mutable_data_ptr<int32_t>();
           check_cuda(kernels.matvec(op, cuda::Type::kBFloat16, cuda_stream(x)));
         });
         std::printf("  %s %lld×%lld, %d rows%s: %.1f us, %.0f GB/s\n", name, static_cast<long long>(rows),
@@ -93,6 +98,64 @@ TEST("GB/s of matrix times vector, and times several") {
         // A launch costs microseconds, which the large ones hide.
         if (!quantization.enabled() && rows > 100000) EXPECT(bytes / time > 0.5 * copy);
       }
+    }
+  }
+}
+
+TEST("GB/s of attention over the cache") {
+  const at::NoGradGuard no_grad;
+  const at::Tensor any = at::empty({1}, at::dtype(at::kBFloat16).device(gpu()));
+  const cuda::DecodeKernels& kernels = cuda_kernels(any)->decode;
+  const double copy = copy_bandwidth();
+  struct Shape {
+    int32_t heads, kv_heads, head_dim, batch, context;
+  };
+  for (const auto& [heads, kv_heads, d, batch, context] :
+       {Shape{32, 32, 128, 16, 700}, Shape{32, 32, 128, 8, 700}, Shape{32, 32, 128, 4, 700}, Shape{32, 32, 128, 1, 700},
+        Shape{28, 4, 128, 16, 700}, Shape{28, 4, 128, 1, 700}, Shape{28, 4, 128, 1, 16384}, Shape{32, 32, 80, 16, 700},
+        Shape{32, 32, 64, 16, 700}}) {
+    // Layers of more than the second-level cache holds, read in turn.
+    const double bytes = 4.0 * batch * context * kv_heads * d;
+    const auto layers = std::max<int64_t>(2, static_cast<int64_t>(3e8 / bytes));
+    const at::Tensor cache = at::empty({layers, 2, batch, context, kv_heads, d}, any.options()).normal_();
+    const at::Tensor qkv = at::empty({batch, heads + 2 * kv_heads, d}, any.options()).normal_(),
+                     mixed = at::empty({batch, heads, d}, any.options());
+    const at::Tensor prompts = at::full({batch}, context - 1, any.options().dtype(at::kInt)),
+                     step = at::zeros({1}, prompts.options());
+    const std::vector<int32_t> of_splits = {cuda::splits_for(batch, heads, kv_heads), 1, 2, 4, 8, 16, 32};
+    for (const int32_t& splits : of_splits) {
+      const at::Tensor partial = at::empty({batch, heads, splits, d + 2}, any.options().dtype(at::kFloat)),
+                       arrivals = at::zeros({batch, heads}, prompts.options());
+      std::vector<cuda::DecodeLayer> own(layers);
+      for (int64_t i = 0; i < layers; ++i) {
+        own[i].keys = cache[i][0].mutable_data_ptr();
+        own[i].values = cache[i][1].mutable_data_ptr();
+      }
+      cuda::Decode op = {};
+      op.layers = own.data();
+      op.heads = heads;
+      op.kv_heads = kv_heads;
+      op.head_dim = d;
+      op.batch = batch;
+      op.steps = 1;
+      op.capacity = context;
+      op.prompts = prompts.const_data_ptr<int32_t>();
+      op.splits = splits;
+      op.scale = 0.1f;
+      op.type = cuda::Type::kBFloat16;
+      op.qkv = qkv.mutable_data_ptr();
+      op.mixed = mixed.mutable_data_ptr();
+      op.partial = partial.mutable_data_ptr<float>();
+      op.arrivals = arrivals.mutable_data_ptr<int32_t>();
+      op.step = step.mutable_data_ptr<int32_t>();
+      int32_t turn = 0;
+      const double time = seconds(
+          200, [&] { check_cuda(kernels.attention(op, static_cast<int32_t>(turn++ % layers), cuda_stream(qkv))); });
+      std::printf("  %d rows of %d positions, %d/%d heads of %d, %d parts%s: %.1f us, %.0f GB/s (copy %.0f)\n", batch,
+                  context, heads, kv_heads, d, splits, &splits == of_splits.data() ? " (chosen)" : "", time * 1e6,
+                  bytes / time / 1e9, copy / 1e9);
+      // A launch costs microseconds, which the large one hides.
+      if (&splits == of_splits.data() && batch * kv_heads == 512) EXPECT(bytes / time > 0.5 * copy);
     }
   }
 }

@@ -93,6 +93,18 @@ void add_lora(TestMatrix& m, int64_t rank, at::ScalarType type, uint64_t seed, i
                       .is_float = type == at::kFloat};
 }
 
+// What products of several rows need beside.
+struct Scratch {
+  at::Tensor sums, arrived;
+  explicit Scratch(int64_t batch)
+      : sums(at::full({2 * cuda::kProductBlocks, batch, cuda::kProductRows}, NAN, at::kFloat).to(gpu())),
+        arrived(at::zeros({cuda::kProductBlocks}, at::kInt).to(gpu())) {}
+  void give(cuda::Matvec& op) const {
+    op.sums = sums.mutable_data_ptr<float>();
+    op.arrived = arrived.mutable_data_ptr<int32_t>();
+  }
+};
+
 // Of a row, or of several.
 at::Tensor linear32(const TestMatrix& m, const at::Tensor& x) {
   const auto times = [](const at::Tensor& x, const at::Tensor& w) {
@@ -110,8 +122,16 @@ TEST("matrix times vector: 16 bits, int8, NF4; norms, bias, residual, three part
   const cuda::DecodeKernels& kernels = cuda_kernels(at::empty({1}, at::dtype(at::kHalf).device(gpu())))->decode;
   for (const at::ScalarType type : kTypes) {
     for (const auto& [name, quantization] : kStorages) {
-      for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{
-               {5, 1}, {13, 7}, {70, 80}, {7, 64}, {9, 514}, {33, 3584}, {129, 520}, {11, 2112}, {40, 18944}}) {
+      for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{{5, 1},
+                                                                                  {13, 7},
+                                                                                  {70, 80},
+                                                                                  {7, 64},
+                                                                                  {9, 514},
+                                                                                  {33, 3584},
+                                                                                  {129, 520},
+                                                                                  {11, 2112},
+                                                                                  {21, 8192},
+                                                                                  {40, 18944}}) {
         const std::string what = name + " " + std::to_string(rows) + "×" + std::to_string(columns);
         const at::Tensor x = randn({columns}, 1).to(type).to(gpu()),
                          norm = (1 + 0.1 * randn({columns}, 2)).to(type).to(gpu());
@@ -171,10 +191,21 @@ TEST("matrices times several rows: 16 bits, int8, NF4; norms, bias, residual, th
   const cuda::DecodeKernels& kernels = cuda_kernels(at::empty({1}, at::dtype(at::kHalf).device(gpu())))->decode;
   for (const at::ScalarType type : kTypes) {
     for (const auto& [name, quantization] : kStorages) {
-      // Read as words where columns are a multiple of 16 (NF4: 64), else one by one.
-      for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{
-               {5, 1}, {13, 7}, {70, 80}, {7, 64}, {9, 514}, {33, 3584}, {129, 520}, {64, 1024}, {40, 18944}}) {
-        for (const int64_t batch : {2, 7, 8, 9, 16}) {
+      // Read by stages where columns are a multiple of 16 (NF4: 64), else one by one. Several blocks share a tile of
+      // 128 rows, or a block has some tiles whole and parts of others.
+      for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{{5, 1},
+                                                                                  {13, 7},
+                                                                                  {70, 80},
+                                                                                  {7, 64},
+                                                                                  {9, 514},
+                                                                                  {33, 3584},
+                                                                                  {129, 520},
+                                                                                  {130, 528},
+                                                                                  {64, 1024},
+                                                                                  {257, 1088},
+                                                                                  {1537, 192},
+                                                                                  {40, 18944}}) {
+        for (const int64_t batch : {2, 3, 8, 9, 15, 16}) {
           const std::string what = name + " " + std::to_string(rows) + "×" + std::to_string(columns) + ", " +
                                    std::to_string(batch) + " rows";
           const at::Tensor x = randn({batch, columns}, 1).to(type).to(gpu()),
@@ -183,7 +214,8 @@ TEST("matrices times several rows: 16 bits, int8, NF4; norms, bias, residual, th
           TestMatrix a = matrix(rows, columns, type, quantization, 10, true),
                      b = matrix(rows, columns, type, quantization, 20, false),
                      c = matrix(rows + 3, columns, type, quantization, 30, true);
-          const at::Tensor scratch = at::full_like(x, 99.0);
+          const at::Tensor normed_rows = at::full_like(x, 99.0);
+          const Scratch scratch(batch);
           const auto run = [&](cuda::Matvec op, const std::vector<cuda::Matrix>& parts, int64_t n,
                                const at::Tensor& added = {}) {
             at::Tensor y = added.defined() ? added.clone() : at::full({batch, n}, 99.0, x.options());
@@ -194,7 +226,8 @@ TEST("matrices times several rows: 16 bits, int8, NF4; norms, bias, residual, th
             op.eps = 1e-6f;
             op.residual = added.defined() ? y.const_data_ptr() : nullptr;
             op.out = y.mutable_data_ptr();
-            op.normed = scratch.mutable_data_ptr();
+            op.normed = normed_rows.mutable_data_ptr();
+            scratch.give(op);
             check_cuda(kernels.matvec(op, cuda_type(type), cuda_stream(x)));
             return y;
           };
@@ -222,6 +255,51 @@ TEST("matrices times several rows: 16 bits, int8, NF4; norms, bias, residual, th
   }
 }
 
+TEST("matrices of a model's size times several rows: shared out to all blocks, the same bits every time") {
+  const at::NoGradGuard no_grad;
+  const at::ScalarType type = at::kBFloat16;
+  const cuda::DecodeKernels& kernels = cuda_kernels(at::empty({1}, at::dtype(type).device(gpu())))->decode;
+  // Neither rows nor columns fill their last tile or stage.
+  for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{{4100, 4160}, {1001, 18496}}) {
+    for (const auto& [name, quantization] : kStorages) {
+      const TestMatrix a = matrix(rows, columns, type, quantization, 10, true),
+                       b = matrix(rows, columns, type, quantization, 20, false);
+      for (const int64_t batch : {3, 16}) {
+        const at::Tensor x = randn({batch, columns}, 1).to(type).to(gpu());
+        const at::Tensor residual = randn({batch, rows}, 3).to(type).to(gpu());
+        const Scratch scratch(batch);
+        const auto check = [&](bool gated, const at::Tensor& expected) {
+          const std::string what = name + " " + std::to_string(rows) + "×" + std::to_string(columns) + ", " +
+                                   std::to_string(batch) + " rows" + (gated ? ", gated" : "");
+          const std::vector<cuda::Matrix> parts = {a.described, b.described};
+          at::Tensor before;
+          for (int turn = 0; turn < 10; ++turn) {
+            const at::Tensor y = residual.clone();
+            cuda::Matvec op = {};
+            op.parts = parts.data();
+            op.count = gated ? 2 : 1;
+            op.gated = gated;
+            op.activation = gated ? cuda::Activation::kSilu : cuda::Activation::kNone;
+            op.batch = static_cast<int32_t>(batch);
+            op.x = x.const_data_ptr();
+            op.residual = gated ? nullptr : y.const_data_ptr();
+            op.out = y.mutable_data_ptr();
+            scratch.give(op);
+            check_cuda(kernels.matvec(op, cuda_type(type), cuda_stream(x)));
+            if (before.defined()) EXPECT_SAME(y.cpu(), before.cpu());
+            before = y;
+          }
+          check_near(before, expected, gated ? 3e-2 : 1e-2, what);
+          EXPECT_EQ(scratch.arrived.count_nonzero().item<int64_t>(), 0);
+        };
+        const at::Tensor first = linear32(a, x);
+        check(false, first + residual.cpu().to(at::kFloat));
+        check(true, activate(first, Activation::kSilu) * linear32(b, x));
+      }
+    }
+  }
+}
+
 TEST("attention of one query, rotary, norms of q and k, and the cache") {
   const at::NoGradGuard no_grad;
   const cuda::DecodeKernels& kernels = cuda_kernels(at::empty({1}, at::dtype(at::kHalf).device(gpu())))->decode;
@@ -229,9 +307,11 @@ TEST("attention of one query, rotary, norms of q and k, and the cache") {
     int32_t heads, kv_heads, head_dim;
   };
   for (const at::ScalarType type : kTypes) {
-    for (const Shape& shape : {Shape{28, 4, 128}, Shape{6, 3, 64}, Shape{4, 4, 80}, Shape{3, 1, 6}}) {
-      for (const int64_t context : {1, 2, 31, 32, 33, 257, 2100}) {
-        for (const bool extras : {false, true}) {
+    for (const Shape& shape : {Shape{28, 4, 128}, Shape{32, 32, 128}, Shape{12, 2, 128}, Shape{6, 3, 64},
+                               Shape{4, 4, 80}, Shape{5, 5, 96}, Shape{8, 2, 256}, Shape{3, 1, 6}}) {
+      for (const int64_t context : {1, 2, 31, 33, 257, 700, 2100}) {
+        for (const auto& [splits, extras] :
+             std::vector<std::pair<int32_t, bool>>{{1, false}, {7, true}, {cuda::kMaxSplits, false}}) {
           const auto [heads, kv_heads, d] = shape;
           const int32_t step = context > 3 ? 2 : 0;  // of 3 steps, the rest of the context is the prompt's
           const auto on_gpu = [&](const at::Tensor& t) { return t.to(type).to(gpu()); };
@@ -243,8 +323,8 @@ TEST("attention of one query, rotary, norms of q and k, and the cache") {
           const at::Tensor q_norm = on_gpu(1 + 0.1 * randn({d}, 4)), k_norm = on_gpu(1 + 0.1 * randn({d}, 5));
           const at::Tensor scale = on_gpu(1 + 0.1 * randn({3}, 6));
           const at::Tensor mixed = on_gpu(at::zeros({heads, d})), at_step = at::full({1}, step, at::kInt).to(gpu());
-          const int32_t splits = 37;
-          const at::Tensor partial = at::empty({heads, splits, d + 2}, at::kFloat).to(gpu());
+          const at::Tensor partial = at::empty({heads, splits, d + 2}, at::kFloat).to(gpu()),
+                           arrivals = at::zeros({heads}, at::kInt).to(gpu());
           // What is expected, in float32 on the CPU.
           const auto f32 = [](const at::Tensor& t) { return t.cpu().to(at::kFloat); };
           const auto turned = [&](at::Tensor x, const at::Tensor& norm) {
@@ -295,12 +375,14 @@ TEST("attention of one query, rotary, norms of q and k, and the cache") {
           op.qkv = qkv.mutable_data_ptr();
           op.mixed = mixed.mutable_data_ptr();
           op.partial = partial.mutable_data_ptr<float>();
+          op.arrivals = arrivals.mutable_data_ptr<int32_t>();
           op.step = at_step.mutable_data_ptr<int32_t>();
           check_cuda(kernels.attention(op, 0, cuda_stream(qkv)));
           const std::string what = std::to_string(heads) + "/" + std::to_string(kv_heads) + " heads of " +
-                                   std::to_string(d) + ", context " + std::to_string(context) +
-                                   (extras ? ", with norms" : "");
+                                   std::to_string(d) + ", context " + std::to_string(context) + " in " +
+                                   std::to_string(splits) + (extras ? ", with norms" : "");
           check_near(mixed, expected, 2e-2, what);
+          EXPECT_SAME(arrivals.cpu(), at::zeros({heads}, at::kInt));
           check_near(cache[0].narrow(0, 0, context), keys, 2e-2, what + ": keys");
           check_near(cache[1].narrow(0, 0, context), values, 1e-6, what + ": values");
         }
@@ -322,7 +404,8 @@ TEST("attention without rotation: a bias by distance; to what an encoder read") 
       const at::Tensor bias = on_gpu(2 * randn({kHeads, kDistances}, 3)),
                        read = on_gpu(randn({2, 19, kHeads, kDim}, 4));
       const at::Tensor mixed = on_gpu(at::zeros({kHeads, kDim})), step = at::zeros({1}, at::kInt).to(gpu());
-      const at::Tensor partial = at::empty({kHeads, kSplits, kDim + 2}, at::kFloat).to(gpu());
+      const at::Tensor partial = at::empty({kHeads, kSplits, kDim + 2}, at::kFloat).to(gpu()),
+                       arrivals = at::zeros({kHeads}, at::kInt).to(gpu());
       cuda::DecodeLayer layer = {};
       layer.keys = cache[0].mutable_data_ptr();
       layer.values = cache[1].mutable_data_ptr();
@@ -347,6 +430,7 @@ TEST("attention without rotation: a bias by distance; to what an encoder read") 
       op.qkv = qkv.mutable_data_ptr();
       op.mixed = mixed.mutable_data_ptr();
       op.partial = partial.mutable_data_ptr<float>();
+      op.arrivals = arrivals.mutable_data_ptr<int32_t>();
       op.step = step.mutable_data_ptr<int32_t>();
       const auto attended = [&](const at::Tensor& keys, const at::Tensor& values, const at::Tensor& added) {
         const at::Tensor q = f32(qkv).narrow(0, 0, kHeads).unsqueeze(1);  // [heads, 1, d]

@@ -132,7 +132,7 @@ TEST("fp8: a layer's value and gradients beside bfloat16's") {
     options.dtype = options.pair_dtype = at::kBFloat16;
     options.device = gpu();
     LayerOptions full = options;
-    options.fp8 = true;
+    options.quantization = {QuantizationOptions::Method::kFp8, false};
     const LayerResult expected = LayerCase(full).run(/*written_out=*/true, Recompute::kNone);
     LayerCase c(options);
     LayerResult first;

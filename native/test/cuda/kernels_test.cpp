@@ -296,6 +296,17 @@ TEST("SwiGLU and its gradients") {
   }
 }
 
+TEST("QuickGELU") {
+  for (const at::ScalarType type : kTypes) {
+    for (const int64_t n : {1, 8, 33, 4096}) {
+      compare(
+          "QuickGELU of " + std::to_string(n),
+          [](const Tensors& in) { return activate(in[0], Activation::kQuickGelu); }, {(3 * randn({33, n}, 1)).to(type)},
+          2);
+    }
+  }
+}
+
 TEST("NF4 and int8 weights: dequantised to the same bits as on the CPU, quantised alike") {
   for (const at::ScalarType type : kTypes) {
     for (const auto& [rows, columns] :
@@ -318,7 +329,15 @@ TEST("NF4 and int8 weights: dequantised to the same bits as on the CPU, quantise
                 },
                 weight.sizes(), type, device);
           };
-          EXPECT_SAME(read(gpu())->dequantize().cpu(), read(at::kCPU)->dequantize());
+          const QuantizedPtr on_gpu = read(gpu());
+          EXPECT_SAME(on_gpu->dequantize().cpu(), read(at::kCPU)->dequantize());
+          for (const int64_t gap : {8, 3}) {
+            // Rows apart, and what lies between them stays.
+            const at::Tensor wide = at::full({rows, columns + gap}, 7, weight.options().device(gpu()));
+            on_gpu->dequantize_to(wide.narrow(1, 0, columns));
+            EXPECT_SAME(wide.narrow(1, 0, columns).cpu(), read(at::kCPU)->dequantize());
+            EXPECT(wide.narrow(1, columns, gap).eq(7).all().item<bool>());
+          }
           // Not each code: sums are rounded in another order there, and a number between two codes falls to either
           // side.
           const at::Tensor expected = here->dequantize().to(at::kFloat);
@@ -358,8 +377,21 @@ TEST("a gated MLP of unaligned width, padded for the tensor cores") {
   }
 }
 
-TEST("pictures are copied through pinned memory as they are") {
-  const Tensors pictures = {randn({4, 1176}, 1), randn({9, 1176}, 2)};
-  const at::TensorOptions target = at::TensorOptions().dtype(at::kBFloat16).device(gpu());
-  EXPECT_SAME(upload(pictures, target).cpu(), at::cat(pictures).to(at::kBFloat16));
+TEST("pictures are normalised and cut on the GPU with the bits that the CPU makes") {
+  const at::Tensor bytes = (randn({2, 56, 84, 3}, 1) * 60 + 128).clamp(0, 255).to(at::kByte);
+  ImagePlan plan;
+  plan.mean = {0.48145466, 0.4578275, 0.40821073};
+  plan.std = {0.26862954, 0.26130258, 0.27577711};
+  for (const bool pillow : {false, true}) {
+    for (const int64_t frames : {1, 2}) {
+      for (const bool patches : {false, true}) {
+        if (frames > 1 && !patches) continue;
+        plan.pillow = pillow;
+        plan.patches.reset();
+        if (patches) plan.patches = {14, 2, 2};
+        const Picture picture = preprocess_image(bytes.const_data_ptr<uint8_t>(), frames, 84, 56, plan);
+        EXPECT_SAME(picture.on(gpu()).cpu(), picture.on(at::kCPU));
+      }
+    }
+  }
 }

@@ -59,7 +59,7 @@ void measure(const Shape& shape, int64_t rows, PairForm form, bool fp8 = false) 
   options.device = gpu();
   options.drawn_on_device = true;
   options.form = form;
-  options.fp8 = fp8;
+  if (fp8) options.quantization = {QuantizationOptions::Method::kFp8, false};
   std::vector<std::unique_ptr<LayerCase>> layers;
   for (int64_t i = 0; i < shape.layers; ++i) layers.push_back(std::make_unique<LayerCase>(options));
   // As in a run: gradients are there and are added to.

@@ -77,9 +77,10 @@ class Blip2 : public VisionLanguageModel {
 
   VisionFeatures image_features(const std::vector<Picture>& pictures, const ForwardOptions& options) const override {
     const int64_t size = config_.image_size / config_.patch_size * config_.patch_size;
+    const at::TensorOptions target = vision_model_.options();
     std::vector<at::Tensor> patches;
     for (const Picture& picture : pictures) {
-      const at::Tensor& image = picture.pixels;
+      const at::Tensor image = picture.on(target.device());
       if (image.dim() != 3 || image.size(1) != config_.image_size || image.size(2) != config_.image_size) {
         fail(code::kImage, "The processor made a picture of " + std::to_string(image.size(-1)) + "×" +
                                std::to_string(image.size(-2)) + " pixels, but the vision tower takes " +
@@ -87,15 +88,14 @@ class Blip2 : public VisionLanguageModel {
                                ": preprocessor_config.json and config.json are not of one model.");
       }
       // What is left over at the edges is not seen, as in a convolution.
-      PatchGrid grid;
       const at::Tensor whole = image.narrow(1, 0, size).narrow(2, 0, size).contiguous();
-      patches.push_back(cut_patches(whole.unsqueeze(0), config_.patch_size, 1, 1, grid));
+      patches.push_back(cut_patches(whole.unsqueeze(0), config_.patch_size, 1, 1));
     }
     VitLayout layout;
     layout.rows = SequenceLengths::from_lengths(std::vector<int64_t>(pictures.size(), config_.vision.position_rows),
-                                                vision_model_.options().device());
-    const at::Tensor seen = post_layernorm_.forward(vision_model_.forward(
-        at::cat(patches).to(vision_model_.options()), layout, {config_.vision.num_layers}, options)[0]);
+                                                target.device());
+    const at::Tensor seen = post_layernorm_.forward(
+        vision_model_.forward(at::cat(patches).to(target), layout, {config_.vision.num_layers}, options)[0]);
     const at::Tensor queried = qformer_.forward(query_tokens_.value, seen, layout.rows, options);
     return {language_projection_.forward(queried.to(seen.scalar_type()), options.dropout), {}};
   }

@@ -76,19 +76,20 @@ class Llava : public VisionLanguageModel {
   VisionFeatures image_features(const std::vector<Picture>& pictures, const ForwardOptions& options) const override {
     const int64_t size = config_.image_size, patch = config_.patch_size, grid = size / patch;
     const int64_t n = static_cast<int64_t>(pictures.size()), width = config_.vision.hidden_size;
+    const at::TensorOptions target = vision_tower_.options();
     std::vector<at::Tensor> images;
     for (const Picture& picture : pictures) {
-      const at::Tensor& image = picture.pixels;
+      const at::Tensor image = picture.on(target.device());
       if (image.dim() != 3 || image.size(1) != size || image.size(2) != size) {
         fail(code::kImage, "The processor made a picture of " + std::to_string(image.size(-1)) + "×" +
                                std::to_string(image.size(-2)) + " pixels, but the vision tower takes " +
                                std::to_string(size) + "×" + std::to_string(size) +
                                ": preprocessor_config.json and config.json are not of one model.");
       }
-      images.push_back(image);
+      images.push_back(image.to(target));
     }
     // [N, C, gh, p, gw, p] → [N · gh · gw, C · p · p]: the order of a convolution kernel's elements.
-    const at::Tensor patches = upload(images, vision_tower_.options())
+    const at::Tensor patches = at::cat(images)
                                    .view({n, 3, grid, patch, grid, patch})
                                    .permute({0, 2, 4, 1, 3, 5})
                                    .reshape({n * grid * grid, config_.vision.patch_elements});

@@ -176,8 +176,7 @@ class MiniCpmV : public VisionLanguageModel {
     std::vector<at::Tensor> pixels, table_rows, positions;
     std::vector<int64_t> lengths;
     for (const Picture& picture : pictures) {
-      check(picture);
-      pixels.push_back(picture.pixels);
+      pixels.push_back(checked(picture.on(target.device()), picture.grid));
       lengths.push_back(picture.grid.patches());
       table_rows.push_back(bucketed_positions(picture.grid, config_.position_side));
       positions.push_back(sincos_positions(picture.grid, config_.resampler.embed_dim));
@@ -200,12 +199,11 @@ class MiniCpmV : public VisionLanguageModel {
   }
 
  private:
-  void check(const Picture& picture) const {
-    const PatchGrid& grid = picture.grid;
-    if (picture.pixels.dim() == 2 && picture.pixels.size(1) == config_.vision.patch_elements && grid.patches() > 0 &&
-        grid.t == 1 && grid.patches() == picture.pixels.size(0))
-      return;
-    fail(code::kImage, "The processor made a picture of shape " + json(picture.pixels.sizes().vec()).dump() +
+  const at::Tensor& checked(const at::Tensor& pixels, const PatchGrid& grid) const {
+    if (pixels.dim() == 2 && pixels.size(1) == config_.vision.patch_elements && grid.patches() > 0 && grid.t == 1 &&
+        grid.patches() == pixels.size(0))
+      return pixels;
+    fail(code::kImage, "The processor made a picture of shape " + json(pixels.sizes().vec()).dump() +
                            ", but the vision tower takes patches of " + std::to_string(config_.vision.patch_elements) +
                            " numbers: preprocessor_config.json and config.json are not of one model.");
   }

@@ -191,24 +191,24 @@ class QwenVl : public VisionLanguageModel {
 
   VisionFeatures image_features(const std::vector<Picture>& pictures, const ForwardOptions& options) const override {
     const int64_t size = config_.image_size / config_.patch_size * config_.patch_size;
+    const at::TensorOptions target = visual_.options();
     std::vector<at::Tensor> patches;
     for (const Picture& picture : pictures) {
-      const at::Tensor& image = picture.pixels;
+      const at::Tensor image = picture.on(target.device());
       if (image.dim() != 3 || image.size(1) != config_.image_size || image.size(2) != config_.image_size) {
         fail(code::kImage, "The processor made a picture of " + std::to_string(image.size(-1)) + "×" +
                                std::to_string(image.size(-2)) + " pixels, but the vision tower takes " +
                                std::to_string(config_.image_size) + "×" + std::to_string(config_.image_size) + ".");
       }
       // What is left over at the edges is not seen, as in a convolution.
-      PatchGrid grid;
       const at::Tensor whole = image.narrow(1, 0, size).narrow(2, 0, size).contiguous();
-      patches.push_back(cut_patches(whole.unsqueeze(0), config_.patch_size, 1, 1, grid));
+      patches.push_back(cut_patches(whole.unsqueeze(0), config_.patch_size, 1, 1));
     }
     VitLayout layout;
-    layout.rows = SequenceLengths::from_lengths(std::vector<int64_t>(pictures.size(), patches[0].size(0)),
-                                                visual_.options().device());
+    layout.rows =
+        SequenceLengths::from_lengths(std::vector<int64_t>(pictures.size(), patches[0].size(0)), target.device());
     const at::Tensor seen =
-        visual_.forward(at::cat(patches).to(visual_.options()), layout, {config_.vision.num_layers}, options)[0];
+        visual_.forward(at::cat(patches).to(target), layout, {config_.vision.num_layers}, options)[0];
     const at::Tensor pooled = attn_pool_.forward(seen, layout.rows, at::Tensor(), options.dropout);
     return {at::matmul(ln_post_.forward(pooled), proj_.value), {}};
   }

@@ -53,12 +53,11 @@ class QwenVl : public VisionLanguageModel {
     std::vector<PatchGrid> grids;
     std::vector<at::Tensor> pixels;
     for (const Picture& picture : pictures) {
-      check(picture);
       grids.push_back(picture.grid);
-      pixels.push_back(picture.pixels);
+      pixels.push_back(checked(picture.on(target.device()), picture.grid).to(target));
     }
     // Reordered on the device, where a copy of all patches costs little.
-    at::Tensor patches = upload(pixels, target), coordinates = patch_coordinates(grids, merge);
+    at::Tensor patches = at::cat(pixels), coordinates = patch_coordinates(grids, merge);
     VitLayout layout;
     layout.rows = SequenceLengths::from_lengths(frame_lengths(grids), target.device());
     at::Tensor token_order;  // on the CPU
@@ -186,13 +185,12 @@ class QwenVl : public VisionLanguageModel {
   }
 
  private:
-  void check(const Picture& picture) const {
-    const PatchGrid& grid = picture.grid;
+  const at::Tensor& checked(const at::Tensor& pixels, const PatchGrid& grid) const {
     const int64_t merge = config_.merger.merge;
-    if (picture.pixels.dim() == 2 && picture.pixels.size(1) == config_.vision.patch_elements && grid.patches() > 0 &&
-        grid.patches() == picture.pixels.size(0) && grid.h % merge == 0 && grid.w % merge == 0)
-      return;
-    fail(code::kImage, "The processor made a picture of shape " + nlohmann::json(picture.pixels.sizes().vec()).dump() +
+    if (pixels.dim() == 2 && pixels.size(1) == config_.vision.patch_elements && grid.patches() > 0 &&
+        grid.patches() == pixels.size(0) && grid.h % merge == 0 && grid.w % merge == 0)
+      return pixels;
+    fail(code::kImage, "The processor made a picture of shape " + nlohmann::json(pixels.sizes().vec()).dump() +
                            ", but the vision tower takes patches of " + std::to_string(config_.vision.patch_elements) +
                            " numbers in blocks of " + std::to_string(merge) + "×" + std::to_string(merge) +
                            ": preprocessor_config.json and config.json are not of one model.");
