@@ -91,7 +91,7 @@ struct PairGradients {
   PairGradient parts[3];
   int32_t count;
   const void* dy;  // [rows, columns], rows dy_pitch apart
-  void* tail;      // [rows, ranks], rows dy_pitch apart
+  void* tail;      // [rows, ranks], rows dy_pitch apart; may be null
   int64_t rows, columns, dy_pitch;
   const void* low;  // x Aᵀ, [rows, ranks], contiguous
   void* dlow;       // of that shape; may be low itself

@@ -170,7 +170,7 @@ __global__ void put_together(const PairGradients op, int rank, int splits, int64
     for (int s = 0; s < slices_of(op.parts[index]); ++s)
       sum += op.partial_tail[((slice + s) * op.rows + row) * rank + place];
     const T value = from_float<T>(sum);
-    static_cast<T*>(op.tail)[row * op.dy_pitch + op.parts[index].rank_begin + place] = value;
+    if (op.tail != nullptr) static_cast<T*>(op.tail)[row * op.dy_pitch + op.parts[index].rank_begin + place] = value;
     static_cast<T*>(op.dlow)[row * op.ranks + op.parts[index].rank_begin + place] = value;
     return;
   }

@@ -114,32 +114,54 @@ TEST("stacked weights in fp8: each linear keeps its numbers, in one memory") {
   EXPECT(!LinearStack::of({&a, &b}, at::kFloat, nullptr).has_value());
 }
 
-TEST("stacked weights in fp8: values and gradients are those of the quantised numbers") {
-  Linear a(32, 16, false), b(32, 48, false);
-  const at::Tensor wa = randn({16, 32}, 1), wb = 3 * randn({48, 32}, 2), x = randn({5, 32}, 5), dy = randn({5, 64}, 6);
-  a.weight.quantized = Fp8Tensor::quantize(wa);
-  b.weight.quantized = Fp8Tensor::quantize(wb);
-  LoraLayer pair;
-  pair.a = randn({4, 32}, 7).requires_grad_(true);
-  pair.b = randn({48, 4}, 8).requires_grad_(true);
-  pair.scaling = 0.5;
-  b.lora = &pair;
-  stack_weights({&a, &b}, PairForm::kInPlace);
-  const auto stack = LinearStack::of({&a, &b}, at::kFloat, nullptr);
-  at::Tensor low;
-  const at::NoGradGuard no_grad;
-  const at::Tensor dense = at::cat({a.weight.dense(), b.weight.dense()}),
-                   scales = at::cat({wa, wb}).abs().amax(1) / 448, low_expected = at::mm(x, pair.a.t());
-  at::Tensor y = at::mm(values_of(quantize_fp8_rows(x, at::kFloat8_e4m3fn)), dense.t());
-  y.narrow(1, 16, 48).add_(at::mm(low_expected, pair.b.t()), 0.5);
-  EXPECT_CLOSE(stack->forward(x, low), y, 1e-5);
-  const at::Tensor dyq = values_of(quantize_fp8_rows(dy, kFp8Gradient, scales)), db = dy.narrow(1, 16, 48),
-                   dlow = 0.5 * at::mm(db, pair.b);
-  // Sums of numbers up to a hundred.
-  EXPECT_CLOSE(stack->backward(dy, low), at::mm(dyq, dense / scales.unsqueeze(1)) + at::mm(dlow, pair.a), 2e-4);
-  stack->backward_a(low, x);
-  EXPECT_CLOSE(pair.b.grad(), 0.5 * at::mm(db.t(), low_expected), 1e-4);
-  EXPECT_CLOSE(pair.a.grad(), at::mm(dlow.t(), x), 1e-4);
+TEST(
+    "stacked weights in fp8: values and gradients are those of the quantised numbers, the pairs in place or after the "
+    "codes") {
+  for (const PairForm form : {PairForm::kInPlace, PairForm::kAugmented}) {
+    Linear a(32, 16, false), b(32, 48, false);
+    const at::Tensor wa = randn({16, 32}, 1), wb = 3 * randn({48, 32}, 2), x = randn({5, 32}, 5),
+                     dy = randn({5, 64}, 6);
+    a.weight.quantized = Fp8Tensor::quantize(wa);
+    b.weight.quantized = Fp8Tensor::quantize(wb);
+    LoraLayer pair;
+    pair.a = randn({4, 32}, 7).requires_grad_(true);
+    pair.b = randn({48, 4}, 8).requires_grad_(true);
+    pair.scaling = 0.5;
+    b.lora = &pair;
+    const at::Tensor before = b.weight.dense();
+    stack_weights({&a, &b}, form);
+    EXPECT_SAME(b.weight.dense(), before);
+    const QuantizedPtr placed = b.weight.quantized;
+    stack_weights({&a, &b}, form);  // nothing to do
+    EXPECT(b.weight.quantized == placed);
+    const auto stack = LinearStack::of({&a, &b}, at::kFloat, nullptr);
+    const at::NoGradGuard no_grad;
+    const at::Tensor dense = at::cat({a.weight.dense(), b.weight.dense()}),
+                     scales = at::cat({wa, wb}).abs().amax(1) / 448;
+    for (int step = 0; step < 2; ++step) {  // the pairs change in between
+      stack->refresh_pairs();
+      for (at::Tensor* part : {&pair.a, &pair.b}) part->mutable_grad() = at::ones_like(*part);
+      const at::Tensor low_expected = at::mm(x, pair.a.t());
+      at::Tensor low, y = at::mm(values_of(quantize_fp8_rows(x, at::kFloat8_e4m3fn)), dense.t());
+      y.narrow(1, 16, 48).add_(at::mm(low_expected, pair.b.t()), 0.5);
+      EXPECT_CLOSE(stack->forward(x, low), y, 1e-5);
+      EXPECT_EQ(low.size(1), form == PairForm::kAugmented ? int64_t{8} : int64_t{4});  // it was taken
+      const at::Tensor dyq = values_of(quantize_fp8_rows(dy, kFp8Gradient, scales)), db = dy.narrow(1, 16, 48),
+                       dlow = 0.5 * at::mm(db, pair.b);
+      // Sums of numbers up to a hundred.
+      EXPECT_CLOSE(stack->backward(dy, low), at::mm(dyq, dense / scales.unsqueeze(1)) + at::mm(dlow, pair.a), 2e-4);
+      stack->backward_a(low, x);
+      EXPECT_CLOSE(pair.b.grad(), 1 + 0.5 * at::mm(db.t(), low_expected), 1e-4);
+      EXPECT_CLOSE(pair.a.grad(), 1 + at::mm(dlow.t(), x), 1e-4);
+      pair.a.mul_(0.5);
+      pair.b.add_(0.25);
+    }
+    // Without the pair its room goes, and the weights stay.
+    b.lora = nullptr;
+    stack_weights({&a, &b}, form);
+    EXPECT_SAME(b.weight.dense(), before);
+    EXPECT_EQ(static_cast<const Fp8Tensor&>(*b.weight.quantized).rows().codes.storage().nbytes(), size_t{64 * 32});
+  }
 }
 
 TEST("a layer in fp8, written out beside autograd, and the same bits at each level of recompute") {

@@ -254,9 +254,8 @@ void stack_layer_weights(DecoderLayer& layer, PairForm form) {
 
 void refresh_layer_pairs(DecoderLayer& layer) {
   for (const auto& linears : stacks_of(layer)) {
-    const at::Tensor& weight = linears[0]->weight.value;
-    if (!weight.defined()) continue;  // what is dequantised for each product takes the pairs as they are
-    const auto stack = LinearStack::of({linears.begin(), linears.end()}, weight.scalar_type(), /*dropout=*/nullptr);
+    const at::ScalarType dtype = linears[0]->weight.dtype();
+    const auto stack = LinearStack::of({linears.begin(), linears.end()}, dtype, /*dropout=*/nullptr);
     if (stack) stack->refresh_pairs();
   }
 }

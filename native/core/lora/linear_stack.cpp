@@ -123,16 +123,45 @@ std::shared_ptr<const Fp8Tensor> joined(const std::vector<const Fp8Tensor*>& par
   return std::make_shared<Fp8Tensor>(all, parts[0]->units(), parts[0]->dtype());
 }
 
-void stack_fp8_weights(const std::vector<Linear*>& linears) {
+// A, stacked, and s B of all pairs as in a buffer of kAugmented, after the codes of fp8 in their memory.
+struct PairsAfterCodes {
+  at::Tensor scaled_b, a;  // [Σ out, ranks], [ranks, in]
+};
+int64_t bytes_with_pairs(int64_t out, int64_t in, int64_t ranks, at::ScalarType dtype) {
+  return out * in + (out + in) * ranks * static_cast<int64_t>(c10::elementSize(dtype));
+}
+// Nothing where there is no such room. `codes`: the stacked ones.
+std::optional<PairsAfterCodes> pairs_after(const at::Tensor& codes, int64_t ranks, at::ScalarType dtype) {
+  const int64_t out = codes.size(0), in = codes.size(1), size = static_cast<int64_t>(c10::elementSize(dtype));
+  if (codes.storage_offset() != 0 ||
+      codes.storage().nbytes() != static_cast<size_t>(bytes_with_pairs(out, in, ranks, dtype)))
+    return std::nullopt;
+  const auto part = [&](int64_t begin, int64_t rows, int64_t columns) {
+    return at::empty({0}, codes.options().dtype(dtype)).set_(codes.storage(), begin, {rows, columns}, {columns, 1});
+  };
+  const int64_t begin = out * in / size;  // extents of fp8 are multiples of 16
+  return PairsAfterCodes{part(begin, out, ranks), part(begin + out * ranks, ranks, in)};
+}
+
+void stack_fp8_weights(const std::vector<Linear*>& linears, PairForm form) {
   const auto parts = fp8_weights({linears.begin(), linears.end()});
-  if (joined(parts) != nullptr) return;
+  std::optional<Room> room;
+  if (form == PairForm::kAugmented) room = room_for({linears.begin(), linears.end()});
+  const int64_t ranks = room ? room->ranks : 0, in = parts[0]->sizes()[1];
+  int64_t out = 0;
+  for (const Fp8Tensor* part : parts) out += part->sizes()[0];
+  const int64_t bytes = bytes_with_pairs(out, in, ranks, parts[0]->dtype());
+  if (joined(parts) != nullptr && parts[0]->rows().codes.storage().nbytes() == static_cast<size_t>(bytes)) return;
   std::vector<at::Tensor> codes, scales;
   for (const Fp8Tensor* part : parts) {
     codes.push_back(part->rows().codes.view(at::kByte));
     scales.push_back(part->rows().scales);
   }
   const at::Tensor units = parts[0]->units();
-  const Fp8Rows all = {at::cat(codes).view(parts[0]->rows().codes.scalar_type()), at::cat(scales)};
+  const at::Tensor memory = at::zeros({bytes}, codes[0].options());
+  at::Tensor first = memory.narrow(0, 0, out * in).view({out, in});
+  at::cat_out(first, codes);
+  const Fp8Rows all = {first.view(parts[0]->rows().codes.scalar_type()), at::cat(scales)};
   int64_t row = 0;
   for (Linear* linear : linears) {
     const int64_t rows = linear->weight.quantized->sizes()[0];
@@ -186,7 +215,7 @@ void stack_weights(const std::vector<Linear*>& linears, PairForm form) {
   };
   if (!biases.empty() && !joined(biases).defined()) place(&Linear::bias, at::cat(biases));
   if (is_quantized) return;
-  if (is_fp8) return stack_fp8_weights(linears);
+  if (is_fp8) return stack_fp8_weights(linears, form);
   std::optional<Room> room;
   if (form == PairForm::kAugmented) room = room_for({linears.begin(), linears.end()});
   if (!room) {
@@ -254,7 +283,15 @@ std::optional<LinearStack> LinearStack::of(const std::vector<const Linear*>& lin
   const at::Device device = linears[0]->weight.device();
   stack.options_ = at::TensorOptions().dtype(dtype).device(device);
   if (a.empty()) return stack;
-  const auto room = fp8.empty() ? room_for(linears) : std::nullopt;
+  const auto room = room_for(linears);
+  if (room && stack.fp8_ != nullptr) {
+    if (const auto pairs = pairs_after(stack.fp8_->rows().codes, room->ranks, dtype)) {
+      stack.ranks_ = room->ranks;
+      stack.scaled_b_ = pairs->scaled_b;
+      stack.a_ = pairs->a;
+      return stack;
+    }
+  }
   if (room && !stack.quantized_.empty() && form.value_or(pair_form(device)) == PairForm::kAugmented) {
     stack.ranks_ = room->ranks;
     stack.columns_ = room->columns;
@@ -302,7 +339,7 @@ LinearStack LinearStack::dequantized() const {
 }
 
 void LinearStack::refresh_pairs() const {
-  if (!buffer_.defined()) return;
+  if (!scaled_b_.defined()) return;
   const at::NoGradGuard no_grad;
   for (const Pair& pair : pairs_) {
     a_.narrow(0, pair.rank_begin, pair.rank()).copy_(pair.lora->a);
@@ -343,7 +380,7 @@ at::Tensor LinearStack::forward(const at::Tensor& x, at::Tensor& low, at::Tensor
   }
   if (pairs_.empty()) return y;
   low = at::mm(x.to(a_.scalar_type()), a_.t());
-  if (buffer_.defined()) return y.addmm_(low, scaled_b_.t());
+  if (scaled_b_.defined()) return y.addmm_(low, scaled_b_.t());
   for (const Pair& pair : pairs_) {
     at::Tensor part = y.narrow(1, pair.row, pair.rows);
     const at::Tensor h = low.narrow(1, pair.rank_begin, pair.rank()), b = pair.lora->b.detach();
@@ -360,12 +397,14 @@ at::Tensor LinearStack::input_gradient(const at::Tensor& dy) const {
   return fp8_ != nullptr ? fp8_->input_gradient(dy) : at::mm(dy, weight_);
 }
 
-// One kernel for the gradients of B and for dy s B, which it puts into low and into dy's tail; false where there is
-// none.
-bool LinearStack::backward_b(const at::Tensor& dy, const at::Tensor& low) const {
+// One kernel for the gradients of B and for dy s B, which it puts into low and into dy's tail if it has one; false
+// where there is none.
+bool LinearStack::backward_b(const at::Tensor& dy, const at::Tensor& low, bool tailed) const {
   const cuda::Kernels* kernels = cuda_kernels(dy);
   cuda::PairGradients op = {};
-  if (kernels == nullptr || pairs_.size() > std::size(op.parts) || low.scalar_type() != dy.scalar_type()) return false;
+  if (kernels == nullptr || pairs_.size() > std::size(op.parts) || low.scalar_type() != dy.scalar_type() ||
+      dy.stride(1) != 1)
+    return false;
   for (const Pair& pair : pairs_) {
     at::Tensor& grad = pair.lora->b.mutable_grad();
     if (!grad.defined()) grad = at::zeros(pair.lora->b.sizes(), pair.lora->b.options().requires_grad(false));
@@ -374,9 +413,8 @@ bool LinearStack::backward_b(const at::Tensor& dy, const at::Tensor& low) const 
                             static_cast<int32_t>(pair.rank_begin),  static_cast<int32_t>(pair.rank()),
                             static_cast<float>(pair.lora->scaling), grad.mutable_data_ptr()};
   }
-  at::Tensor tail = with_tail(dy, ranks_).narrow(1, out_, ranks_);
   op.dy = dy.const_data_ptr();
-  op.tail = tail.mutable_data_ptr();
+  if (tailed) op.tail = with_tail(dy, ranks_).narrow(1, out_, ranks_).mutable_data_ptr();
   op.rows = dy.size(0);
   op.columns = out_;
   op.dy_pitch = dy.stride(0);
@@ -399,7 +437,9 @@ at::Tensor LinearStack::backward(const at::Tensor& dy, at::Tensor& low) const {
   if (!quantized_.empty()) return dequantized().backward(dy, low);
   if (pairs_.empty()) return input_gradient(dy);
   const bool tailed = buffer_.defined() && has_tail(dy, ranks_);
-  if (tailed && backward_b(dy, low)) return at::mm(with_tail(dy, ranks_), buffer_.narrow(1, 0, in_));
+  if (scaled_b_.defined() && backward_b(dy, low, tailed)) {
+    return tailed ? at::mm(with_tail(dy, ranks_), buffer_.narrow(1, 0, in_)) : input_gradient(dy).addmm_(low, a_);
+  }
   for (const Pair& pair : pairs_) {
     const at::Tensor part = dy.narrow(1, pair.row, pair.rows).to(low.scalar_type()),
                      h = low.narrow(1, pair.rank_begin, pair.rank());
@@ -417,7 +457,7 @@ at::Tensor LinearStack::backward(const at::Tensor& dy, at::Tensor& low) const {
     return at::mm(all, buffer_.narrow(1, 0, in_));
   }
   at::Tensor dx = input_gradient(dy);
-  if (buffer_.defined()) {
+  if (scaled_b_.defined()) {
     at::mm_out(low, dy, scaled_b_);
     return dx.addmm_(low, a_);
   }

@@ -23,8 +23,9 @@ PairForm pair_form(at::Device device);
 // Makes the weights of linears of one input views of one tensor, rows one after the other, and their biases too; so the
 // stack is one product, and each goes on under its name. kAugmented: with room for the pairs that are switched on, a
 // few columns and rows more, where these fit that form. Without pairs rows lie without gaps again. Codes of fp8 and
-// their scales too, always without gaps; of weights of 4 and 8 bits the biases alone. Leaves the weights alone where
-// only some are quantised, or one is trained. Needs room for one more copy while it runs.
+// their scales too, always without gaps: kAugmented has the pairs' room after the codes. Of weights of 4 and 8 bits the
+// biases alone. Leaves the weights alone where only some are quantised, or one is trained. Needs room for one more copy
+// while it runs.
 void stack_weights(const std::vector<Linear*>& linears, PairForm form);
 
 class LinearStack {
@@ -49,7 +50,8 @@ class LinearStack {
   // Adds the gradients of A to their .grad. `dlow`: low after backward(). Apart, so that x can be made after it.
   void backward_a(const at::Tensor& dlow, const at::Tensor& x) const;
 
-  // Copies the pairs to where they lie beside the weights. After each change of theirs; nothing to do in kInPlace.
+  // Copies the pairs to where they lie beside the weights, or after their codes. After each change of theirs; nothing
+  // to do where stack_weights() made no room.
   void refresh_pairs() const;
 
   bool has_pairs() const { return !pairs_.empty(); }
@@ -63,22 +65,22 @@ class LinearStack {
     int64_t rank() const { return lora->a.size(0); }
   };
   at::Tensor input_gradient(const at::Tensor& dy) const;  // of the weights alone
-  bool backward_b(const at::Tensor& dy, const at::Tensor& low) const;
+  bool backward_b(const at::Tensor& dy, const at::Tensor& low, bool tailed) const;
   // The parts of `buffer`, which holds the weights.
   void bind(const at::Tensor& buffer);
   LinearStack dequantized() const;  // of quantized_
 
   int64_t in_ = 0, out_ = 0;  // Σ out
   at::TensorOptions options_;
-  at::Tensor weight_, bias_;             // [Σ out, in], [Σ out]
-  QuantizedPtr fp8_;                     // in weight_'s place; always with kInPlace
-  std::vector<QuantizedPtr> quantized_;  // of 4 or 8 bits, in weight_'s place
-  at::Tensor a_;                         // [Σ r, in]; of a buffer: with its rows of zeros
+  at::Tensor weight_, bias_;              // [Σ out, in], [Σ out]
+  std::shared_ptr<const Fp8Tensor> fp8_;  // in weight_'s place; always with kInPlace
+  std::vector<QuantizedPtr> quantized_;   // of 4 or 8 bits, in weight_'s place
+  at::Tensor a_;                          // [Σ r, in]; beside weights or codes: [ranks_, in], the last rows zeros
   std::vector<Pair> pairs_;
   // kAugmented: [Σ out + ranks_, in + columns_]; columns in.. are s B (each pair's rows only) and the bias, rows out..
   // are A. Undefined while the weights are quantised.
   at::Tensor buffer_;
-  at::Tensor scaled_b_;  // of it: [Σ out, ranks_]
+  at::Tensor scaled_b_;  // of it, or after the codes of fp8: [Σ out, ranks_]
   int64_t ranks_ = 0, columns_ = 0;
 };
 

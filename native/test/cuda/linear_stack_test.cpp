@@ -3,10 +3,13 @@
 
 #include <ATen/ATen.h>
 
-#include <array>
+#include <cstdio>
+#include <memory>
+#include <numeric>
 
 #include "check.h"
 #include "core/base/rng.h"
+#include "core/quant/fp8.h"
 #include "cuda/gpu.h"
 
 using namespace martlet;
@@ -95,6 +98,64 @@ TEST("augmented: outputs and gradients, of ranks that the kernel takes and of ot
         }
         if (time == 0) first = results;
         for (size_t i = 0; i < results.size(); ++i) EXPECT_SAME(results[i].cpu(), first[i].cpu());
+      }
+    }
+  }
+}
+
+TEST("fp8 with the pairs after the codes: outputs and gradients, of ranks that the kernel takes and of others") {
+  if (!has_fp8_products(gpu())) {
+    std::printf("  not run: this GPU has no products in fp8\n");
+    return;
+  }
+  for (const Stack& s : {Stack{{48, 16, 144}, 32, 8, {true, true, true}}, Stack{{1040, 16}, 64, 16, {true, true}},
+                         Stack{{272, 2208}, 80, 8, {false, true}}, Stack{{128}, 48, 8, {true}},
+                         Stack{{32, 64}, 32, 4, {true, true}}, Stack{{32, 64}, 32, 32, {true, true}}}) {
+    for (const int64_t rows : {1, 17, 64, 300, 5000}) {
+      const auto type = at::kBFloat16;
+      std::vector<std::unique_ptr<Linear>> linears;
+      std::vector<std::unique_ptr<LoraLayer>> pairs;
+      std::vector<Linear*> all;
+      uint64_t seed = 1;
+      for (size_t i = 0; i < s.outs.size(); ++i) {
+        linears.push_back(std::make_unique<Linear>(s.in, s.outs[i], false));
+        linears[i]->weight.quantized = Fp8Tensor::quantize((0.2 * randn({s.outs[i], s.in}, seed++)).to(type).to(gpu()));
+        pairs.push_back(std::make_unique<LoraLayer>());
+        pairs[i]->a = randn({s.rank, s.in}, seed++).to(type).to(gpu()).requires_grad_(true);
+        pairs[i]->b = randn({s.outs[i], s.rank}, seed++).to(type).to(gpu()).requires_grad_(true);
+        pairs[i]->scaling = 0.75;
+        if (s.paired[i]) linears[i]->lora = pairs[i].get();
+        all.push_back(linears[i].get());
+      }
+      const int64_t out = std::accumulate(s.outs.begin(), s.outs.end(), int64_t{0});
+      const at::Tensor x = randn({rows, s.in}, 100).to(type).to(gpu()), dy = randn({rows, out}, 101).to(type).to(gpu());
+      // The pairs' outputs and gradients in place, then with their room: both add the same to the same products.
+      std::vector<at::Tensor> expected;
+      for (const PairForm form : {PairForm::kInPlace, PairForm::kAugmented}) {
+        stack_weights(all, form);
+        const auto stack = LinearStack::of({all.begin(), all.end()}, type, nullptr);
+        stack->refresh_pairs();
+        for (const auto& pair : pairs) {
+          pair->a.mutable_grad() = at::ones_like(pair->a);
+          pair->b.mutable_grad() = at::ones_like(pair->b);
+        }
+        const at::NoGradGuard no_grad;
+        at::Tensor low;
+        const at::Tensor y = stack->forward(x, low);
+        const int64_t ranks = low.size(1);
+        std::vector<at::Tensor> results = {y, stack->backward(dy, low)};
+        stack->backward_a(low, x);
+        for (size_t i = 0; i < pairs.size(); ++i) {
+          if (!s.paired[i]) continue;
+          results.push_back(pairs[i]->a.grad());
+          results.push_back(pairs[i]->b.grad());
+        }
+        if (form == PairForm::kInPlace) {
+          expected = results;
+          continue;
+        }
+        EXPECT_EQ(ranks % 8, int64_t{0});
+        for (size_t i = 0; i < results.size(); ++i) EXPECT(away(results[i], expected[i]) < 0.02);
       }
     }
   }

@@ -110,10 +110,10 @@ void measure(const Shape& shape, int64_t rows, PairForm form, bool fp8 = false) 
       std::printf(
           "  %s, %2d x 1024, %s, recompute %s: %.3f ms a layer, host %.3f ms, %3.0f operators, peak %.0f MiB a layer\n",
           shape.name, static_cast<int>(rows),
-          !written_out                 ? "autograd   "
-          : fp8                        ? "fp8        "
-          : form == PairForm::kInPlace ? "in place   "
-                                       : "augmented  ",
+          !written_out                 ? "autograd      "
+          : form == PairForm::kInPlace ? (fp8 ? "fp8, in place " : "in place      ")
+          : fp8                        ? "fp8, together "
+                                       : "augmented     ",
           recompute == Recompute::kNone  ? "none "
           : recompute == Recompute::kMlp ? "mlp  "
                                          : "layer",
@@ -146,11 +146,12 @@ TEST("train-bench fp8: milliseconds of a layer, and in bfloat16 beside it") {
   }
   const Shape seven = {"7B", 4096, 11008, 32, 32, false, 4},
               grouped = {"7B, grouped heads", 3584, 18944, 28, 4, true, 4}, two = {"2B", 1536, 8960, 12, 2, true, 8};
-  for (const bool fp8 : {false, true}) {
-    measure(seven, 8, PairForm::kInPlace, fp8);
-    measure(seven, 2, PairForm::kInPlace, fp8);
-    measure(grouped, 8, PairForm::kInPlace, fp8);
-    measure(two, 8, PairForm::kInPlace, fp8);
+  for (const auto& [form, fp8] : {std::pair(PairForm::kAugmented, false), std::pair(PairForm::kInPlace, true),
+                                  std::pair(PairForm::kAugmented, true)}) {
+    measure(seven, 8, form, fp8);
+    measure(seven, 2, form, fp8);
+    measure(grouped, 8, form, fp8);
+    measure(two, 8, form, fp8);
   }
 }
 
