@@ -1,13 +1,8 @@
-// Rows to 8-bit floats, bit for bit what quant/fp8.cpp makes of them with ATen's operations, and 8-bit matrices
-// transposed.
-#include <cuda_fp8.h>
-
-#include "cuda/vector.cuh"
+// Rows to 8-bit floats, and 8-bit matrices transposed.
+#include "cuda/fp8.cuh"
 
 namespace martlet::cuda {
 namespace {
-
-constexpr float kLeast = 1e-30f;  // as in quant/fp8.cpp
 
 __device__ float block_max(float x) {
   __shared__ float warps[32];
@@ -25,47 +20,55 @@ template <typename T, int kVectors, bool kE5m2>
 __global__ void __launch_bounds__(kMost)
     quantize_rows(const T* __restrict__ x, int64_t pitch, const float* __restrict__ factors,
                   uint8_t* __restrict__ codes, float* __restrict__ scales, int columns) {
-  constexpr float kLargest = kE5m2 ? 57344.0f : 448.0f;
-  constexpr __nv_fp8_interpretation_t kType = kE5m2 ? __NV_E5M2 : __NV_E4M3;
   x += blockIdx.x * pitch;
   codes += int64_t{blockIdx.x} * columns;
   const auto column = [&](int v) { return static_cast<int>((v * blockDim.x + threadIdx.x) * kVector); };
-  // The number at column i + j times its factor.
-  const auto scaled = [&](const Vector<T, kVector>& in, int i, float (&out)[kVector]) {
-    for (int j = 0; j < kVector; ++j) out[j] = to_float(in.v[j]);
-    if (factors == nullptr) return;
-    const auto low = load<4>(factors + i), high = load<4>(factors + i + 4);
-    for (int j = 0; j < 4; ++j) {
-      out[j] *= low.v[j];
-      out[j + 4] *= high.v[j];
-    }
-  };
   Vector<T, kVector> row[kVectors];
-  float values[kVector], largest = 0;
+  float largest = 0;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int i = column(v);
     if (i >= columns) continue;
     row[v] = load<kVector>(x + i);
-    scaled(row[v], i, values);
-    // max() of ATen gives NaN for NaN, fmaxf does not; the NaN's own code tells of it in both.
-    for (int j = 0; j < kVector; ++j) largest = fmaxf(largest, fabsf(values[j]));
+    largest = fp8_largest(largest, row[v], factors, i);
   }
-  largest = fmaxf(block_max(largest), kLeast);
-  const float inverse = __fdiv_rn(kLargest, largest);
-  if (threadIdx.x == 0) scales[blockIdx.x] = __fdiv_rn(largest, kLargest);
+  const Fp8Rounding<kE5m2> rounding(block_max(largest));
+  if (threadIdx.x == 0) scales[blockIdx.x] = rounding.scale();
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int i = column(v);
-    if (i >= columns) continue;
-    scaled(row[v], i, values);
-    Vector<uint16_t, kVector / 2> out;
-    for (int j = 0; j < kVector / 2; ++j) {
-      out.v[j] = __nv_cvt_float2_to_fp8x2(make_float2(values[2 * j] * inverse, values[2 * j + 1] * inverse),
-                                          __NV_SATFINITE, kType);
-    }
-    store<kVector / 2>(reinterpret_cast<uint16_t*>(codes + i), out);
+    if (i < columns) rounding.store_codes(codes, row[v], factors, i);
   }
+}
+
+// The same for wide rows, in shared memory: in registers one row alone would fill a multiprocessor, and its reading
+// and writing would wait for each other.
+template <typename T, int kThreads, bool kE5m2>
+__global__ void __launch_bounds__(kThreads, 1280 / kThreads)
+    quantize_wide_rows(const T* __restrict__ x, int64_t pitch, const Fp8Codes out, int columns) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  T* row = reinterpret_cast<T*>(shared);
+  x += blockIdx.x * pitch;
+  float largest = 0;
+#pragma unroll 2
+  for (int i = threadIdx.x * kVector; i < columns; i += kThreads * kVector) {
+    const auto in = load<kVector>(x + i);
+    store<kVector>(row + i, in);
+    largest = fp8_largest(largest, in, out.factors, i);
+  }
+  write_codes<kThreads, kE5m2>(out, row, blockIdx.x, columns, largest);
+}
+
+// Whether they were launched.
+template <typename T, bool kE5m2>
+bool launch_wide_rows(const Fp8Rows& op, cudaStream_t stream) {
+  const int64_t bytes = op.columns * static_cast<int64_t>(sizeof(T));
+  return with_shared_row(bytes, [&]<int kThreads>(std::integral_constant<int, kThreads>) {
+    const auto kernel = quantize_wide_rows<T, kThreads, kE5m2>;
+    allow_shared(kernel, bytes);
+    kernel<<<static_cast<unsigned int>(op.rows), kThreads, bytes, stream>>>(
+        static_cast<const T*>(op.x), op.pitch, Fp8Codes{op.factors, op.codes, op.scales}, op.columns);
+  });
 }
 
 constexpr int kTile = 128;  // bytes, each way
@@ -113,17 +116,17 @@ Status fp8_quantize_rows(const Fp8Rows& op, void* stream) {
               static_cast<const T*>(op.x), op.pitch, op.factors, static_cast<uint8_t*>(op.codes), op.scales,
               op.columns);
     };
-    const auto with_format = [&](auto vectors) {
-      if (op.e5m2) {
-        launch(vectors, std::true_type{});
-      } else {
-        launch(vectors, std::false_type{});
+    const auto with_format = [&](auto e5m2) {
+      if (op.columns <= kMost * kVector * 2) {
+        launch(std::integral_constant<int, 4>{}, e5m2);
+      } else if (!launch_wide_rows<T, e5m2.value>(op, static_cast<cudaStream_t>(stream))) {
+        launch(std::integral_constant<int, 8>{}, e5m2);
       }
     };
-    if (op.columns <= kMost * kVector * 4) {
-      with_format(std::integral_constant<int, 4>{});
+    if (op.e5m2) {
+      with_format(std::true_type{});
     } else {
-      with_format(std::integral_constant<int, 8>{});
+      with_format(std::false_type{});
     }
   });
   return status();

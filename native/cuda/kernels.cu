@@ -20,7 +20,7 @@ Status copy_rows(const void* x, int64_t pitch, void* out, int64_t out_pitch, int
 
 }  // namespace martlet::cuda
 
-extern "C" __attribute__((visibility("default"))) const martlet::cuda::Kernels* martlet_cuda_kernels_9() {
+extern "C" __attribute__((visibility("default"))) const martlet::cuda::Kernels* martlet_cuda_kernels_10() {
   using namespace martlet::cuda;
   static const Kernels kernels = {
       rms_norm,   rms_norm_backward,  add_rms_norm,      rms_norm_backward_add,  rotary,

@@ -15,6 +15,14 @@ enum class Type : int32_t { kHalf = 0, kBFloat16 = 1 };
 // All functions enqueue on `stream` (a cudaStream_t of the current device) and return null, or what CUDA says is wrong.
 using Status = const char*;
 
+// Where a kernel puts the rows that it writes as e4m3 too, as fp8_quantize_rows() makes them of those rows (which have
+// a multiple of 16 columns).
+struct Fp8Codes {
+  const float* factors = nullptr;  // [columns], multiplied by first; or null
+  void* codes = nullptr;           // [rows, columns], contiguous; null: they are not wanted
+  float* scales = nullptr;         // [rows]
+};
+
 // y and dx may not overlap their inputs, but for those that are named.
 struct RmsNorm {
   const void *x, *weight;  // [rows, columns] without gaps, [columns]
@@ -23,6 +31,7 @@ struct RmsNorm {
   Type type;
   int64_t out_pitch;           // of the rows of y, or of dx in the backward
   int64_t residual_pitch = 0;  // of those of residual
+  Fp8Codes y_codes = {};       // of y, in the forward
 };
 
 struct Rotary {
@@ -128,10 +137,11 @@ struct Kernels {
                             Type type, void* stream);
   // The same of halves of rows: gate_up is [rows, 2 · columns], out and dy are [rows, columns], rows `pitch` and
   // `out_pitch` apart. The backward puts both gradients in place of gate_up, and what the forward gave in place of dy.
+  // `codes`: of out, or of the gradients.
   Status (*swiglu_halves)(const void* gate_up, int64_t pitch, void* out, int64_t out_pitch, int64_t rows,
-                          int32_t columns, Type type, void* stream);
+                          int32_t columns, Type type, const Fp8Codes& codes, void* stream);
   Status (*swiglu_halves_backward)(void* gate_up, int64_t pitch, void* dy, int64_t out_pitch, int64_t rows,
-                                   int32_t columns, Type type, void* stream);
+                                   int32_t columns, Type type, const Fp8Codes& codes, void* stream);
   // Each row's (1 − smoothing) · −log p(target) + smoothing · the mean of −log p over its columns, float32, and whether
   // the target is the first of its largest logits. With `gradient`, scale · the gradient is put in place of the logits.
   Status (*cross_entropy)(const CrossEntropy& op, float scale, float smoothing, bool gradient, float* losses,
@@ -156,7 +166,7 @@ struct Kernels {
 };
 
 // The only symbol of the library; its name changes with the struct, so that an old library is never called wrongly.
-inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_9";
+inline constexpr const char* kEntryPoint = "martlet_cuda_kernels_10";
 using EntryPoint = const Kernels* (*)();
 
 }  // namespace martlet::cuda

@@ -1,6 +1,6 @@
 // A row is read twice; the second time it comes from the cache. kThreads threads share a row, a block has several rows
 // where those are 32.
-#include "cuda/vector.cuh"
+#include "cuda/fp8.cuh"
 
 namespace martlet::cuda {
 namespace {
@@ -10,12 +10,17 @@ constexpr int kWarpRows = 4;  // rows of a block where a warp does one
 template <int kThreads>
 constexpr int rows_of_block = kThreads == 32 ? kWarpRows : 1;
 
-// With `sum`: of sum + x, which is put into sum.
-template <typename T, int kThreads, int N, bool kAdd>
+// With `sum`: of sum + x, which is put into sum. kCodes: those of y too, which a block then has room for in shared
+// memory (N is kVector).
+template <typename T, int kThreads, int N, bool kAdd, bool kCodes>
 __global__ void forward(const T* __restrict__ x, const T* __restrict__ weight, T* sum, T* __restrict__ y,
-                        float* __restrict__ rstd, int64_t rows, int columns, int64_t out_pitch, float eps) {
+                        float* __restrict__ rstd, int64_t rows, int columns, int64_t out_pitch, float eps,
+                        const Fp8Codes codes) {
+  extern __shared__ __align__(16) unsigned char shared[];
   const int64_t row = int64_t{blockIdx.x} * rows_of_block<kThreads> + threadIdx.y;
   if (row >= rows) return;
+  T* kept = reinterpret_cast<T*>(shared) + threadIdx.y * columns;
+  float largest = 0;
   x += row * columns;
   y += row * out_pitch;
   float squares = 0;
@@ -36,7 +41,13 @@ __global__ void forward(const T* __restrict__ x, const T* __restrict__ weight, T
     Vector<T, N> out;
     for (int j = 0; j < N; ++j) out.v[j] = from_float<T>(rounded<T>(to_float(in.v[j]) * scale) * to_float(w.v[j]));
     store<N>(y + i, out);
+    if constexpr (kCodes) {
+      store<N>(kept + i, out);
+      largest = fp8_largest(largest, out, codes.factors, i);
+    }
   }
+  // Each thread reads what it has kept itself.
+  if constexpr (kCodes) write_codes<kThreads, /*kE5m2=*/false>(codes, kept, row, columns, largest);
 }
 
 // With g = dy · weight and x̂ = x · rstd: dx = rstd · (g − x̂ · mean(g · x̂)). kAdd: plus residual, which may be dx, and
@@ -96,16 +107,26 @@ Status enqueue_forward(const RmsNorm& op, void* sum, double eps, void* y, float*
   if (op.rows == 0) return nullptr;
   const bool vectors = op.columns % kVector == 0 && op.out_pitch % kVector == 0 && aligned(op.x) &&
                        aligned(op.weight) && aligned(sum) && aligned(y);
+  // 48 KiB are any block's; wider rows get their codes afterwards.
+  const bool wanted = op.y_codes.codes != nullptr,
+             coded = wanted && vectors && takes(op.y_codes) && op.columns <= 24 * 1024 - 512;
   with_type(op.type, [&]<typename T>(T) {
     with_shape(op.columns, vectors, [&](auto threads, auto n) {
       constexpr int rows = rows_of_block<threads.value>;
-      forward<T, threads.value, n.value, kAdd>
-          <<<blocks_for(op.rows, rows), dim3(threads.value, rows), 0, static_cast<cudaStream_t>(stream)>>>(
-              static_cast<const T*>(op.x), static_cast<const T*>(op.weight), static_cast<T*>(sum), static_cast<T*>(y),
-              rstd, op.rows, op.columns, op.out_pitch, static_cast<float>(eps));
+      const auto run = [&](auto codes, int64_t bytes) {
+        forward<T, threads.value, n.value, kAdd, codes.value>
+            <<<blocks_for(op.rows, rows), dim3(threads.value, rows), bytes, static_cast<cudaStream_t>(stream)>>>(
+                static_cast<const T*>(op.x), static_cast<const T*>(op.weight), static_cast<T*>(sum), static_cast<T*>(y),
+                rstd, op.rows, op.columns, op.out_pitch, static_cast<float>(eps), op.y_codes);
+      };
+      if constexpr (n.value == kVector) {
+        if (coded) return run(std::true_type{}, rows * op.columns * int64_t{sizeof(T)});
+      }
+      run(std::false_type{}, 0);
     });
   });
-  return status();
+  if (!wanted || coded) return status();
+  return fp8_quantize_rows(rows_of(y, op.out_pitch, op.rows, op.columns, op.type, op.y_codes), stream);
 }
 
 template <bool kAdd>

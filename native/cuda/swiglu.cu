@@ -1,5 +1,5 @@
 // silu(gate) · up and its gradients, each tensor touched once. Rounded where ATen's separate operations round.
-#include "cuda/vector.cuh"
+#include "cuda/fp8.cuh"
 
 namespace martlet::cuda {
 namespace {
@@ -77,6 +77,53 @@ __global__ void backward_halves(T* gate_up, int64_t pitch, T* dy, int64_t out_pi
   store<N>(dy, y);
 }
 
+// The same with a row's codes of fp8, a block a row: what codes are made of is kept in shared memory.
+template <typename T, int kThreads>
+__global__ void __launch_bounds__(kThreads, 1536 / kThreads)
+    forward_coded(const T* __restrict__ gate_up, int64_t pitch, T* __restrict__ out, int64_t out_pitch, int columns,
+                  const Fp8Codes codes) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  T* row = reinterpret_cast<T*>(shared);
+  const T* gate = gate_up + blockIdx.x * pitch;
+  out += blockIdx.x * out_pitch;
+  float largest = 0;
+  for (int i = threadIdx.x * kVector; i < columns; i += kThreads * kVector) {
+    const auto g = load<kVector>(gate + i), u = load<kVector>(gate + columns + i);
+    Vector<T, kVector> y;
+    for (int j = 0; j < kVector; ++j) y.v[j] = product(g.v[j], u.v[j]);
+    store<kVector>(out + i, y);
+    store<kVector>(row + i, y);
+    largest = fp8_largest(largest, y, codes.factors, i);
+  }
+  write_codes<kThreads, /*kE5m2=*/false>(codes, row, blockIdx.x, columns, largest);
+}
+
+template <typename T, int kThreads>
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+    backward_coded(T* gate_up, int64_t pitch, T* dy, int64_t out_pitch, int columns, const Fp8Codes codes) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  T* row = reinterpret_cast<T*>(shared);  // both gradients
+  T* gate = gate_up + blockIdx.x * pitch;
+  dy += blockIdx.x * out_pitch;
+  float largest = 0;
+  for (int i = threadIdx.x * kVector; i < columns; i += kThreads * kVector) {
+    const auto g = load<kVector>(gate + i), u = load<kVector>(gate + columns + i), grad = load<kVector>(dy + i);
+    Vector<T, kVector> y, dg, du;
+    for (int j = 0; j < kVector; ++j) {
+      y.v[j] = product(g.v[j], u.v[j]);
+      gradients(g.v[j], u.v[j], grad.v[j], dg.v[j], du.v[j]);
+    }
+    store<kVector>(gate + i, dg);
+    store<kVector>(gate + columns + i, du);
+    store<kVector>(dy + i, y);
+    store<kVector>(row + i, dg);
+    store<kVector>(row + columns + i, du);
+    largest = fp8_largest(largest, dg, codes.factors, i);
+    largest = fp8_largest(largest, du, codes.factors, columns + i);
+  }
+  write_codes<kThreads, /*kE5m2=*/false>(codes, row, blockIdx.x, 2 * columns, largest);
+}
+
 // fn(integral constant of N, items)
 template <typename Fn>
 Status with_halves(int64_t rows, int32_t columns, bool vectors, const Fn& fn) {
@@ -118,9 +165,24 @@ Status swiglu_backward(const void* gate, const void* up, const void* dy, void* d
 }
 
 Status swiglu_halves(const void* gate_up, int64_t pitch, void* out, int64_t out_pitch, int64_t rows, int32_t columns,
-                     Type type, void* stream) {
+                     Type type, const Fp8Codes& codes, void* stream) {
   const bool vectors =
       columns % kVector == 0 && pitch % kVector == 0 && out_pitch % kVector == 0 && aligned(gate_up) && aligned(out);
+  if (codes.codes != nullptr) {
+    const int64_t bytes = int64_t{columns} * 2;
+    if (rows == 0) return nullptr;
+    if (vectors && takes(codes) && with_shared_row(bytes, [&]<int kBlock>(std::integral_constant<int, kBlock>) {
+          with_type(type, [&]<typename T>(T) {
+            const auto kernel = forward_coded<T, kBlock>;
+            allow_shared(kernel, bytes);
+            kernel<<<static_cast<unsigned int>(rows), kBlock, bytes, static_cast<cudaStream_t>(stream)>>>(
+                static_cast<const T*>(gate_up), pitch, static_cast<T*>(out), out_pitch, columns, codes);
+          });
+        }))
+      return status();
+    const Status plain = swiglu_halves(gate_up, pitch, out, out_pitch, rows, columns, type, {}, stream);
+    return plain != nullptr ? plain : fp8_quantize_rows(rows_of(out, out_pitch, rows, columns, type, codes), stream);
+  }
   return with_halves(rows, columns, vectors, [&](auto n, uint32_t items) {
     with_type(type, [&]<typename T>(T) {
       forward_halves<T, n.value><<<blocks_for(items, kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
@@ -130,9 +192,25 @@ Status swiglu_halves(const void* gate_up, int64_t pitch, void* out, int64_t out_
 }
 
 Status swiglu_halves_backward(void* gate_up, int64_t pitch, void* dy, int64_t out_pitch, int64_t rows, int32_t columns,
-                              Type type, void* stream) {
+                              Type type, const Fp8Codes& codes, void* stream) {
   const bool vectors =
       columns % kVector == 0 && pitch % kVector == 0 && out_pitch % kVector == 0 && aligned(gate_up) && aligned(dy);
+  if (codes.codes != nullptr) {
+    const int64_t bytes = int64_t{columns} * 2 * 2;
+    if (rows == 0) return nullptr;
+    if (vectors && takes(codes) && with_shared_row(bytes, [&]<int kBlock>(std::integral_constant<int, kBlock>) {
+          with_type(type, [&]<typename T>(T) {
+            const auto kernel = backward_coded<T, kBlock>;
+            allow_shared(kernel, bytes);
+            kernel<<<static_cast<unsigned int>(rows), kBlock, bytes, static_cast<cudaStream_t>(stream)>>>(
+                static_cast<T*>(gate_up), pitch, static_cast<T*>(dy), out_pitch, columns, codes);
+          });
+        }))
+      return status();
+    const Status plain = swiglu_halves_backward(gate_up, pitch, dy, out_pitch, rows, columns, type, {}, stream);
+    return plain != nullptr ? plain
+                            : fp8_quantize_rows(rows_of(gate_up, pitch, rows, 2 * columns, type, codes), stream);
+  }
   return with_halves(rows, columns, vectors, [&](auto n, uint32_t items) {
     with_type(type, [&]<typename T>(T) {
       backward_halves<T, n.value><<<blocks_for(items, kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(

@@ -102,9 +102,9 @@ Status swiglu(const void* gate, const void* up, void* out, int64_t n, Type type,
 Status swiglu_backward(const void* gate, const void* up, const void* dy, void* dgate, void* dup, int64_t n, Type type,
                        void* stream);
 Status swiglu_halves(const void* gate_up, int64_t pitch, void* out, int64_t out_pitch, int64_t rows, int32_t columns,
-                     Type type, void* stream);
+                     Type type, const Fp8Codes& codes, void* stream);
 Status swiglu_halves_backward(void* gate_up, int64_t pitch, void* dy, int64_t out_pitch, int64_t rows, int32_t columns,
-                              Type type, void* stream);
+                              Type type, const Fp8Codes& codes, void* stream);
 Status cross_entropy(const CrossEntropy& op, float scale, float smoothing, bool gradient, float* losses, bool* correct,
                      void* stream);
 Status quick_gelu(const void* x, void* out, int64_t n, Type type, void* stream);

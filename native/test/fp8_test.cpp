@@ -4,7 +4,9 @@
 #include <ATen/ATen.h>
 
 #include "check.h"
+#include "core/nn/activation.h"
 #include "core/nn/matvec.h"
+#include "core/nn/norm.h"
 #include "layer_case.h"
 
 using namespace martlet;
@@ -65,6 +67,29 @@ TEST("rows of zeros stay zeros, a number that is not finite makes its row NaN, o
   EXPECT(out[1].isnan().any().item<bool>());
   EXPECT(out[2].isnan().any().item<bool>());
   EXPECT(out[3].isfinite().all().item<bool>());
+}
+
+TEST("codes made with the rows: norm, SwiGLU and its gradients") {
+  const at::NoGradGuard no_grad;
+  const auto check = [](const Fp8Rows& codes, const at::Tensor& rows, const at::Tensor& factors = {}) {
+    const Fp8Rows expected = quantize_fp8_rows(rows, at::kFloat8_e4m3fn, factors);
+    EXPECT_SAME(codes.codes.view(at::kByte), expected.codes.view(at::kByte));
+    EXPECT_SAME(codes.scales, expected.scales);
+  };
+  RmsNorm norm(32, 1e-6);
+  norm.weight.value = randn({32}, 1);
+  const at::Tensor x = randn({5, 32}, 2), factors = randn({64}, 3).abs_();
+  at::Tensor sum = randn({5, 32}, 4), both = randn({5, 64}, 5), dy = randn({5, 32}, 6);
+  RmsNorm::Scales scales;
+  Fp8Rows codes;
+  const at::Tensor normed = norm.forward(x, scales, {}, &codes);
+  check(codes, normed);
+  const at::Tensor of_sum = norm.add_forward(sum, x, scales, {}, &codes);
+  check(codes, of_sum);
+  const at::Tensor product = swiglu_halves(both, {}, &codes);
+  check(codes, product);
+  swiglu_halves_backward(both, dy, &codes, factors);
+  check(codes, both, factors);
 }
 
 TEST("products with a weight in fp8, both ways: those of the quantised numbers") {

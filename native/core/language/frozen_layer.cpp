@@ -44,8 +44,8 @@ class FrozenLayer : public torch::CustomClassHolder {
   }
 
  private:
-  // Everything up to the second norm, which it gives.
-  at::Tensor attend();
+  // Everything up to the second norm, which it gives; the norm's codes where gate|up is of fp8.
+  at::Tensor attend(Fp8Rows& codes);
   // d(q|k|v) in place of q|k|v.
   void attention_backward(const at::Tensor& dmixed);
   at::Tensor heads(const at::Tensor& rows, int64_t begin, int64_t count) const {
@@ -107,10 +107,14 @@ c10::intrusive_ptr<FrozenLayer> FrozenLayer::of(const DecoderLayer& layer, const
   return own;
 }
 
-at::Tensor FrozenLayer::attend() {
+at::Tensor FrozenLayer::attend(Fp8Rows& codes) {
   const int64_t tokens = x_.size(0);
-  const at::Tensor normed = input_norm_->forward(x_, input_scales_, qkv_.empty_input(tokens));
-  qkv_rows_ = qkv_.forward(normed, qkv_low_, qkv_.empty_output(tokens));
+  {
+    Fp8Rows of_input;
+    const at::Tensor normed =
+        input_norm_->forward(x_, input_scales_, qkv_.empty_input(tokens), qkv_.is_fp8() ? &of_input : nullptr);
+    qkv_rows_ = qkv_.forward(normed, qkv_low_, qkv_.empty_output(tokens), of_input);
+  }
   const int64_t q_heads = num_heads_, kv_heads = num_kv_heads_;
   at::Tensor q = heads(qkv_rows_, 0, q_heads), k = heads(qkv_rows_, q_heads, kv_heads);
   const at::Tensor v = heads(qkv_rows_, q_heads + kv_heads, kv_heads);
@@ -126,15 +130,20 @@ at::Tensor FrozenLayer::attend() {
   }
   attention_ = AttentionPass(q, k, v, *rows_);
   sum_ = o_.forward(attention_.out().flatten(1), o_low_);
-  return post_attention_norm_->add_forward(sum_, x_, sum_scales_, gate_up_.empty_input(tokens));
+  return post_attention_norm_->add_forward(sum_, x_, sum_scales_, gate_up_.empty_input(tokens),
+                                           gate_up_.is_fp8() ? &codes : nullptr);
 }
 
 at::Tensor FrozenLayer::forward(const at::Tensor& x) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;  // some µs less for each operation
   x_ = x.detach();
-  const at::Tensor normed = attend();
-  gate_up_rows_ = gate_up_.forward(normed, gate_up_low_, gate_up_.empty_output(x.size(0)));
-  at::Tensor y = down_.forward(swiglu_halves(gate_up_rows_, down_.empty_input(x.size(0))), down_low_);
+  Fp8Rows codes;
+  const at::Tensor normed = attend(codes);
+  gate_up_rows_ = gate_up_.forward(normed, gate_up_low_, gate_up_.empty_output(x.size(0)), codes);
+  codes = {};
+  const at::Tensor product =
+      swiglu_halves(gate_up_rows_, down_.empty_input(x.size(0)), down_.is_fp8() ? &codes : nullptr);
+  at::Tensor y = down_.forward(product, down_low_, {}, codes);
   y.add_(sum_);
   if (recompute_ == Recompute::kMlp || recompute_ == Recompute::kLayer) gate_up_rows_.reset();
   if (recompute_ == Recompute::kLayer) {
@@ -167,19 +176,28 @@ void FrozenLayer::attention_backward(const at::Tensor& dmixed) {
 at::Tensor FrozenLayer::backward(const at::Tensor& dy, bool input_grad) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const int64_t tokens = dy.size(0);
+  Fp8Rows codes;
   at::Tensor normed;
-  if (recompute_ == Recompute::kLayer) normed = attend();
+  if (recompute_ == Recompute::kLayer) normed = attend(codes);
   if (!gate_up_rows_.defined()) {
-    if (!normed.defined()) normed = post_attention_norm_->forward(sum_, sum_scales_, gate_up_.empty_input(tokens));
-    gate_up_rows_ = gate_up_.forward(normed, gate_up_low_, gate_up_.empty_output(tokens));
+    if (!normed.defined())
+      normed = post_attention_norm_->forward(sum_, sum_scales_, gate_up_.empty_input(tokens),
+                                             gate_up_.is_fp8() ? &codes : nullptr);
+    gate_up_rows_ = gate_up_.forward(normed, gate_up_low_, gate_up_.empty_output(tokens), codes);
     normed.reset();
+    codes = {};
   }
   // From gate_up_rows_ on, gradients lie where the values were.
   at::Tensor product = down_.backward(dy, down_low_);
-  swiglu_halves_backward(gate_up_rows_, product);
+  if (gate_up_.is_fp8()) {
+    swiglu_halves_backward(gate_up_rows_, product, &codes, gate_up_.gradient_factors());
+  } else {
+    swiglu_halves_backward(gate_up_rows_, product);
+  }
   down_.backward_a(down_low_, product);
   product.reset();
-  at::Tensor dnormed = gate_up_.backward(gate_up_rows_, gate_up_low_);
+  at::Tensor dnormed = gate_up_.backward(gate_up_rows_, gate_up_low_, codes);
+  codes = {};
   gate_up_rows_.reset();
   const at::Tensor dsum = post_attention_norm_->backward_add(sum_, sum_scales_, dnormed, dy, o_.empty_output(tokens));
   sum_.reset();

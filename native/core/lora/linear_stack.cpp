@@ -358,7 +358,7 @@ at::Tensor LinearStack::empty_output(int64_t rows) const {
   return columns_ > 0 ? empty_rows(rows, out_, ranks_, options_) : at::empty({rows, out_}, options_);
 }
 
-at::Tensor LinearStack::forward(const at::Tensor& x, at::Tensor& low, at::Tensor y) const {
+at::Tensor LinearStack::forward(const at::Tensor& x, at::Tensor& low, at::Tensor y, const Fp8Rows& codes) const {
   if (!quantized_.empty()) return dequantized().forward(x, low, y);
   if (buffer_.defined() && has_tail(x, columns_)) {
     const at::Tensor all = with_tail(x, columns_);
@@ -370,7 +370,7 @@ at::Tensor LinearStack::forward(const at::Tensor& x, at::Tensor& low, at::Tensor
     return y.defined() ? at::mm_out(y, all, weights) : at::mm(all, weights);
   }
   if (fp8_ != nullptr) {
-    y = fp8_->linear(x, bias_);
+    y = codes.codes.defined() ? fp8_->linear(codes, bias_) : fp8_->linear(x, bias_);
   } else if (!y.defined()) {
     y = at::linear(x, weight_, bias_.defined() ? std::optional(bias_) : std::nullopt);
   } else if (bias_.defined()) {
@@ -393,8 +393,9 @@ at::Tensor LinearStack::forward(const at::Tensor& x, at::Tensor& low, at::Tensor
   return y;
 }
 
-at::Tensor LinearStack::input_gradient(const at::Tensor& dy) const {
-  return fp8_ != nullptr ? fp8_->input_gradient(dy) : at::mm(dy, weight_);
+at::Tensor LinearStack::input_gradient(const at::Tensor& dy, const Fp8Rows& codes) const {
+  if (fp8_ == nullptr) return at::mm(dy, weight_);
+  return codes.codes.defined() ? fp8_->input_gradient(codes) : fp8_->input_gradient(dy);
 }
 
 // One kernel for the gradients of B and for dy s B, which it puts into low and into dy's tail if it has one; false
@@ -433,12 +434,13 @@ bool LinearStack::backward_b(const at::Tensor& dy, const at::Tensor& low, bool t
   return true;
 }
 
-at::Tensor LinearStack::backward(const at::Tensor& dy, at::Tensor& low) const {
+at::Tensor LinearStack::backward(const at::Tensor& dy, at::Tensor& low, const Fp8Rows& codes) const {
   if (!quantized_.empty()) return dequantized().backward(dy, low);
-  if (pairs_.empty()) return input_gradient(dy);
+  if (pairs_.empty()) return input_gradient(dy, codes);
   const bool tailed = buffer_.defined() && has_tail(dy, ranks_);
   if (scaled_b_.defined() && backward_b(dy, low, tailed)) {
-    return tailed ? at::mm(with_tail(dy, ranks_), buffer_.narrow(1, 0, in_)) : input_gradient(dy).addmm_(low, a_);
+    return tailed ? at::mm(with_tail(dy, ranks_), buffer_.narrow(1, 0, in_))
+                  : input_gradient(dy, codes).addmm_(low, a_);
   }
   for (const Pair& pair : pairs_) {
     const at::Tensor part = dy.narrow(1, pair.row, pair.rows).to(low.scalar_type()),
@@ -456,7 +458,7 @@ at::Tensor LinearStack::backward(const at::Tensor& dy, at::Tensor& low) const {
     low.copy_(tail);  // dy need not be kept for it
     return at::mm(all, buffer_.narrow(1, 0, in_));
   }
-  at::Tensor dx = input_gradient(dy);
+  at::Tensor dx = input_gradient(dy, codes);
   if (scaled_b_.defined()) {
     at::mm_out(low, dy, scaled_b_);
     return dx.addmm_(low, a_);

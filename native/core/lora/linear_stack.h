@@ -42,11 +42,16 @@ class LinearStack {
   at::Tensor empty_input(int64_t rows) const;
   at::Tensor empty_output(int64_t rows) const;
 
+  // Makers of x and dy write their codes too where the weights are of fp8: else these are read once more for them.
+  bool is_fp8() const { return fp8_ != nullptr; }
+  const at::Tensor& gradient_factors() const { return fp8_->rows().scales; }  // for quantize_fp8_rows() of dy
+
   // x: [T, in] → [T, Σ out], into y where it is given (which empty_output() has made). `low`: x Aᵀ, [T, Σ r or more];
-  // the backward needs it.
-  at::Tensor forward(const at::Tensor& x, at::Tensor& low, at::Tensor y = {}) const;
-  // Adds the gradients of B to their .grad, puts what those of A need into low's place, and gives that of x.
-  at::Tensor backward(const at::Tensor& dy, at::Tensor& low) const;
+  // the backward needs it. `codes`: of x, if they have been made.
+  at::Tensor forward(const at::Tensor& x, at::Tensor& low, at::Tensor y = {}, const Fp8Rows& codes = {}) const;
+  // Adds the gradients of B to their .grad, puts what those of A need into low's place, and gives that of x. `codes`:
+  // of dy, if they have been made.
+  at::Tensor backward(const at::Tensor& dy, at::Tensor& low, const Fp8Rows& codes = {}) const;
   // Adds the gradients of A to their .grad. `dlow`: low after backward(). Apart, so that x can be made after it.
   void backward_a(const at::Tensor& dlow, const at::Tensor& x) const;
 
@@ -64,7 +69,7 @@ class LinearStack {
     int64_t rank_begin;  // of the stacked A
     int64_t rank() const { return lora->a.size(0); }
   };
-  at::Tensor input_gradient(const at::Tensor& dy) const;  // of the weights alone
+  at::Tensor input_gradient(const at::Tensor& dy, const Fp8Rows& codes) const;  // of the weights alone
   bool backward_b(const at::Tensor& dy, const at::Tensor& low, bool tailed) const;
   // The parts of `buffer`, which holds the weights.
   void bind(const at::Tensor& buffer);

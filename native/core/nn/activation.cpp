@@ -5,6 +5,7 @@
 
 #include "core/base/cuda_kernels.h"
 #include "core/base/error.h"
+#include "core/quant/fp8.h"
 
 namespace martlet {
 
@@ -91,27 +92,31 @@ at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) {
   return recorded ? SwigluFunction::apply(gate, up) : swiglu_forward(gate, up);
 }
 
-at::Tensor swiglu_halves(const at::Tensor& gate_up, at::Tensor out) {
+at::Tensor swiglu_halves(const at::Tensor& gate_up, at::Tensor out, Fp8Rows* codes) {
   const int64_t rows = gate_up.size(0), n = gate_up.size(1) / 2;
   const cuda::Kernels* kernels = gate_up.stride(1) == 1 ? cuda_kernels(gate_up) : nullptr;
   if (kernels == nullptr) {
     const at::Tensor product = at::silu(gate_up.narrow(1, 0, n)).mul_(gate_up.narrow(1, n, n));
+    if (codes != nullptr) *codes = quantize_fp8_rows(product, at::kFloat8_e4m3fn);
     return out.defined() ? out.copy_(product) : product;
   }
+  if (codes != nullptr) *codes = empty_fp8_rows(rows, n, gate_up.device());
   if (!out.defined()) out = at::empty({rows, n}, gate_up.options());
   check_cuda(kernels->swiglu_halves(gate_up.const_data_ptr(), gate_up.stride(0), out.mutable_data_ptr(), out.stride(0),
                                     rows, static_cast<int32_t>(n), cuda_type(gate_up.scalar_type()),
-                                    cuda_stream(gate_up)));
+                                    codes != nullptr ? describe(*codes) : cuda::Fp8Codes(), cuda_stream(gate_up)));
   return out;
 }
 
-void swiglu_halves_backward(at::Tensor& gate_up, at::Tensor& dy) {
+void swiglu_halves_backward(at::Tensor& gate_up, at::Tensor& dy, Fp8Rows* codes, const at::Tensor& factors) {
   const int64_t rows = gate_up.size(0), n = gate_up.size(1) / 2;
   const cuda::Kernels* kernels = gate_up.stride(1) == 1 && dy.stride(1) == 1 ? cuda_kernels(gate_up) : nullptr;
   if (kernels != nullptr) {
-    check_cuda(kernels->swiglu_halves_backward(gate_up.mutable_data_ptr(), gate_up.stride(0), dy.mutable_data_ptr(),
-                                               dy.stride(0), rows, static_cast<int32_t>(n),
-                                               cuda_type(gate_up.scalar_type()), cuda_stream(gate_up)));
+    if (codes != nullptr) *codes = empty_fp8_rows(rows, 2 * n, gate_up.device());
+    check_cuda(kernels->swiglu_halves_backward(
+        gate_up.mutable_data_ptr(), gate_up.stride(0), dy.mutable_data_ptr(), dy.stride(0), rows,
+        static_cast<int32_t>(n), cuda_type(gate_up.scalar_type()),
+        codes != nullptr ? describe(*codes, factors) : cuda::Fp8Codes(), cuda_stream(gate_up)));
     return;
   }
   at::Tensor gate = gate_up.narrow(1, 0, n), up = gate_up.narrow(1, n, n);
@@ -119,6 +124,7 @@ void swiglu_halves_backward(at::Tensor& gate_up, at::Tensor& dy) {
   at::mul_out(dy, active, up);
   gate.copy_(dgate);
   up.copy_(dup);
+  if (codes != nullptr) *codes = quantize_fp8_rows(gate_up, kFp8Gradient, factors);
 }
 
 }  // namespace martlet

@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "core/base/cuda_kernels.h"
+#include "core/quant/fp8.h"
 
 namespace martlet {
 
@@ -22,15 +23,23 @@ cuda::RmsNorm describe(const at::Tensor& x, const at::Tensor& weight) {
           cuda_type(x.scalar_type()), x.size(-1)};
 }
 
+// Of the rows that `op` writes.
+void add_codes(cuda::RmsNorm& op, Fp8Rows* codes, at::Device device) {
+  if (codes == nullptr) return;
+  *codes = empty_fp8_rows(op.rows, op.columns, device);
+  op.y_codes = describe(*codes);
+}
+
 bool has_plain_rows(const at::Tensor& x) { return x.stride(-1) == 1 && (x.is_contiguous() || x.dim() == 2); }
 int64_t row_pitch(const at::Tensor& x) { return x.is_contiguous() ? x.size(-1) : x.stride(0); }
 
 // One kernel each way; the weight gets no gradient. `rstd`, float32 [rows], is written where it is defined.
 at::Tensor rms_norm_kernel(const at::Tensor& x, const at::Tensor& weight, double eps, const at::Tensor& rstd,
-                           at::Tensor y = {}) {
+                           at::Tensor y = {}, Fp8Rows* codes = nullptr) {
   if (!y.defined()) y = at::empty_like(x);
   cuda::RmsNorm op = describe(x, weight);
   op.out_pitch = row_pitch(y);
+  add_codes(op, codes, x.device());
   float* scales = rstd.defined() ? rstd.mutable_data_ptr<float>() : nullptr;
   check_cuda(cuda_kernels(x)->rms_norm(op, eps, y.mutable_data_ptr(), scales, cuda_stream(x)));
   return y;
@@ -75,7 +84,10 @@ const cuda::Kernels* rms_norm_kernels(const at::Tensor& x, const at::Tensor& wei
   return x.is_contiguous() && weight.scalar_type() == x.scalar_type() ? cuda_kernels(x) : nullptr;
 }
 
-at::Tensor placed(const at::Tensor& y, at::Tensor& out) { return out.defined() ? out.copy_(y) : y; }
+at::Tensor placed(const at::Tensor& y, at::Tensor& out, Fp8Rows* codes = nullptr) {
+  if (codes != nullptr) *codes = quantize_fp8_rows(y, at::kFloat8_e4m3fn);
+  return out.defined() ? out.copy_(y) : y;
+}
 
 at::Tensor empty_scales(const at::Tensor& x) {
   return at::empty({x.numel() / x.size(-1)}, x.options().dtype(at::kFloat));
@@ -83,19 +95,21 @@ at::Tensor empty_scales(const at::Tensor& x) {
 
 }  // namespace
 
-at::Tensor RmsNorm::forward(const at::Tensor& x, Scales& scales, at::Tensor out) const {
-  if (rms_norm_kernels(x, weight.value) == nullptr) return placed(plain_rms_norm(x, weight.value, eps_), out);
+at::Tensor RmsNorm::forward(const at::Tensor& x, Scales& scales, at::Tensor out, Fp8Rows* codes) const {
+  if (rms_norm_kernels(x, weight.value) == nullptr) return placed(plain_rms_norm(x, weight.value, eps_), out, codes);
   scales = empty_scales(x);
-  return rms_norm_kernel(x, weight.value, eps_, scales, out);
+  return rms_norm_kernel(x, weight.value, eps_, scales, out, codes);
 }
 
-at::Tensor RmsNorm::add_forward(at::Tensor& sum, const at::Tensor& x, Scales& scales, at::Tensor out) const {
+at::Tensor RmsNorm::add_forward(at::Tensor& sum, const at::Tensor& x, Scales& scales, at::Tensor out,
+                                Fp8Rows* codes) const {
   const cuda::Kernels* kernels = x.is_contiguous() ? rms_norm_kernels(sum, weight.value) : nullptr;
-  if (kernels == nullptr) return placed(plain_rms_norm(sum.add_(x), weight.value, eps_), out);
+  if (kernels == nullptr) return placed(plain_rms_norm(sum.add_(x), weight.value, eps_), out, codes);
   scales = empty_scales(x);
   if (!out.defined()) out = at::empty_like(x);
   cuda::RmsNorm op = describe(x, weight.value);
   op.out_pitch = row_pitch(out);
+  add_codes(op, codes, x.device());
   check_cuda(kernels->add_rms_norm(op, sum.mutable_data_ptr(), eps_, out.mutable_data_ptr(),
                                    scales.mutable_data_ptr<float>(), cuda_stream(x)));
   return out;

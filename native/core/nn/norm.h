@@ -7,6 +7,8 @@
 
 namespace martlet {
 
+struct Fp8Rows;
+
 enum class NormType { kLayer, kRms };
 
 class Norm : public Module {
@@ -25,10 +27,12 @@ class RmsNorm : public Norm {
   // For callers with a backward of their own; nothing is recorded, and the weight gets no gradient.
   // What the backward needs besides x: float32, one a row. Undefined where it is computed anew.
   using Scales = at::Tensor;
-  // Into `out` where it is given; its rows, and those of `residual`, may lie further apart than they are long.
-  at::Tensor forward(const at::Tensor& x, Scales& scales, at::Tensor out = {}) const;
+  // Into `out` where it is given; its rows, and those of `residual`, may lie further apart than they are long. `codes`,
+  // where they are wanted: quantize_fp8_rows() of what is given.
+  at::Tensor forward(const at::Tensor& x, Scales& scales, at::Tensor out = {}, Fp8Rows* codes = nullptr) const;
   // sum += x in place; of the sum.
-  at::Tensor add_forward(at::Tensor& sum, const at::Tensor& x, Scales& scales, at::Tensor out = {}) const;
+  at::Tensor add_forward(at::Tensor& sum, const at::Tensor& x, Scales& scales, at::Tensor out = {},
+                         Fp8Rows* codes = nullptr) const;
   // The gradient of x.
   at::Tensor backward(const at::Tensor& x, const Scales& scales, const at::Tensor& dy) const;
   // residual + the gradient of x. Puts forward(x) in place of dy.

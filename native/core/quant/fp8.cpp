@@ -76,6 +76,16 @@ Fp8Rows quantize_fp8_rows(const at::Tensor& x, at::ScalarType type, const at::Te
   return {(values * (largest_of(type) / largest).unsqueeze(1)).to(type), largest / largest_of(type)};
 }
 
+Fp8Rows empty_fp8_rows(int64_t rows, int64_t columns, at::Device device) {
+  const at::TensorOptions options(device);
+  return {at::empty({rows, columns}, options.dtype(at::kFloat8_e4m3fn)), at::empty({rows}, options.dtype(at::kFloat))};
+}
+
+cuda::Fp8Codes describe(const Fp8Rows& rows, const at::Tensor& factors) {
+  return {factors.defined() ? factors.const_data_ptr<float>() : nullptr, rows.codes.mutable_data_ptr(),
+          rows.scales.mutable_data_ptr<float>()};
+}
+
 at::Tensor transpose_bytes(const at::Tensor& x) {
   const cuda::Kernels* kernels = kernels_on(x.options());
   if (kernels != nullptr && x.size(0) % 4 == 0 && x.size(1) % 4 == 0 && x.is_contiguous()) {
@@ -130,14 +140,21 @@ void Fp8Tensor::dequantize_to(const at::Tensor& out) const {
 }
 
 at::Tensor Fp8Tensor::linear(const at::Tensor& x, const at::Tensor& bias) const {
-  return fp8_product(quantize_fp8_rows(x, at::kFloat8_e4m3fn), rows_, bias, x.scalar_type());
+  return linear(quantize_fp8_rows(x, at::kFloat8_e4m3fn), bias);
+}
+
+at::Tensor Fp8Tensor::linear(const Fp8Rows& x, const at::Tensor& bias) const {
+  return fp8_product(x, rows_, bias, dtype_);
 }
 
 at::Tensor Fp8Tensor::input_gradient(const at::Tensor& dy) const {
+  return input_gradient(quantize_fp8_rows(dy, kFp8Gradient, rows_.scales));
+}
+
+at::Tensor Fp8Tensor::input_gradient(const Fp8Rows& dy) const {
   // dy W is a sum over the weight's rows: their scales go into dy. Tensor cores of 8 bits want both operands along the
   // sum, so the codes are transposed each time: a second copy of the weights would take away half of what fp8 saves.
-  const Fp8Rows gradient = quantize_fp8_rows(dy, kFp8Gradient, rows_.scales);
-  return fp8_product(gradient, {transpose_bytes(rows_.codes), units_}, at::Tensor(), dy.scalar_type());
+  return fp8_product(dy, {transpose_bytes(rows_.codes), units_}, at::Tensor(), dtype_);
 }
 
 std::vector<std::pair<std::string, at::Tensor>> Fp8Tensor::stored() const {

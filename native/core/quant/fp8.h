@@ -4,6 +4,7 @@
 #pragma once
 
 #include "core/quant/quantized_tensor.h"
+#include "cuda/kernels.h"
 
 namespace martlet {
 
@@ -25,6 +26,11 @@ struct Fp8Rows {
 // x: [rows, columns]. `type`: kFloat8_e4m3fn or kFloat8_e5m2. `factors`: float32 [columns], multiplied by first; may be
 // undefined. A value that is not finite makes its row NaN.
 Fp8Rows quantize_fp8_rows(const at::Tensor& x, at::ScalarType type, const at::Tensor& factors = {});
+
+// Room for the e4m3 codes that a kernel makes of the rows it writes, [rows, columns] with a multiple of 16 columns, and
+// how it is told of it; `factors` as above.
+Fp8Rows empty_fp8_rows(int64_t rows, int64_t columns, at::Device device);
+cuda::Fp8Codes describe(const Fp8Rows& rows, const at::Tensor& factors = {});
 
 // [rows, columns] of one byte each → [columns, rows], contiguous.
 at::Tensor transpose_bytes(const at::Tensor& x);
@@ -48,6 +54,9 @@ class Fp8Tensor : public QuantizedTensor {
   at::Device device() const override { return rows_.codes.device(); }
   at::Tensor linear(const at::Tensor& x, const at::Tensor& bias) const override;
   at::Tensor input_gradient(const at::Tensor& dy) const override;
+  // The same of rows that are codes already: those of x, and kFp8Gradient of dy with rows().scales for factors.
+  at::Tensor linear(const Fp8Rows& x, const at::Tensor& bias) const;
+  at::Tensor input_gradient(const Fp8Rows& dy) const;
   std::vector<std::pair<std::string, at::Tensor>> stored() const override;
   bool describe(cuda::Matrix&) const override { return false; }
 

@@ -6,10 +6,13 @@
 
 #include <chrono>
 #include <cstdio>
+#include <limits>
 
 #include "check.h"
 #include "core/base/cuda_kernels.h"
 #include "core/base/memory.h"
+#include "core/nn/activation.h"
+#include "core/nn/norm.h"
 #include "cuda/gpu.h"
 #include "layer_case.h"
 
@@ -82,6 +85,71 @@ TEST("fp8: rows become the same bits as on the CPU") {
   EXPECT(codes[2].isfinite().all().item<bool>());
 }
 
+TEST("fp8: codes made with the rows are those made of the rows afterwards, and the rows have the same bits") {
+  const at::NoGradGuard no_grad;
+  const auto check_codes = [](const Fp8Rows& actual, const at::Tensor& rows, const at::Tensor& factors,
+                              const std::string& what) {
+    const Fp8Rows expected = quantize_fp8_rows(rows, at::kFloat8_e4m3fn, factors);
+    const int64_t count = actual.codes.view(at::kByte).ne(expected.codes.view(at::kByte)).sum().item<int64_t>();
+    if (count > 0) record_failure(__FILE__, __LINE__, what + ": " + std::to_string(count) + " codes differ");
+    EXPECT_SAME(actual.scales.cpu(), expected.scales.cpu());
+  };
+  // NaN too.
+  const auto check_bits = [](const at::Tensor& actual, const at::Tensor& expected, const std::string& what) {
+    const int64_t count =
+        actual.contiguous().view(at::kShort).ne(expected.contiguous().view(at::kShort)).sum().item<int64_t>();
+    if (count > 0) record_failure(__FILE__, __LINE__, what + ": " + std::to_string(count) + " numbers differ");
+  };
+  for (const at::ScalarType type : {at::kBFloat16, at::kHalf}) {
+    for (const int64_t columns : {16, 80, 528, 2048, 2064, 4096, 11008, 18944, 24080}) {
+      for (const int64_t count : {1, 7, 80}) {
+        const std::string what = std::to_string(count) + " x " + std::to_string(columns);
+        const auto drawn = [&](int64_t width, uint64_t seed) {
+          at::Tensor x = randn({count, width}, seed).to(type).to(gpu());
+          if (count > 5) {
+            x[3].zero_();
+            x[4][5] = std::numeric_limits<float>::quiet_NaN();
+            x[5].mul_(1e-3);
+          }
+          return x;
+        };
+        RmsNorm norm(columns, 1e-6);
+        norm.weight.value = (1 + 0.1 * randn({columns}, 5)).to(type).to(gpu());
+        const at::Tensor x = drawn(columns, 1);
+        RmsNorm::Scales scales;
+        Fp8Rows codes;
+        const at::Tensor normed = norm.forward(x, scales, {}, &codes);
+        check_bits(normed, norm.forward(x, scales), what + ", norm");
+        check_codes(codes, normed, {}, what + ", norm");
+        at::Tensor sum = drawn(columns, 2), plain_sum = sum.clone();
+        const at::Tensor of_sum = norm.add_forward(sum, x, scales, {}, &codes);
+        check_bits(of_sum, norm.add_forward(plain_sum, x, scales), what + ", norm of a sum");
+        check_bits(sum, plain_sum, what + ", sum");
+        check_codes(codes, of_sum, {}, what + ", norm of a sum");
+
+        at::Tensor both = drawn(2 * columns, 3), both_plain = both.clone();
+        const at::Tensor product = swiglu_halves(both, {}, &codes);
+        check_bits(product, swiglu_halves(both), what + ", SwiGLU");
+        check_codes(codes, product, {}, what + ", SwiGLU");
+        // Rows that the kernel with codes does not take: by two kernels.
+        at::Tensor apart = at::zeros({count, 2 * columns + 3}, both.options()).narrow(1, 0, 2 * columns);
+        apart.copy_(both);
+        check_bits(swiglu_halves(apart, {}, &codes), product, what + ", SwiGLU of rows apart");
+        check_codes(codes, product, {}, what + ", SwiGLU of rows apart");
+
+        if (2 * columns > 65536) continue;
+        const at::Tensor factors = (randn({2 * columns}, 4).abs_() * 1e-4).to(gpu());
+        at::Tensor dy = drawn(columns, 6), dy_plain = dy.clone();
+        swiglu_halves_backward(both, dy, &codes, factors);
+        swiglu_halves_backward(both_plain, dy_plain);
+        check_bits(both, both_plain, what + ", SwiGLU's gradients");
+        check_bits(dy, dy_plain, what + ", SwiGLU made again");
+        check_codes(codes, both, factors, what + ", SwiGLU's gradients");
+      }
+    }
+  }
+}
+
 TEST("fp8: bytes transposed") {
   for (const auto& [rows, columns] : {std::pair(4, 4), std::pair(16, 48), std::pair(128, 128), std::pair(144, 400),
                                       std::pair(1536, 8960), std::pair(4096, 11008)}) {
@@ -152,6 +220,38 @@ TEST("fp8: a layer's value and gradients beside bfloat16's") {
       if (!(near > 0.99)) record_failure(__FILE__, __LINE__, name + ": cosine to autograd's " + std::to_string(near));
     }
   }
+}
+
+TEST("train-bench fp8: codes made with the rows, and afterwards") {
+  constexpr int64_t kRows = 8192, kHidden = 4096, kInner = 11008;
+  const at::NoGradGuard no_grad;
+  const at::TensorOptions bf16 = at::TensorOptions().dtype(at::kBFloat16).device(gpu());
+  const auto report = [](const char* name, double megabytes, const std::function<void()>& together,
+                         const std::function<void()>& apart) {
+    const double one = milliseconds(together), two = milliseconds(apart);
+    std::printf("  %-22s %.3f ms (%.0f GB/s), by two kernels %.3f\n", name, one, megabytes / one, two);
+  };
+  Fp8Rows codes;
+  RmsNorm norm(kHidden, 1e-6);
+  norm.weight.value = at::ones({kHidden}, bf16);
+  RmsNorm::Scales scales;
+  at::Tensor x = at::empty({kRows, kHidden}, bf16).normal_(), sum = x.clone();
+  const double hidden = 1e-6 * kRows * kHidden, inner = 1e-6 * kRows * kInner;  // millions of numbers
+  report(
+      "sum and norm", 9 * hidden, [&] { norm.add_forward(sum, x, scales, {}, &codes); },
+      [&] { quantize_fp8_rows(norm.add_forward(sum, x, scales), at::kFloat8_e4m3fn); });
+  at::Tensor both = at::empty({kRows, 2 * kInner}, bf16).normal_(), dy = at::empty({kRows, kInner}, bf16).normal_();
+  report(
+      "SwiGLU", 7 * inner, [&] { swiglu_halves(both, {}, &codes); },
+      [&] { quantize_fp8_rows(swiglu_halves(both), at::kFloat8_e4m3fn); });
+  const at::Tensor factors = at::ones({2 * kInner}, bf16.dtype(at::kFloat));
+  // In place, so that the numbers wander; the time does not depend on them.
+  report(
+      "SwiGLU's gradients", 14 * inner, [&] { swiglu_halves_backward(both, dy, &codes, factors); },
+      [&] {
+        swiglu_halves_backward(both, dy);
+        quantize_fp8_rows(both, kFp8Gradient, factors);
+      });
 }
 
 TEST("train-bench fp8: the products alone, and what is around them") {
