@@ -186,8 +186,10 @@ TEST("fp8: products beside those of the CPU") {
 
 TEST("fp8: a layer's value and gradients beside bfloat16's") {
   if (!measured()) return;
-  for (const bool grouped : {false, true}) {
+  for (const auto& [grouped, form] : {std::pair(false, PairForm::kInPlace), std::pair(false, PairForm::kAugmented),
+                                      std::pair(true, PairForm::kAugmented)}) {
     LayerOptions options;
+    options.form = form;
     options.config.hidden_size = 1024;
     options.config.intermediate_size = 2816;
     options.config.num_heads = 16;

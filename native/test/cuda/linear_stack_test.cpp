@@ -99,6 +99,23 @@ TEST("augmented: outputs and gradients, of ranks that the kernel takes and of ot
         if (time == 0) first = results;
         for (size_t i = 0; i < results.size(); ++i) EXPECT_SAME(results[i].cpu(), first[i].cpu());
       }
+      // Without room beside x and dy.
+      for (const auto& pair : pairs) {
+        pair->a.mutable_grad() = at::ones_like(pair->a);
+        pair->b.mutable_grad() = at::ones_like(pair->b);
+      }
+      const at::NoGradGuard no_grad;
+      const at::Tensor own_x = x.to(gpu());
+      at::Tensor low;
+      std::vector<at::Tensor> results = {stack->forward(own_x, low)};
+      results.push_back(stack->backward(dy.to(gpu()), low));
+      stack->backward_a(low, own_x);
+      for (size_t i = 0; i < pairs.size(); ++i) {
+        if (!s.paired[i]) continue;
+        results.push_back(pairs[i]->a.grad());
+        results.push_back(pairs[i]->b.grad());
+      }
+      for (size_t i = 0; i < results.size(); ++i) EXPECT(away(results[i], first[i]) < 0.02);
     }
   }
 }
