@@ -339,7 +339,12 @@ StepResult Trainer::run(int64_t number, const std::vector<MicroBatch>& micro_bat
   at::Tensor loss_sum = at::zeros({}, at::TensorOptions().dtype(at::kFloat).device(device_));
   at::Tensor correct = at::zeros({}, at::TensorOptions().dtype(at::kLong).device(device_));
   int64_t done = 0;
-  bool fresh = !train;  // the pairs beside the weights
+  bool fresh = !train;  // what follows from the pairs
+  // The tower may have DoRA's too.
+  if (!fresh && adapter_.config.use_dora) {
+    refresh_pairs();
+    fresh = true;
+  }
   for (const MicroBatch& micro : micro_batches) {
     job.check();
     std::vector<const Sample*> samples;
