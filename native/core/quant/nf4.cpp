@@ -3,8 +3,10 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <array>
 #include <nlohmann/json.hpp>
 
+#include "core/base/cpu_kernels.h"
 #include "core/base/cuda_kernels.h"
 #include "core/base/dtype.h"
 #include "core/base/error.h"
@@ -82,6 +84,10 @@ at::Tensor Nf4Tensor::dequantize() const {
     check_cuda(kernels->nf4_dequantize(op, out.mutable_data_ptr(), cuda_stream(out)));
     return out.view(shape_);
   }
+  if (out.is_cpu() && best_isa() != Isa::kPlain) {
+    dequantize_on_cpu(out);
+    return out.view(shape_);
+  }
   const at::Tensor table = pair_table(codes_.device()), scale = scales(), bytes = codes_.view(-1);
   const int64_t chunk = chunk_size(codes_.device());
   for (int64_t begin = 0; begin < n; begin += chunk) {
@@ -92,6 +98,22 @@ at::Tensor Nf4Tensor::dequantize() const {
     out.narrow(0, begin, length).copy_(scale_blocks(values, factors, kBlock));
   }
   return out.view(shape_);
+}
+
+void Nf4Tensor::dequantize_on_cpu(at::Tensor& out) const {
+  cuda::Matrix matrix = {};
+  describe(matrix);
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t n = out.numel();
+  void* data = out.mutable_data_ptr();
+  parallel_ranges((n + kPiece - 1) / kPiece, 64, [&](int64_t first, int64_t last) {
+    std::array<float, kPiece> piece;
+    for (int64_t begin = first * kPiece; begin < std::min(n, last * kPiece); begin += kPiece) {
+      const int64_t count = std::min(kPiece, n - begin);
+      decode_nf4(kernels, matrix, begin, count, piece.data());
+      store_rounded(kernels, piece.data(), count, data, begin, dtype_);
+    }
+  });
 }
 
 bool Nf4Tensor::describe(cuda::Matrix& out) const {
