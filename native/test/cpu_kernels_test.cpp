@@ -64,6 +64,18 @@ TEST("every level scales by one factor and then the other") {
   }
 }
 
+TEST("every level adds a multiple") {
+  for (const Isa isa : kLevels) {
+    if (!is_supported(isa)) continue;
+    for (const int64_t n : {1, 16, 77}) {
+      const at::Tensor x = randn({n}, 8), y = randn({n + 1}, 9);
+      at::Tensor out = y.clone();
+      cpu_kernels(isa).add(x.const_data_ptr<float>(), n, 0.3f, out.mutable_data_ptr<float>());
+      EXPECT_CLOSE(out, y + 0.3 * at::cat({x, at::zeros({1})}), 1e-6);
+    }
+  }
+}
+
 TEST("a dequantised NF4 weight is table times scale, rounded once") {
   for (const at::ScalarType dtype : kDtypes) {
     for (const auto& shape : kShapes) {

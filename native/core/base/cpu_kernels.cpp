@@ -43,6 +43,10 @@ void plain_scale(float* values, int64_t n, float a, float b) {
   for (int64_t i = 0; i < n; ++i) values[i] = values[i] * a * b;
 }
 
+void plain_add(const float* x, int64_t n, float a, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] += a * x[i];
+}
+
 void plain_nf4(const uint8_t* pairs, int64_t n, float scale, float* out) {
   const float* table = cuda::kNf4Codes.values;
   for (int64_t i = 0; i < n; ++i) out[i] = scale * table[i % 2 == 0 ? pairs[i / 2] >> 4 : pairs[i / 2] & 15];
@@ -65,6 +69,7 @@ constexpr CpuKernels kPlainKernels = {plain_decode<c10::BFloat16>,
                                       plain_round<c10::BFloat16>,
                                       plain_round<c10::Half>,
                                       plain_scale,
+                                      plain_add,
                                       plain_dot,
                                       nullptr,
                                       nullptr,
@@ -162,6 +167,16 @@ MARTLET_AVX2 void avx2_scale(float* values, int64_t n, float a, float b) {
   plain_scale(values + i, n - i, a, b);
 }
 
+MARTLET_AVX2 void avx2_add(const float* x, int64_t n, float a, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m256 sum = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(a), _mm256_loadu_ps(out + i));
+    _mm256_storeu_ps(out + i, sum);
+  }
+  _mm256_zeroupper();
+  plain_add(x + i, n - i, a, out + i);
+}
+
 MARTLET_AVX2 float avx2_dot(const float* a, const float* b, int64_t n) {
   __m256 s0 = _mm256_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
   int64_t i = 0;
@@ -202,8 +217,8 @@ MARTLET_AVX2 float avx2_int8_dot(const int8_t* codes, const float* x, int64_t n)
   return sum;
 }
 
-constexpr CpuKernels kAvx2Kernels = {avx2_bf16,  avx2_fp16, avx2_int8,     avx2_nf4, avx2_round_bf16, avx2_round_fp16,
-                                     avx2_scale, avx2_dot,  avx2_int8_dot, nullptr,  nullptr};
+constexpr CpuKernels kAvx2Kernels = {avx2_bf16,  avx2_fp16, avx2_int8, avx2_nf4,      avx2_round_bf16, avx2_round_fp16,
+                                     avx2_scale, avx2_add,  avx2_dot,  avx2_int8_dot, nullptr,         nullptr};
 
 // ---- AVX-512: 16 numbers at a time, a mask for the rest
 
@@ -304,6 +319,15 @@ MARTLET_AVX512 void avx512_scale(float* values, int64_t n, float a, float b) {
   }
 }
 
+MARTLET_AVX512 void avx512_add(const float* x, int64_t n, float a, float* out) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 lanes = n - i >= 16 ? 0xffff : first_lanes(n - i);
+    const __m512 sum =
+        _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, x + i), _mm512_set1_ps(a), _mm512_maskz_loadu_ps(lanes, out + i));
+    _mm512_mask_storeu_ps(out + i, lanes, sum);
+  }
+}
+
 MARTLET_AVX512 inline __m512 from_16_codes(const int8_t* codes) {
   return from_int8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
 }
@@ -326,8 +350,8 @@ MARTLET_AVX512 float avx512_int8_dot(const int8_t* codes, const float* x, int64_
 }
 
 constexpr CpuKernels kAvx512Kernels = {avx512_bf16,       avx512_fp16,       avx512_int8,  avx512_nf4,
-                                       avx512_round_bf16, avx512_round_fp16, avx512_scale, avx512_dot,
-                                       avx512_int8_dot,   nullptr,           nullptr};
+                                       avx512_round_bf16, avx512_round_fp16, avx512_scale, avx512_add,
+                                       avx512_dot,        avx512_int8_dot,   nullptr,      nullptr};
 
 // ---- AVX-512 with BF16: sums of two products of bfloat16 at a time
 
@@ -388,9 +412,9 @@ MARTLET_AVX512_BF16 float avx512_nf4_dot(const uint8_t* pairs, const float* scal
   return _mm512_reduce_add_ps(_mm512_add_ps(s0, s1));
 }
 
-constexpr CpuKernels kAvx512Bf16Kernels = {avx512_bf16,       avx512_fp16,       avx512_int8,   avx512_nf4,
-                                           avx512_round_bf16, avx512_round_fp16, avx512_scale,  avx512_dot,
-                                           avx512_int8_dot,   avx512_bf16_dot,   avx512_nf4_dot};
+constexpr CpuKernels kAvx512Bf16Kernels = {avx512_bf16,       avx512_fp16,       avx512_int8,     avx512_nf4,
+                                           avx512_round_bf16, avx512_round_fp16, avx512_scale,    avx512_add,
+                                           avx512_dot,        avx512_int8_dot,   avx512_bf16_dot, avx512_nf4_dot};
 
 #endif  // MARTLET_X86
 
@@ -460,6 +484,17 @@ void decode_nf4(const CpuKernels& kernels, const cuda::Matrix& matrix, int64_t b
     kernels.nf4(codes + (element + half) / 2, count - half, scale, out + done + half);
     done += count;
   }
+}
+
+const float* load_floats(const CpuKernels& kernels, const void* data, int64_t begin, int64_t n, at::ScalarType dtype,
+                         float* out) {
+  if (dtype == at::kFloat) return static_cast<const float*>(data) + begin;
+  if (dtype == at::kHalf) {
+    kernels.fp16(static_cast<const c10::Half*>(data) + begin, n, out);
+  } else {
+    kernels.bf16(static_cast<const c10::BFloat16*>(data) + begin, n, out);
+  }
+  return out;
 }
 
 void store_rounded(const CpuKernels& kernels, const float* values, int64_t n, void* data, int64_t begin,

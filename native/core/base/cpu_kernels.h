@@ -42,7 +42,8 @@ struct CpuKernels {
   // To nearest even, as ATen rounds.
   void (*round_bf16)(const float* in, int64_t n, c10::BFloat16* out);
   void (*round_fp16)(const float* in, int64_t n, c10::Half* out);
-  void (*scale)(float* values, int64_t n, float a, float b);  // times a, then times b
+  void (*scale)(float* values, int64_t n, float a, float b);    // times a, then times b
+  void (*add)(const float* x, int64_t n, float a, float* out);  // out += a x
   // Sums of products, added up in float32.
   float (*dot)(const float* a, const float* b, int64_t n);
   float (*int8_dot)(const int8_t* codes, const float* x, int64_t n);  // null in plain C++
@@ -58,7 +59,11 @@ const float* nf4_scales(const cuda::Matrix& matrix, int64_t first, int64_t n, fl
 // The n weights from element `begin` on.
 void decode_nf4(const CpuKernels& kernels, const cuda::Matrix& matrix, int64_t begin, int64_t n, float* out);
 
-// The n values into `data` from its element `begin` on. dtype: float32, bfloat16 or float16.
+// The n numbers of `data` from its element `begin` on: in `out`, or where they lie if they are float32. dtype: float32,
+// bfloat16 or float16, here and below.
+const float* load_floats(const CpuKernels& kernels, const void* data, int64_t begin, int64_t n, at::ScalarType dtype,
+                         float* out);
+// The n values into `data` from its element `begin` on.
 void store_rounded(const CpuKernels& kernels, const float* values, int64_t n, void* data, int64_t begin,
                    at::ScalarType dtype);
 

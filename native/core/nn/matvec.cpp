@@ -115,7 +115,7 @@ class Product {
 
   // The n weights from element `begin` on, without int8's scale.
   const float* decode(int64_t begin, int64_t n, float* out) const {
-    if (weight_.storage == Storage::kDense) return decode_dense(weight_.weight, begin, n, out);
+    if (weight_.storage == Storage::kDense) return load_floats(kernels_, weight_.weight, begin, n, dtype_, out);
     if (weight_.storage == Storage::kInt8) {
       const auto* in = static_cast<const int8_t*>(weight_.weight) + begin;
       for (int64_t i = 0; i < n; i += kCacheLine) fetch_ahead(in + i);
@@ -126,20 +126,11 @@ class Product {
     return out;
   }
 
-  const float* decode_dense(const void* data, int64_t begin, int64_t n, float* out) const {
-    if (dtype_ == at::kFloat) return static_cast<const float*>(data) + begin;
-    if (dtype_ == at::kHalf) {
-      kernels_.fp16(static_cast<const c10::Half*>(data) + begin, n, out);
-    } else {
-      kernels_.bf16(static_cast<const c10::BFloat16*>(data) + begin, n, out);
-    }
-    return out;
-  }
-
   void add_outliers(int64_t row, float* piece, float* sums) const {
     for (int64_t begin = 0; begin < weight_.outliers; begin += kPiece) {
       const int64_t n = std::min<int64_t>(kPiece, weight_.outliers - begin);
-      const float* values = decode_dense(weight_.outlier_values, row * weight_.outliers + begin, n, piece);
+      const float* values =
+          load_floats(kernels_, weight_.outlier_values, row * weight_.outliers + begin, n, dtype_, piece);
       const auto* x = x_outliers_.const_data_ptr<float>() + begin;
       for (int64_t r = 0; r < rows_; ++r) sums[r] += kernels_.dot(values, x + r * weight_.outliers, n);
     }
