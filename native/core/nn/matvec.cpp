@@ -55,6 +55,7 @@ class Product {
         form_ = Form::kInt8Codes;
       x_ = x.to(at::kFloat).contiguous();
     }
+    x_data_ = x_.const_data_ptr();
     if (weight.outliers > 0) {
       const at::Tensor places =
           at::from_blob(const_cast<int64_t*>(weight.outlier_columns), {weight.outliers}, at::kLong);
@@ -82,19 +83,19 @@ class Product {
   void multiply(int64_t row, float* piece, float* sums) const {
     if (form_ == Form::kBf16Pairs) {
       const auto* own = static_cast<const c10::BFloat16*>(weight_.weight) + row * columns_;
-      const auto* x = x_.const_data_ptr<c10::BFloat16>();
+      const auto* x = static_cast<const c10::BFloat16*>(x_data_);
       for (int64_t r = 0; r < rows_; ++r) sums[r] = kernels_.bf16_dot(own, x + r * columns_, columns_);
       return;
     }
     if (form_ == Form::kNf4Blocks) {
       const int64_t blocks = columns_ / kNf4Block, first = row * blocks;
       const auto* codes = static_cast<const uint8_t*>(weight_.weight) + row * columns_ / 2;
-      const auto* x = x_.const_data_ptr<c10::BFloat16>();
+      const auto* x = static_cast<const c10::BFloat16*>(x_data_);
       const float* scales = nf4_scales(weight_, first, blocks, piece);
       for (int64_t r = 0; r < rows_; ++r) sums[r] = kernels_.nf4_dot(codes, scales, x + r * columns_, blocks);
       return;
     }
-    const auto* x = x_.const_data_ptr<float>();
+    const auto* x = static_cast<const float*>(x_data_);
     if (form_ == Form::kInt8Codes) {
       const auto* codes = static_cast<const int8_t*>(weight_.weight) + row * columns_;
       for (int64_t r = 0; r < rows_; ++r) sums[r] = kernels_.int8_dot(codes, x + r * columns_, columns_);
@@ -141,7 +142,8 @@ class Product {
   const at::ScalarType dtype_;
   const int64_t rows_, columns_;
   Form form_ = Form::kDecoded;
-  at::Tensor x_;           // [rows, columns]: bfloat16 for products of pairs, else float32
+  at::Tensor x_;  // [rows, columns]: bfloat16 for products of pairs, else float32
+  const void* x_data_ = nullptr;
   at::Tensor x_outliers_;  // float32 [rows, outliers]
 };
 
