@@ -59,14 +59,20 @@ function viewPlans({ config, row }) {
   return [view(size), ...slices];
 }
 
-/** A row as arguments of a job; its buffers are added to `buffers`. `first` picture of `pictures` and `count` − 1 more. */
+/** A row as arguments of a job; its buffers are added to `buffers`. `first` picture of `pictures` and `count` − 1 more, each with a key of its own. */
 function sample(buffers, ids, labels, pictures, first, count) {
   const size = pictures.shape[1];
   const bytes = size * size * 3;
   const add = (values) => buffers.push(values.slice()) - 1;
   const images = Array.from({ length: count }, (_, i) => {
     const buffer = add(pictures.data.subarray((first + i) * bytes, (first + i + 1) * bytes));
-    return plans.map((plan) => ({ buffer, width: size, height: size, plan }));
+    return plans.map((plan, view) => ({
+      buffer,
+      width: size,
+      height: size,
+      plan,
+      key: ((first + i) * plans.length + view).toString(16).padStart(8, '0'),
+    }));
   });
   return { inputIds: add(ids), ...(labels && { labels: add(labels) }), images: images.flat() };
 }
@@ -229,14 +235,21 @@ function readShape() {
 
 const TASKS = {
   /** `quantization`: none, nf4 (with double quantisation), int8 or fp8. */
-  async load({ quantization = 'none' }) {
+  /** `visionCache`: features of pictures are kept in memory. */
+  async load({ quantization = 'none', visionCache = false }) {
     readShape();
     // The device's context is not part of loading a model.
     const first = new Engine();
     await first.call('load', { modelDir: QUICKSTART_MODEL, device, dtype: 'bfloat16', quantization: 'none' });
     await first.close();
     const { value, seconds } = await timed(() =>
-      engine.call('load', { modelDir: join(dir, 'model'), device, dtype: 'bfloat16', quantization }),
+      engine.call('load', {
+        modelDir: join(dir, 'model'),
+        device,
+        dtype: 'bfloat16',
+        quantization,
+        ...(visionCache && { visionCache: { bytes: 2 ** 32 } }),
+      }),
     );
     const { parameters, weightBytes } = value.result;
     const { peakAllocated } = (await engine.call('stats', {})).result;
@@ -343,6 +356,9 @@ const TASKS = {
       ...peak,
     };
   },
+
+  /** Training on a model that keeps features. */
+  cached: (task) => TASKS.train(task),
 
   /** The losses of `steps` steps over the first `rows` rows, again and again. */
   async curve({ batch, rows: count, steps, ...task }) {

@@ -2,10 +2,10 @@
  * `npm run bench [-- options]`: martlet beside transformers + PEFT on one machine, the same weights and rows, in one run.
  *
  *   --only A,B          shapes of bench/shapes.json; default llava-7b
- *   --tasks A,B         of decode, train, vision, recompute, merge, quantized, data, methods, curve, done in the order given; default all that the shape
+ *   --tasks A,B         of decode, train, vision, recompute, merge, quantized, data, methods, cached, curve, done in the order given; default all that the shape
  *                       has. The gate is always first; results of a part get a file of their own. quantized: decoding from int8 and NF4 weights.
  *                       data: a run of martlet from JPEG files and text, and how long it waits for them. methods: the shape's list of LoRA, QLoRA
- *                       and full runs, each beside its planned memory. curve: the losses of a longer run in bfloat16 and in fp8
+ *                       and full runs, each beside its planned memory. cached: training on rows whose pictures' features are kept. curve: the losses of a longer run in bfloat16 and in fp8
  *   --methods A,B       of lora, fp8, nf4, int8, full: those of the list alone. fp8 (LoRA with base_dtype: fp8) has a gate of its own: loss and gradients
  *                       against martlet's in bfloat16; it and the curve in fp8 are left out without a GPU
  *   --batches 2,8,4     rows in a step; default the shape's. Of methods: those of the list alone
@@ -65,9 +65,11 @@ const FP8_LIMITS = { lossShare: 0.01, cosine: 0.99 };
 const CURVE_LIMIT = 0.01;
 /** The share that a curve must fall by to say anything. */
 const CURVE_FALL = 0.05;
+/** That make_checkpoint.py writes. */
+const ROWS = 32;
 /** Steps that are the end of a curve. */
 const CURVE_END = 20;
-const TASKS = ['decode', 'train', 'vision', 'recompute', 'merge', 'quantized', 'data', 'methods', 'curve'];
+const TASKS = ['decode', 'train', 'vision', 'recompute', 'merge', 'quantized', 'data', 'methods', 'cached', 'curve'];
 const PEERS = ['default', 'tuned'];
 /** What weights are loaded as for a method. */
 const QUANTIZATION = { lora: 'none', full: 'none', fp8: 'fp8', nf4: 'nf4', int8: 'int8' };
@@ -100,7 +102,7 @@ if (strange !== undefined) throw new Error(`--peer knows ${PEERS.join(', ')}, no
 const tasksOf = ({ tasks: own = TASKS, vision, methods, curve, config }) =>
   own.filter(
     (task) =>
-      (task !== 'vision' || vision) &&
+      (!['vision', 'cached'].includes(task) || vision) &&
       (task !== 'methods' || methods) &&
       (task !== 'curve' || curve) &&
       (task !== 'data' || config.model_type === 'llava'),
@@ -262,6 +264,7 @@ const WORDS = {
   curve: (r) => `loss ${r.losses[0].toFixed(4)} → ${r.end.toFixed(4)}`,
   bandwidth: (r) => `${(median(r.copyBytesPerSecond) / 1e12).toFixed(2)} TB/s`,
   merge: (r) => `${r.mergeSeconds.toFixed(1)} s ${r.parts ? JSON.stringify(r.parts) : `(${r.mergedTensors} tensors)`}`,
+  cached: (r) => WORDS.train(r),
   train: (r) =>
     `${r.tokensPerSecond.toFixed(0)} tok/s (${ms(r.median)}, p10 ${ms(r.p10)}, p90 ${ms(r.p90)}), peak ${gib(r.peakAllocated)}${r.plannedPeak ? `, planned ${gib(r.plannedPeak)}` : ''}`,
 };
@@ -494,6 +497,7 @@ async function benchmark(shapeName, budget) {
       copy: 15,
       data: 25,
       curve: () => 5 + task.steps * task.batch * (rowSeconds[label] ?? 0.1),
+      cached: () => 5 + (task.warmup + task.steps) * task.batch * (rowSeconds[label] ?? 0.1),
       train: () => {
         const slower = task.recompute && task.recompute !== 'none' ? 1.5 : 1;
         const row = (rowSeconds[label] ?? (own || tuned ? 0.1 : 0.25)) * slower;
@@ -559,7 +563,7 @@ async function benchmark(shapeName, budget) {
         for (const player of players) await player.rest();
       } else {
         const load = martlet
-          ? { kind: 'load', quantization }
+          ? { kind: 'load', quantization, ...(task.kind === 'cached' && { visionCache: true }) }
           : { kind: 'load', mode: this.label.slice('peer-'.length) };
         if (!(await this.turn(load, task.kind !== 'train' || task.method === 'full'))) return undefined;
       }
@@ -675,6 +679,12 @@ async function benchmark(shapeName, budget) {
           peer ? [martlet, ...peers.slice(0, task.method === 'full' ? 1 : 2)] : [martlet],
         );
       }
+    },
+    /** Every row has been read once before steps are timed. */
+    async cached() {
+      const batch = Math.max(...numbers(options.batches, shape.batches));
+      const warmup = Math.ceil(ROWS / batch) + shape.warmup;
+      await inTurns({ kind: 'cached', load: 'none', batch, recompute: false, warmup, steps }, [martlet]);
     },
     async curve() {
       const task = { kind: 'curve', recompute: 'none', ...shape.curve };

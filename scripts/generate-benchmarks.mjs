@@ -356,7 +356,13 @@ function boundsTable(results) {
     if (!found) return [text, wanted, '—', 'not measured', ''];
     const met = atLeast === undefined ? found.value <= atMost : found.value >= atLeast;
     const where = `${found.result.gpu ?? 'CPU'}, ${found.result.date}`;
-    return [text, wanted, found.value.toFixed(2), met ? 'met' : '**missed**', where];
+    return [
+      text,
+      wanted,
+      found.value >= 100 ? integer(found.value) : found.value.toFixed(2),
+      met ? 'met' : '**missed**',
+      where,
+    ];
   });
   return table(['bound', 'asked', 'measured', '', 'where'], rows);
 }

@@ -23,9 +23,10 @@ Status copy_rows(const void* x, int64_t pitch, void* out, int64_t out_pitch, int
 extern "C" __attribute__((visibility("default"))) const martlet::cuda::Kernels* martlet_cuda_kernels_10() {
   using namespace martlet::cuda;
   static const Kernels kernels = {
-      rms_norm,   rms_norm_backward,  add_rms_norm,      rms_norm_backward_add,  rotary,
-      swiglu,     swiglu_backward,    swiglu_halves,     swiglu_halves_backward, cross_entropy,
-      quick_gelu, nf4_dequantize,     int8_dequantize,   pair_gradients_scratch, pair_gradients,
-      copy_rows,  compute_capability, fp8_quantize_rows, transpose_bytes,        decode_kernels};
+      rms_norm,        rms_norm_backward, add_rms_norm,    rms_norm_backward_add,  rotary,
+      swiglu,          swiglu_backward,   swiglu_halves,   swiglu_halves_backward, cross_entropy,
+      quick_gelu,      nf4_dequantize,    int8_dequantize, pair_gradients_scratch, pair_gradients,
+      copy_pairs,      add_sums,          copy_rows,       compute_capability,     fp8_quantize_rows,
+      transpose_bytes, decode_kernels};
   return &kernels;
 }

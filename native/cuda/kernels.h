@@ -113,6 +113,21 @@ struct PairGradients {
   float* partial_db;    // set within
 };
 
+// What a product with a pair's columns and rows beside its weights reads.
+struct PairCopy {
+  const void *a, *b;  // [rank, in] and [rows, rank], contiguous
+  void *to_a, *to_b;  // of those shapes, rows `pitch` apart; to_b is scaling · b
+  int64_t pitch;
+  int32_t rank, in, rows;  // rank · in and rows · rank below 2³¹
+  float scaling;
+};
+struct Sum {
+  void* to;
+  const void* from;
+  int32_t n;
+};
+constexpr int32_t kMaxPairs = 16;  // of one call
+
 struct CrossEntropy {
   void* logits;            // [rows, columns], contiguous
   const int64_t* targets;  // [rows], each in [0, columns)
@@ -154,6 +169,9 @@ struct Kernels {
   // How many float32 of scratch it needs; 0: it does not take these (ranks other than 8 and 16, or not all of one).
   Status (*pair_gradients_scratch)(const PairGradients& op, int64_t* numbers);
   Status (*pair_gradients)(const PairGradients& op, void* stream);
+  Status (*copy_pairs)(const PairCopy* pairs, int32_t count, Type type, void* stream);
+  // to += from
+  Status (*add_sums)(const Sum* sums, int32_t count, Type type, void* stream);
   // Rows of `bytes` bytes from one pitch to another, both in bytes.
   Status (*copy_rows)(const void* x, int64_t pitch, void* out, int64_t out_pitch, int64_t bytes, int64_t rows,
                       void* stream);

@@ -112,6 +112,8 @@ Status nf4_dequantize(const Nf4& op, void* out, void* stream);
 Status int8_dequantize(const Int8& op, void* out, void* stream);
 Status pair_gradients_scratch(const PairGradients& op, int64_t* numbers);
 Status pair_gradients(const PairGradients& op, void* stream);
+Status copy_pairs(const PairCopy* pairs, int32_t count, Type type, void* stream);
+Status add_sums(const Sum* sums, int32_t count, Type type, void* stream);
 Status copy_rows(const void* x, int64_t pitch, void* out, int64_t out_pitch, int64_t bytes, int64_t rows, void* stream);
 Status compute_capability(int32_t* capability);
 Status fp8_quantize_rows(const Fp8Rows& op, void* stream);

@@ -113,6 +113,31 @@ TEST("decoding one position is the last row of causal attention") {
   EXPECT_CLOSE(decode_attention(q.narrow(0, 5, 1), k, v), plain_attention(q, k, v, true).narrow(0, 5, 1), 1e-5);
 }
 
+TEST("decoding one position of 16-bit numbers is the same in float64, rounded once, whatever the sizes") {
+  const at::NoGradGuard no_grad;
+  for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {
+    for (const auto& [length, heads, kv_heads, dim] :
+         std::vector<std::array<int64_t, 4>>{{1, 2, 2, 8}, {7, 6, 2, 20}, {300, 12, 2, 128}, {33, 3, 1, 80}}) {
+      const at::Tensor q = randn({1, heads, dim}, 4, dtype), k = randn({length + 3, kv_heads, dim}, 5, dtype),
+                       v = randn({length, kv_heads, dim}, 6, dtype);
+      for (const std::optional<double> scale : {std::optional<double>(), std::optional<double>(0.5)}) {
+        AttentionExtras extras;
+        extras.scale = scale;
+        const auto repeated = [&, group = heads / kv_heads](const at::Tensor& x) {
+          return x.to(at::kDouble).repeat_interleave(group, 1).transpose(0, 1);  // [heads, length, d]
+        };
+        const at::Tensor keys = k.narrow(0, 2, length);
+        const at::Tensor scores = at::matmul(repeated(keys), q.to(at::kDouble).view({heads, dim, 1})).squeeze(2) *
+                                  scale.value_or(1 / std::sqrt(static_cast<double>(dim)));
+        const at::Tensor expected = at::matmul(at::softmax(scores, 1).unsqueeze(1), repeated(v)).view({1, heads, dim});
+        const at::Tensor y = decode_attention(q, keys, v, extras);
+        EXPECT(y.scalar_type() == dtype);
+        EXPECT_CLOSE(y, expected, (dtype == at::kHalf ? 1e-3 : 8e-3) * expected.abs().max().item<double>());
+      }
+    }
+  }
+}
+
 TEST("rotary positions: pairs (i, i + d/2) turn by position · theta^(-2i/d); the backward turns back") {
   constexpr int64_t kTokens = 5, kHeads = 2, kDim = 8;
   constexpr double kTheta = 10000.0;

@@ -91,6 +91,19 @@ const ratio = (a, b) => (a && b ? a / b : undefined);
 export const MEASURES = {
   trainRatio: (result, { side, ...setting }) =>
     ratio(training(result, { side: 'martlet', ...setting }).rate, training(result, { side, ...setting }).rate),
+  /** tokens/s, where the GPU's name has `gpu` in it. */
+  trainRate: (result, { gpu, ...setting }) =>
+    result.gpu?.includes(gpu) ? training(result, { side: 'martlet', ...setting }).rate : undefined,
+  /** The same with features of pictures that are kept. */
+  cachedRate: (result, { gpu }) =>
+    result.gpu?.includes(gpu)
+      ? runsOf(result, { kind: 'cached', side: 'martlet' }).find((run) => run.tokensPerSecond)?.tokensPerSecond
+      : undefined,
+  /** Milliseconds to the first token of one answer. */
+  firstToken(result, { gpu }) {
+    const { firstToken } = decoding(result, { side: 'martlet', batch: 1, quantization: 'none' });
+    return firstToken && result.gpu?.includes(gpu) ? firstToken * 1000 : undefined;
+  },
   trainPeak(result, setting) {
     const { peak } = training(result, { side: 'martlet', ...setting });
     return peak && peak / 2 ** 30;
@@ -110,9 +123,9 @@ export const MEASURES = {
       training(result, { side: 'martlet', method, ...setting }).rate,
       training(result, { side, method: 'lora', ...setting }).rate,
     ),
-  fp8Loss: ({ fp8Gate }) => fp8Gate && fp8Gate.lossShare * 100,
+  fp8Loss: ({ fp8Gate }) => (fp8Gate ? fp8Gate.lossShare * 100 : undefined),
   fp8Cosine: ({ fp8Gate }) => fp8Gate?.cosine,
-  fp8Curve: ({ curve }) => curve && curve.share * 100,
+  fp8Curve: ({ curve }) => (curve ? curve.share * 100 : undefined),
   decodeRatio(result, { side, answers }) {
     const of = (name) => decoding(result, { side: name, batch: answers, quantization: 'none' }).rate;
     return ratio(of('martlet'), of(side));

@@ -16,9 +16,9 @@ find .gpu/runtime/node_modules -name '*.map' -delete
 find .gpu/runtime/node_modules/@img -maxdepth 1 -name '*musl*' -exec rm -rf {} +
 cp -r dist .gpu/runtime/dist
 find .gpu/runtime/dist -name '*.map' -delete
-tar -C .gpu -c runtime | xz -T2 -6 > .gpu/runtime.tar.xz.tmp
+tar -C .gpu -c runtime | xz -T2 -9e > .gpu/runtime.tar.xz.tmp
 mv .gpu/runtime.tar.xz.tmp .gpu/runtime.tar.xz
-rm -rf .gpu/runtime .gpu/Release
+rm -rf .gpu/runtime .gpu/Release .gpu/release.tar.xz
 # That machine's copy has no history of its own; results name the commit that was packed.
 echo "$(git rev-parse HEAD)$(git diff --quiet HEAD || echo -dirty)" > .gpu/commit
 if [ -n "${1:-}" ]; then
@@ -27,9 +27,11 @@ if [ -n "${1:-}" ]; then
     -DCMAKE_JS_INC="$PWD/node_modules/node-api-headers/include;$PWD/node_modules/node-addon-api" -DMARTLET_TESTS=ON -DMARTLET_CUDA=ON \
     -DMARTLET_CUDA_ARCHITECTURES=90a -DCMAKE_EXE_LINKER_FLAGS=-Wl,--unresolved-symbols=ignore-in-shared-libs
   cmake --build build/gpu --target martlet martlet_preload martlet_cuda martlet_cuda_tests
-  rm -rf .gpu/Release
   cp -r build/gpu/Release .gpu/Release
   strip --strip-unneeded .gpu/Release/*
   bash scripts/gpu/sources.sh > .gpu/Release/sources
+  # Packed: all that travels may have 64 MiB.
+  tar -C .gpu -c Release | xz -T2 -6 > .gpu/release.tar.xz
+  rm -rf .gpu/Release
 fi
 ls -la .gpu

@@ -17,6 +17,7 @@ cp -r "$RUNTIME/dist" dist
 modules=$PWD/node_modules
 # Files that were sent again may be older than what was built from their predecessors: their contents decide, not their times.
 sources=$(bash scripts/gpu/sources.sh)
+if [ -f .gpu/release.tar.xz ]; then rm -rf .gpu/Release && tar -C .gpu -xf .gpu/release.tar.xz; fi
 if [ "$(cat .gpu/Release/sources 2>/dev/null)" = "$sources" ]; then
   mkdir -p build
   rm -rf build/Release

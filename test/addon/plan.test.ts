@@ -138,14 +138,14 @@ test('LoRA without dropout keeps less: its layers are written out', async () => 
       )
     ).memory.activations;
   const least = await activations({});
-  assert.equal(await activations({ modules_to_save: ['lm_head'] }), least);
+  for (const changes of [{ modules_to_save: ['lm_head'] }, { sft_type: 'qlora' }])
+    assert.equal(await activations(changes), least);
   for (const changes of [
     { lora_dropout: 0.05 },
     { use_dora: true },
     { lora_bias: 'all' },
     { modules_to_save: ['all-norm'] },
     { trainable_parameters: ['norm'] },
-    { sft_type: 'qlora' },
   ])
     assert.ok((await activations(changes)) > 1.3 * least, JSON.stringify(changes));
 });

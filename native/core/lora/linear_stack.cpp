@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <iterator>
 #include <string>
@@ -341,10 +342,24 @@ LinearStack LinearStack::dequantized() const {
 void LinearStack::refresh_pairs() const {
   if (!scaled_b_.defined()) return;
   const at::NoGradGuard no_grad;
+  const cuda::Kernels* kernels = cuda_kernels(buffer_);
+  std::vector<cuda::PairCopy> copies;
   for (const Pair& pair : pairs_) {
-    a_.narrow(0, pair.rank_begin, pair.rank()).copy_(pair.lora->a);
-    at::Tensor b = scaled_b_.narrow(0, pair.row, pair.rows).narrow(1, pair.rank_begin, pair.rank());
-    at::mul_out(b, pair.lora->b, at::scalar_tensor(pair.lora->scaling, at::kDouble));
+    const at::Tensor &a = pair.lora->a, &b = pair.lora->b;
+    at::Tensor to_a = a_.narrow(0, pair.rank_begin, pair.rank()),
+               to_b = scaled_b_.narrow(0, pair.row, pair.rows).narrow(1, pair.rank_begin, pair.rank());
+    if (kernels == nullptr || !a.is_contiguous() || !b.is_contiguous()) {
+      to_a.copy_(a);
+      at::mul_out(to_b, b, at::scalar_tensor(pair.lora->scaling, at::kDouble));
+      continue;
+    }
+    copies.push_back({a.const_data_ptr(), b.const_data_ptr(), to_a.mutable_data_ptr(), to_b.mutable_data_ptr(),
+                      buffer_.stride(0), static_cast<int32_t>(pair.rank()), static_cast<int32_t>(in_),
+                      static_cast<int32_t>(pair.rows), static_cast<float>(pair.lora->scaling)});
+  }
+  for (size_t i = 0; i < copies.size(); i += cuda::kMaxPairs) {
+    const auto count = static_cast<int32_t>(std::min<size_t>(cuda::kMaxPairs, copies.size() - i));
+    check_cuda(kernels->copy_pairs(&copies[i], count, cuda_type(buffer_.scalar_type()), cuda_stream(buffer_)));
   }
 }
 
@@ -482,18 +497,24 @@ void LinearStack::backward_a(const at::Tensor& dlow, const at::Tensor& x) const 
   if (pairs_.empty()) return;
   const at::Tensor x_low = x.to(dlow.scalar_type());
   const at::Tensor da = at::mm(dlow.t(), x_low);  // [Σ r, in]
-  std::vector<at::Tensor> grads, added;
+  const cuda::Kernels* kernels = cuda_kernels(da);
+  std::vector<cuda::Sum> sums;
   for (const Pair& pair : pairs_) {
     const at::Tensor part = da.narrow(0, pair.rank_begin, pair.rank());
     at::Tensor& grad = pair.lora->a.mutable_grad();
-    if (grad.defined()) {
-      grads.push_back(grad);
-      added.push_back(part);
-    } else {
+    if (!grad.defined()) {
       grad = part.clone();
+    } else if (kernels != nullptr && grad.is_contiguous() && grad.scalar_type() == da.scalar_type() &&
+               sums.size() < static_cast<size_t>(cuda::kMaxPairs)) {
+      sums.push_back({grad.mutable_data_ptr(), part.const_data_ptr(), static_cast<int32_t>(part.numel())});
+    } else {
+      grad.add_(part);
     }
   }
-  if (!grads.empty()) at::_foreach_add_(grads, added);
+  if (!sums.empty()) {
+    check_cuda(kernels->add_sums(sums.data(), static_cast<int32_t>(sums.size()), cuda_type(da.scalar_type()),
+                                 cuda_stream(da)));
+  }
 }
 
 }  // namespace martlet

@@ -7,17 +7,13 @@
 
 #include <optional>
 
+#include "core/base/cpu_kernels.h"
 #include "core/quant/quantized_tensor.h"
 
 namespace martlet {
 
 // From more rows on, oneDNN's blocks pay.
 inline constexpr int64_t kMatvecRows = 8;
-
-// What the kernels are written for, chosen as the program runs.
-enum class Isa { kPlain, kAvx2, kAvx512, kAvx512Bf16 };
-bool is_supported(Isa isa);  // by this processor
-Isa best_isa();
 
 // x Wᵀ + bias (may be undefined). x: [1 … kMatvecRows, in] on the CPU, of the weight's dtype (of the one that it was
 // quantised from): float32, bfloat16 or float16. → [rows, out], in that dtype. No autograd.

@@ -3,9 +3,11 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "core/base/cpu_kernels.h"
 #include "core/base/cuda_kernels.h"
 #include "core/base/error.h"
 
@@ -65,6 +67,8 @@ void Int8Tensor::dequantize_to(const at::Tensor& out) const {
                            out.stride(0),
                            cuda_type(dtype_)};
     check_cuda(kernels->int8_dequantize(op, out.mutable_data_ptr(), cuda_stream(out)));
+  } else if (out.is_cpu() && best_isa() != Isa::kPlain) {
+    dequantize_on_cpu(out);
   } else {
     for (int64_t begin = 0; begin < rows; begin += step) {
       const int64_t count = std::min(step, rows - begin);
@@ -73,6 +77,25 @@ void Int8Tensor::dequantize_to(const at::Tensor& out) const {
     }
   }
   if (outlier_columns_.defined()) out.index_copy_(1, outlier_columns_, outlier_values_);
+}
+
+void Int8Tensor::dequantize_on_cpu(at::Tensor& out) const {
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t columns = shape_[1];
+  const auto* codes = codes_.const_data_ptr<int8_t>();
+  const auto* scale = scale_.const_data_ptr<float>();
+  void* data = out.mutable_data_ptr();
+  parallel_ranges(shape_[0], kPiece * 64 / std::max<int64_t>(1, columns), [&](int64_t first, int64_t last) {
+    std::array<float, kPiece> piece;
+    for (int64_t row = first; row < last; ++row) {
+      for (int64_t column = 0; column < columns; column += kPiece) {
+        const int64_t count = std::min(kPiece, columns - column), begin = row * columns + column;
+        kernels.int8(codes + begin, count, piece.data());
+        kernels.scale(piece.data(), count, scale[row], static_cast<float>(1.0 / 127.0));
+        store_rounded(kernels, piece.data(), count, data, begin, dtype_);
+      }
+    }
+  });
 }
 
 bool Int8Tensor::describe(cuda::Matrix& out) const {

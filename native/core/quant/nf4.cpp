@@ -3,8 +3,10 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <array>
 #include <nlohmann/json.hpp>
 
+#include "core/base/cpu_kernels.h"
 #include "core/base/cuda_kernels.h"
 #include "core/base/dtype.h"
 #include "core/base/error.h"
@@ -81,7 +83,12 @@ void Nf4Tensor::dequantize_to(const at::Tensor& out) const {
     return check_cuda(kernels->nf4_dequantize(op, out.mutable_data_ptr(), cuda_stream(out)));
   }
   const int64_t n = shape_[0] * shape_[1];
-  const at::Tensor flat = out.is_contiguous() ? out.view(-1) : at::empty({n}, out.options());
+  at::Tensor flat = out.is_contiguous() ? out.view(-1) : at::empty({n}, out.options());
+  if (out.is_cpu() && best_isa() != Isa::kPlain) {
+    dequantize_on_cpu(flat);
+    if (!out.is_contiguous()) out.copy_(flat.view(shape_));
+    return;
+  }
   const at::Tensor table = pair_table(codes_.device()), scale = scales(), bytes = codes_.view(-1);
   const int64_t chunk = chunk_size(codes_.device());
   for (int64_t begin = 0; begin < n; begin += chunk) {
@@ -92,6 +99,22 @@ void Nf4Tensor::dequantize_to(const at::Tensor& out) const {
     flat.narrow(0, begin, length).copy_(scale_blocks(values, factors, kBlock));
   }
   if (!out.is_contiguous()) out.copy_(flat.view(shape_));
+}
+
+void Nf4Tensor::dequantize_on_cpu(at::Tensor& out) const {
+  cuda::Matrix matrix = {};
+  describe(matrix);
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t n = out.numel();
+  void* data = out.mutable_data_ptr();
+  parallel_ranges((n + kPiece - 1) / kPiece, 64, [&](int64_t first, int64_t last) {
+    std::array<float, kPiece> piece;
+    for (int64_t begin = first * kPiece; begin < std::min(n, last * kPiece); begin += kPiece) {
+      const int64_t count = std::min(kPiece, n - begin);
+      decode_nf4(kernels, matrix, begin, count, piece.data());
+      store_rounded(kernels, piece.data(), count, data, begin, dtype_);
+    }
+  });
 }
 
 bool Nf4Tensor::describe(cuda::Matrix& out) const {

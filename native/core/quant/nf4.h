@@ -23,6 +23,8 @@ class Nf4Tensor : public QuantizedTensor {
  private:
   Nf4Tensor(at::IntArrayRef shape, at::ScalarType dtype) : QuantizedTensor(shape, dtype) {}
   at::Tensor scales() const;  // float32, one a block
+  // Into `out`, flat: what ATen's operations make, bit for bit.
+  void dequantize_on_cpu(at::Tensor& out) const;
 
   at::Tensor codes_;   // uint8 [⌈n/2⌉, 1]: two codes a byte, the first in the high half
   at::Tensor absmax_;  // float32 [blocks], or uint8 with double quantisation

@@ -334,12 +334,17 @@ StepResult Trainer::run(int64_t number, const std::vector<MicroBatch>& micro_bat
   const bool vision_trains = train && (trainable_.vision > 0 || trainable_.projector > 0);
   const double scale = 1.0 / static_cast<double>(labelled);
   const double loss_scale = train ? scaler_.scale() : 1.0;
-  if (train) refresh_pairs();
 
   at::AutoGradMode grad_mode(train);
   at::Tensor loss_sum = at::zeros({}, at::TensorOptions().dtype(at::kFloat).device(device_));
   at::Tensor correct = at::zeros({}, at::TensorOptions().dtype(at::kLong).device(device_));
   int64_t done = 0;
+  bool fresh = !train;  // what follows from the pairs
+  // The tower may have DoRA's too.
+  if (!fresh && adapter_.config.use_dora) {
+    refresh_pairs();
+    fresh = true;
+  }
   for (const MicroBatch& micro : micro_batches) {
     job.check();
     std::vector<const Sample*> samples;
@@ -358,6 +363,9 @@ StepResult Trainer::run(int64_t number, const std::vector<MicroBatch>& micro_bat
       ForwardOptions vision = options;
       vision.recompute = train && options_.vision_recompute ? Recompute::kLayer : Recompute::kNone;
       DecoderInput input = embed(model_, batch, vision, vision_trains, features_);  // outlives the backward pass
+      // While a GPU is at the pictures: it is some milliseconds of the host's.
+      if (!fresh) refresh_pairs();
+      fresh = true;
       input.pass.options = options;
       if (train && options_.neftune_alpha > 0) input.hidden = input.hidden + add_noise(input.hidden, batch);
       // Recomputed layers need an input that requires grad even where nothing before them is trained.
