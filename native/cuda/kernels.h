@@ -113,11 +113,11 @@ struct PairGradients {
   float* partial_db;    // set within
 };
 
-// What a product with a pair's columns and rows beside its weights reads.
+// What a product with a pair beside its weights, or after their codes, reads.
 struct PairCopy {
   const void *a, *b;  // [rank, in] and [rows, rank], contiguous
-  void *to_a, *to_b;  // of those shapes, rows `pitch` apart; to_b is scaling · b
-  int64_t pitch;
+  void *to_a, *to_b;  // of those shapes, rows a_pitch and b_pitch apart; to_b is scaling · b
+  int64_t a_pitch, b_pitch;
   int32_t rank, in, rows;  // rank · in and rows · rank below 2³¹
   float scaling;
 };

@@ -17,11 +17,11 @@ __global__ void copy_pairs_of(const __grid_constant__ Pairs pairs) {
   const int first = (blockIdx.x * kThreads + threadIdx.x) * N;
   const T *a = static_cast<const T*>(pair.a), *b = static_cast<const T*>(pair.b);
   for (int i = first; i < pair.rank * pair.in; i += kBlocks * kThreads * N)
-    store<N>(static_cast<T*>(pair.to_a) + i / pair.in * pair.pitch + i % pair.in, load<N>(a + i));
+    store<N>(static_cast<T*>(pair.to_a) + i / pair.in * pair.a_pitch + i % pair.in, load<N>(a + i));
   for (int i = first; i < pair.rows * pair.rank; i += kBlocks * kThreads * N) {
     auto v = load<N>(b + i);
     for (int j = 0; j < N; ++j) v.v[j] = from_float<T>(to_float(v.v[j]) * pair.scaling);
-    store<N>(static_cast<T*>(pair.to_b) + i / pair.rank * pair.pitch + i % pair.rank, v);
+    store<N>(static_cast<T*>(pair.to_b) + i / pair.rank * pair.b_pitch + i % pair.rank, v);
   }
 }
 
@@ -49,8 +49,8 @@ Status copy_pairs(const PairCopy* pairs, int32_t count, Type type, void* stream)
   bool vectors = true;
   for (int i = 0; i < count; ++i) {
     const PairCopy& p = all.pair[i] = pairs[i];
-    vectors = vectors && p.in % kVector == 0 && p.rank % kVector == 0 && p.pitch % kVector == 0 && aligned(p.a) &&
-              aligned(p.b) && aligned(p.to_a) && aligned(p.to_b);
+    vectors = vectors && p.in % kVector == 0 && p.rank % kVector == 0 && p.a_pitch % kVector == 0 &&
+              p.b_pitch % kVector == 0 && aligned(p.a) && aligned(p.b) && aligned(p.to_a) && aligned(p.to_b);
   }
   if (count == 0) return nullptr;
   with_type(type, [&]<typename T>(T) {

@@ -342,7 +342,7 @@ LinearStack LinearStack::dequantized() const {
 void LinearStack::refresh_pairs() const {
   if (!scaled_b_.defined()) return;
   const at::NoGradGuard no_grad;
-  const cuda::Kernels* kernels = cuda_kernels(buffer_);
+  const cuda::Kernels* kernels = cuda_kernels(a_);
   std::vector<cuda::PairCopy> copies;
   for (const Pair& pair : pairs_) {
     const at::Tensor &a = pair.lora->a, &b = pair.lora->b;
@@ -354,12 +354,12 @@ void LinearStack::refresh_pairs() const {
       continue;
     }
     copies.push_back({a.const_data_ptr(), b.const_data_ptr(), to_a.mutable_data_ptr(), to_b.mutable_data_ptr(),
-                      buffer_.stride(0), static_cast<int32_t>(pair.rank()), static_cast<int32_t>(in_),
+                      a_.stride(0), scaled_b_.stride(0), static_cast<int32_t>(pair.rank()), static_cast<int32_t>(in_),
                       static_cast<int32_t>(pair.rows), static_cast<float>(pair.lora->scaling)});
   }
   for (size_t i = 0; i < copies.size(); i += cuda::kMaxPairs) {
     const auto count = static_cast<int32_t>(std::min<size_t>(cuda::kMaxPairs, copies.size() - i));
-    check_cuda(kernels->copy_pairs(&copies[i], count, cuda_type(buffer_.scalar_type()), cuda_stream(buffer_)));
+    check_cuda(kernels->copy_pairs(&copies[i], count, cuda_type(a_.scalar_type()), cuda_stream(a_)));
   }
 }
 
