@@ -148,8 +148,8 @@ __host__ __device__ inline int pairs_of(const Matrix& m) { return (m.rows + 1) /
 // products of bytes, which find a row with one instruction, and shifts take turns, as each has units of its own.
 template <int Byte>
 __device__ uint32_t look_up(uint32_t codes, uint32_t column) {
-  const uint32_t address = Byte % 2 == 0 ? __dp4a(codes, 128u << 8 * Byte, column)
-                                         : column + __byte_perm(codes, 0, 0x4440 + Byte) * 128;
+  const uint32_t address =
+      Byte % 2 == 0 ? __dp4a(codes, 128u << 8 * Byte, column) : column + __byte_perm(codes, 0, 0x4440 + Byte) * 128;
   uint32_t word;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
   return word;
@@ -161,30 +161,31 @@ struct Pair {
   int part_a, part_b, row_a, row_b, out;
 
   __device__ Pair(const Parts& parts, bool gated, int pair) {
-    part_a = part_b = 0;
-    row_a = row_b = out = pair;
     if (gated) {
+      part_a = 0;
       part_b = 1;
-    } else {
-      int rows_before = 0;
-      while (pair >= pairs_of(parts.matrix[part_a])) {
-        pair -= pairs_of(parts.matrix[part_a]);
-        rows_before += parts.matrix[part_a++].rows;
-      }
-      part_b = part_a;
-      row_a = 2 * pair;
-      row_b = min(row_a + 1, parts.matrix[part_a].rows - 1);
-      out = rows_before + row_a;
+      a = &parts.matrix[0];
+      b = &parts.matrix[1];
+      row_a = row_b = out = pair;
+      return;
     }
-    a = &parts.matrix[part_a];
-    b = &parts.matrix[part_b];
+    int part = 0, rows_before = 0;
+    while (pair >= pairs_of(parts.matrix[part])) {
+      pair -= pairs_of(parts.matrix[part]);
+      rows_before += parts.matrix[part++].rows;
+    }
+    part_a = part_b = part;
+    a = b = &parts.matrix[part];
+    row_a = 2 * pair;
+    row_b = min(row_a + 1, a->rows - 1);
+    out = rows_before + row_a;
   }
 };
 
-// A block's warps do kNf4Step columns of 16 rows in turn, with tensor cores. A lane (g = lane / 4, t = lane % 4) reads 32
-// columns of its two rows, those of pair g, at a time, so t = 0, 1 have one block of 64 weights and t = 2, 3 the next:
-// each block's x lies in a column of b of its own, all else there being 0, and what comes out is the sum of each row and
-// block, which gets its scale.
+// A block's warps do kNf4Step columns of 16 rows in turn, with tensor cores. A lane (g = lane / 4, t = lane % 4) reads
+// 32 columns of its two rows, those of pair g, at a time, so t = 0, 1 have one block of 64 weights and t = 2, 3 the
+// next: each block's x lies in a column of b of its own, all else there being 0, and what comes out is the sum of each
+// row and block, which gets its scale.
 constexpr int kNf4Step = 512, kNf4Reads = kNf4Step / 128, kNf4Pairs = 8;
 
 // Where a lane reads a step's codes. Of no step there are 0 columns.
@@ -398,9 +399,8 @@ enum class Form { kDense, kInt8, kNf4, kOneByOne };
 
 // With a norm each block norms x anew, into its shared memory: x is small beside the rows.
 template <typename T, Form F>
-__global__ void __launch_bounds__(kThreads, 4)
-    matvec(const __grid_constant__ Parts parts, const T* x, const Norm norm, float eps, const Output<T> output,
-           int pairs) {
+__global__ void __launch_bounds__(kThreads, 4) matvec(const __grid_constant__ Parts parts, const T* x, const Norm norm,
+                                                      float eps, const Output<T> output, int pairs) {
   static_assert(F != Form::kNf4);
   const int lane = threadIdx.x % 32, columns = parts.matrix[0].columns;
   const int pair = blockIdx.x * kWarps + threadIdx.x / 32;
@@ -433,8 +433,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 // A block stays and does every gridDim.x-th group of 16 rows (kNf4Pairs pairs): the table and norm(x) serve all of
-// them. Its warps share out the steps of all its groups, one after the other, and a step's codes are brought while those
-// of the warp's step before are computed with. What the warps have of a group's rows waits in shared memory until
+// them. Its warps share out the steps of all its groups, one after the other, and a step's codes are brought while
+// those of the warp's step before are computed with. What the warps have of a group's rows waits in shared memory until
 // kNf4Kept groups are done.
 constexpr int kNf4Kept = 16;
 template <typename T>
@@ -519,8 +519,6 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int read = 0; read < kNf4Reads; ++read) {
         const uint32_t of[2][4] = {{codes[0][read].x, codes[0][read].y, codes[0][read].z, codes[0][read].w},
                                    {codes[1][read].x, codes[1][read].y, codes[1][read].z, codes[1][read].w}};
-        codes[0][read] = words.read(0, read);
-        codes[1][read] = words.read(1, read);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const auto own = [&](int j) { return own_read == read ? own_x[4 * i + j] : 0; };
@@ -532,6 +530,9 @@ __global__ void __launch_bounds__(kThreads, 2)
           mma<T>(acc[0], first, b);
           mma<T>(acc[1], second, b + 2);
         }
+        codes[0][read] = words.read(0, read);
+        codes[1][read] = words.read(1, read);
+        __syncwarp();  // else the compiler puts off these reads until after most look-ups
       }
       if (next.group < groups) read_x(next.step);
       const auto scaled = [&](int row) {
@@ -641,8 +642,8 @@ Status enqueue_matvec(const Matvec& op, Type type, void* stream) {
       // Beyond 48 KiB with the kernel's own.
       if (bytes > 0) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxNormed);
       const unsigned int most = stays ? resident_blocks(kernel, bytes) : std::numeric_limits<unsigned int>::max();
-      launch(kernel, std::min(blocks_for(pairs, kWarps), most), kThreads, bytes, to, parts,
-             static_cast<const T*>(op.x), op.norm, op.eps,
+      launch(kernel, std::min(blocks_for(pairs, kWarps), most), kThreads, bytes, to, parts, static_cast<const T*>(op.x),
+             op.norm, op.eps,
              Output<T>{op.gated, op.activation, static_cast<const T*>(op.residual), static_cast<T*>(op.out)}, pairs);
     };
     switch (form_of(op)) {
