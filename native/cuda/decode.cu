@@ -193,65 +193,68 @@ struct Nf4Words {
   const uint4* words[2] = {};
   int columns = 0;  // of the rows, from the lane's first on
 
-  __device__ void place(const Pair& rows, int step, int lane) {
+  __device__ void place(const Pair& rows, int of_all, int step, int lane) {
     const int first = step * kNf4Step + lane % 4 * 32;
-    columns = rows.a->columns - first;
-    words[0] = static_cast<const uint4*>(rows.a->weight) + (int64_t{rows.row_a} * rows.a->columns + first) / 32;
-    words[1] = static_cast<const uint4*>(rows.b->weight) + (int64_t{rows.row_b} * rows.b->columns + first) / 32;
+    const uint32_t of_row = of_all / 32, skipped = first / 32;
+    columns = of_all - first;
+    words[0] = static_cast<const uint4*>(rows.a->weight) + (rows.row_a * of_row + skipped);
+    words[1] = static_cast<const uint4*>(rows.b->weight) + (rows.row_b * of_row + skipped);
   }
   __device__ uint4 read(int row, int i) const {
     return i * 128 < columns ? __ldcs(words[row] + i * 4) : make_uint4(0, 0, 0, 0);
   }
 };
 
-// The scales of a step's blocks 2t and 2t + 1, of a lane's two rows.
+// The scales of a step's blocks 2t and 2t + 1, of a lane's two rows, as memory has them: whatever is done to them waits
+// for them, so of() does it. Paired: rows have an even number of blocks, so that two scales are read at once and no 256
+// begin between them.
+template <bool Nested, bool Paired>
 struct Nf4Scales {
-  float scale[2][2];  // nested: one of each 256 scales
-  uint32_t code[2][2];
+  float scale[2][2];    // nested: one of each 256 scales; paired too: only the first
+  uint32_t code[2][2];  // if nested; paired: both in the first
   int part[2];
 
-  __device__ void read(const Pair& rows, int step, int lane) {
+  __device__ void read(const Pair& rows, int columns, int step, int lane) {
     part[0] = rows.part_a;
     part[1] = rows.part_b;
-    read(*rows.a, rows.row_a, step, lane, scale[0], code[0]);
-    read(*rows.b, rows.row_b, step, lane, scale[1], code[1]);
+    const uint32_t blocks = columns / 64, block = step * (kNf4Step / 64) + lane % 4 * 2;
+    read(*rows.a, rows.row_a * blocks, blocks, block, scale[0], code[0]);
+    read(*rows.b, rows.row_b * blocks, blocks, block, scale[1], code[1]);
   }
-  __device__ static void read(const Matrix& m, int row, int step, int lane, float* scale, uint32_t* code) {
-    const int blocks = m.columns / 64, block = step * (kNf4Step / 64) + lane % 4 * 2;
-    const uint32_t first = static_cast<uint32_t>(row) * blocks;
-    const uint32_t at[] = {first + min(block, blocks - 1), first + min(block + 1, blocks - 1)};
-    // Both at once, where each row's begin with an even one: then neither do 256 begin between the two.
-    const bool both = blocks % 2 == 0 && block < blocks && reinterpret_cast<uintptr_t>(m.scales) % 8 == 0;
-    if (m.nested_map == nullptr) {
-      const auto* scales = static_cast<const float*>(m.scales);
-      if (both) {
-        const float2 two = *reinterpret_cast<const float2*>(scales + at[0]);
-        scale[0] = two.x;
-        scale[1] = two.y;
-      } else {
-        scale[0] = scales[at[0]];
-        scale[1] = scales[at[1]];
-      }
-      return;
-    }
+  // first: the row's first block.
+  __device__ static void read(const Matrix& m, uint32_t first, uint32_t blocks, uint32_t block, float* scale,
+                              uint32_t* code) {
+    const auto* scales = static_cast<const float*>(m.scales);
     const auto* codes = static_cast<const uint8_t*>(m.scales);
-    scale[0] = __ldg(m.nested_scales + at[0] / 256);
-    if (both) {
-      const uint32_t two = *reinterpret_cast<const uint16_t*>(codes + at[0]);
-      code[0] = two & 255;
-      code[1] = two >> 8;
-      scale[1] = scale[0];
+    const uint32_t at[] = {first + min(block, blocks - (Paired ? 2 : 1)), first + min(block + 1, blocks - 1)};
+    if constexpr (Nested && Paired) {
+      code[0] = *reinterpret_cast<const uint16_t*>(codes + at[0]);
+      scale[0] = __ldg(m.nested_scales + at[0] / 256);
+    } else if constexpr (Paired) {
+      const float2 two = *reinterpret_cast<const float2*>(scales + at[0]);
+      scale[0] = two.x;
+      scale[1] = two.y;
     } else {
-      code[0] = codes[at[0]];
-      code[1] = codes[at[1]];
-      scale[1] = __ldg(m.nested_scales + at[1] / 256);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (Nested) code[i] = codes[at[i]];
+        scale[i] = Nested ? __ldg(m.nested_scales + at[i] / 256) : scales[at[i]];
+      }
     }
   }
-  // maps: each part's nested_map.
-  __device__ float of(const Parts& parts, const float (*maps)[kNf4Entries], int row, int block) const {
-    const Matrix& m = parts.matrix[part[row]];
-    if (m.nested_map == nullptr) return scale[row][block];
-    return __fadd_rn(__fmul_rn(maps[part[row]][code[row][block]], scale[row][block]), m.nested_offset);
+  // A row's two scales. maps: each part's nested_map.
+  __device__ float2 of(const Parts& parts, const float (*maps)[kNf4Entries], int row) const {
+    if constexpr (!Nested) {
+      return {scale[row][0], scale[row][1]};
+    } else {
+      const float offset = parts.matrix[part[row]].nested_offset, *map = maps[part[row]];
+      const auto numbered = [&](uint32_t code, float scale) { return __fadd_rn(__fmul_rn(map[code], scale), offset); };
+      if constexpr (Paired) {
+        return {numbered(code[row][0] % 256, scale[row][0]), numbered(code[row][0] / 256, scale[row][0])};
+      } else {
+        return {numbered(code[row][0], scale[row][0]), numbered(code[row][1], scale[row][1])};
+      }
+    }
   }
 };
 
@@ -437,7 +440,7 @@ __global__ void __launch_bounds__(kThreads, 4) matvec(const __grid_constant__ Pa
 // those of the warp's step before are computed with. What the warps have of a group's rows waits in shared memory until
 // kNf4Kept groups are done.
 constexpr int kNf4Kept = 16;
-template <typename T>
+template <typename T, bool Nested, bool Paired>
 __global__ void __launch_bounds__(kThreads, 2)
     nf4_matvec(const __grid_constant__ Parts parts, const T* x, const Norm norm, float eps, const Output<T> output,
                int pairs) {
@@ -461,24 +464,29 @@ __global__ void __launch_bounds__(kThreads, 2)
     return at;
   };
   let_next_start();
+  Nf4Words words;
+  Nf4Scales<Nested, Paired> scales, next_scales;
+  // Beyond the last group no codes are read, but for simplicity the last row's scales.
+  const auto place = [&](Place to, Nf4Scales<Nested, Paired>& its) {
+    const Pair rows = rows_at(pair_at(to.group, lane / 4));
+    words.place(rows, columns, to.step, lane);
+    if (to.group >= groups) words.columns = 0;
+    its.read(rows, columns, to.step, lane);
+  };
   Place at = settled({0, warp});
+  place(at, scales);
   uint4 codes[2][kNf4Reads];
-  Nf4Scales scales = {};
-  if (at.group < groups) {
-    const Pair rows = rows_at(pair_at(at.group, lane / 4));
-    Nf4Words words;
-    words.place(rows, at.step, lane);
 #pragma unroll
-    for (int i = 0; i < kNf4Reads; ++i) {
-      codes[0][i] = words.read(0, i);
-      codes[1][i] = words.read(1, i);
-    }
-    scales.read(rows, at.step, lane);
+  for (int i = 0; i < kNf4Reads; ++i) {
+    codes[0][i] = words.read(0, i);
+    codes[1][i] = words.read(1, i);
   }
   fill_pairs<T>(table);
-  for (int part = 0; part < 3; ++part) {
-    const float* map = parts.matrix[part].nested_map;
-    if (map != nullptr) maps[part][threadIdx.x] = map[threadIdx.x];
+  if constexpr (Nested) {
+    for (int part = 0; part < 3; ++part) {
+      const float* map = parts.matrix[part].nested_map;
+      if (map != nullptr) maps[part][threadIdx.x] = map[threadIdx.x];
+    }
   }
   wait_for_earlier();
   x = normed_row(x, norm, eps, columns);
@@ -500,20 +508,14 @@ __global__ void __launch_bounds__(kThreads, 2)
       own_x[4 * i + 3] = four.w;
     }
   };
-  if (at.group < groups) read_x(at.step);
+  read_x(at.step);
   float2 sum = {0, 0};
   for (int begin = 0; begin < groups; begin += kNf4Kept) {
     // Of kNf4Kept groups each warp has as many steps as the others, so that step j is always warp j % kWarps'.
     const int end = min(begin + kNf4Kept, groups);
     while (at.group < end) {
       const Place next = settled({at.group, at.step + kWarps});
-      Nf4Words words;
-      Nf4Scales next_scales = {};
-      if (next.group < groups) {
-        const Pair rows = rows_at(pair_at(next.group, lane / 4));
-        words.place(rows, next.step, lane);
-        next_scales.read(rows, next.step, lane);
-      }
+      place(next, next_scales);
       float acc[2][4] = {};
 #pragma unroll
       for (int read = 0; read < kNf4Reads; ++read) {
@@ -534,10 +536,10 @@ __global__ void __launch_bounds__(kThreads, 2)
         codes[1][read] = words.read(1, read);
         __syncwarp();  // else the compiler puts off these reads until after most look-ups
       }
-      if (next.group < groups) read_x(next.step);
+      read_x(next.step);
       const auto scaled = [&](int row) {
-        return fmaf(acc[0][2 * row] + acc[1][2 * row], scales.of(parts, maps, row, 0),
-                    (acc[0][2 * row + 1] + acc[1][2 * row + 1]) * scales.of(parts, maps, row, 1));
+        const float2 both = scales.of(parts, maps, row);
+        return fmaf(acc[0][2 * row] + acc[1][2 * row], both.x, (acc[0][2 * row + 1] + acc[1][2 * row + 1]) * both.y);
       };
       sum.x += scaled(0);
       sum.y += scaled(1);
@@ -563,15 +565,17 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 bool takes_vectors(const Matrix& m) {
-  const int bytes = m.storage == Storage::kInt8 ? 8 : 16;
-  return m.columns % (m.storage == Storage::kNf4 ? 64 : kVector) == 0 &&
-         reinterpret_cast<uintptr_t>(m.weight) % bytes == 0;
+  const auto lies_at = [](const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+  if (m.storage == Storage::kNf4) return m.columns % 64 == 0 && lies_at(m.weight, 16) && lies_at(m.scales, 8);
+  return m.columns % kVector == 0 && lies_at(m.weight, m.storage == Storage::kInt8 ? 8 : 16);
 }
 
 Form form_of(const Matvec& op) {
   const Storage storage = op.parts[0].storage;
   for (int i = 0; i < op.count; ++i) {
-    if (!aligned(op.x) || op.parts[i].storage != storage || !takes_vectors(op.parts[i])) return Form::kOneByOne;
+    const Matrix& m = op.parts[i];
+    if (!aligned(op.x) || m.storage != storage || !takes_vectors(m)) return Form::kOneByOne;
+    if ((m.nested_map == nullptr) != (op.parts[0].nested_map == nullptr)) return Form::kOneByOne;
   }
   return storage == Storage::kDense ? Form::kDense : storage == Storage::kInt8 ? Form::kInt8 : Form::kNf4;
 }
@@ -610,6 +614,15 @@ Status enqueue_matmul(Matvec op, Type type, void* stream) {
       launch(lora_down<T>, dim3(ranks, op.batch), kThreads, 0, to, parts, static_cast<const T*>(op.x), Norm{}, 0.0f);
   });
   return enqueue_products(op, type, stream);
+}
+
+template <typename Fn>
+void with_bool(bool value, const Fn& fn) {
+  if (value) {
+    fn(std::true_type{});
+  } else {
+    fn(std::false_type{});
+  }
 }
 
 // How many blocks the GPU holds at once.
@@ -652,7 +665,10 @@ Status enqueue_matvec(const Matvec& op, Type type, void* stream) {
       case Form::kInt8:
         return run(matvec<T, Form::kInt8>, false);
       case Form::kNf4:
-        return run(nf4_matvec<T>, true);
+        return with_bool(op.parts[0].nested_map != nullptr, [&]<bool Nested>(std::bool_constant<Nested>) {
+          with_bool(op.parts[0].columns % 128 == 0,
+                    [&]<bool Paired>(std::bool_constant<Paired>) { run(nf4_matvec<T, Nested, Paired>, true); });
+        });
       case Form::kOneByOne:
         return run(matvec<T, Form::kOneByOne>, false);
     }
