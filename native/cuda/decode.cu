@@ -206,8 +206,8 @@ struct Nf4Words {
 };
 
 // The scales of a step's blocks 2t and 2t + 1, of a lane's two rows, as memory has them: whatever is done to them waits
-// for them, so of() does it. Paired: rows have an even number of blocks, so that two scales are read at once and no 256
-// begin between them.
+// for them, so of() does it. Not by __ldg, whose loads the compiler would move behind __syncwarp. Paired: rows have an
+// even number of blocks, so that two scales are read at once and no 256 begin between them.
 template <bool Nested, bool Paired>
 struct Nf4Scales {
   float scale[2][2];    // nested: one of each 256 scales; paired too: only the first
@@ -229,7 +229,7 @@ struct Nf4Scales {
     const uint32_t at[] = {first + min(block, blocks - (Paired ? 2 : 1)), first + min(block + 1, blocks - 1)};
     if constexpr (Nested && Paired) {
       code[0] = *reinterpret_cast<const uint16_t*>(codes + at[0]);
-      scale[0] = __ldg(m.nested_scales + at[0] / 256);
+      scale[0] = m.nested_scales[at[0] / 256];
     } else if constexpr (Paired) {
       const float2 two = *reinterpret_cast<const float2*>(scales + at[0]);
       scale[0] = two.x;
@@ -238,7 +238,7 @@ struct Nf4Scales {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if constexpr (Nested) code[i] = codes[at[i]];
-        scale[i] = Nested ? __ldg(m.nested_scales + at[i] / 256) : scales[at[i]];
+        scale[i] = Nested ? m.nested_scales[at[i] / 256] : scales[at[i]];
       }
     }
   }
