@@ -302,6 +302,25 @@ TEST("matrices of a model's size times one row and several: shared out to all bl
   }
 }
 
+TEST("NF4 times one row: parts with and without nested scales") {
+  const at::NoGradGuard no_grad;
+  const at::ScalarType type = at::kBFloat16;
+  const cuda::DecodeKernels& kernels = cuda_kernels(at::empty({1}, at::dtype(type).device(gpu())))->decode;
+  for (const int64_t columns : {192, 1024}) {
+    const TestMatrix a = matrix(37, columns, type, {QuantizationOptions::Method::kNf4, true}, 10, true),
+                     b = matrix(20, columns, type, {QuantizationOptions::Method::kNf4, false}, 20, false);
+    const at::Tensor x = randn({columns}, 1).to(type).to(gpu()), y = at::full({57}, 99.0, x.options());
+    const std::vector<cuda::Matrix> parts = {a.described, b.described};
+    cuda::Matvec op = {};
+    op.parts = parts.data();
+    op.count = 2;
+    op.x = x.const_data_ptr();
+    op.out = y.mutable_data_ptr();
+    check_cuda(kernels.matvec(op, cuda_type(type), cuda_stream(x)));
+    check_near(y, at::cat({linear32(a, x), linear32(b, x)}), 1e-2, "columns " + std::to_string(columns));
+  }
+}
+
 TEST("attention of one query, rotary, norms of q and k, and the cache") {
   const at::NoGradGuard no_grad;
   const cuda::DecodeKernels& kernels = cuda_kernels(at::empty({1}, at::dtype(at::kHalf).device(gpu())))->decode;
