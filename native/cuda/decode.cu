@@ -1,7 +1,10 @@
 // Decoding one row reads each weight once for one product: what counts is how many bytes are under way, and how few
 // instructions each weight takes. Of 16 bits and int8 a warp does two rows, so that it reads and converts x once for
-// both; a lane reads 8 weights of each at a time, kUnroll times before it computes. Of NF4 a block does 16 rows with
-// its tensor cores.
+// both; a lane reads 8 weights of each at a time, kUnroll times before it computes. Of NF4 a block does 16 rows at a
+// time with its tensor cores.
+#include <algorithm>
+#include <limits>
+
 #include "cuda/launch.cuh"
 #include "cuda/matrix.cuh"
 #include "cuda/mma.cuh"
@@ -16,10 +19,15 @@ constexpr int kArgmaxThreads = 1024;
 constexpr int kMaxNormed = 47 * 1024;  // bytes of a normed row in shared memory
 constexpr float kLog2E = 1.44269504f;
 
-__device__ inline float warp_sum(float x) {
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+// Over each Lanes neighbours of a warp; other lanes need not take part.
+template <int Lanes>
+__device__ float lanes_sum(float x) {
+  const uint32_t mask = Lanes == 32 ? 0xffffffffu : ((uint64_t{1} << Lanes) - 1) << threadIdx.x % 32 / Lanes * Lanes;
+  for (int offset = Lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(mask, x, offset);
   return x;
 }
+
+__device__ inline float warp_sum(float x) { return lanes_sum<32>(x); }
 
 // 8 numbers of 16 bits, the first in the lower half of the first word.
 template <typename T>
@@ -133,97 +141,120 @@ __device__ void fill_pairs(uint32_t* pairs) {
     reinterpret_cast<uint4*>(pairs)[byte * 8 + (i + byte) % 8] = make_uint4(pair, pair, pair, pair);
 }
 
-// In 32-bit addresses, which take one instruction less to add up.
-__device__ inline uint32_t load_shared(uint32_t address) {
+// Two neighbours.
+__host__ __device__ inline int pairs_of(const Matrix& m) { return (m.rows + 1) / 2; }
+
+// The word of a byte's code in this lane's column, which begins at `column`. Rows of the table have 128 bytes: the
+// products of bytes, which find a row with one instruction, and shifts take turns, as each has units of its own.
+template <int Byte>
+__device__ uint32_t look_up(uint32_t codes, uint32_t column) {
+  const uint32_t address =
+      Byte % 2 == 0 ? __dp4a(codes, 128u << 8 * Byte, column) : column + __byte_perm(codes, 0, 0x4440 + Byte) * 128;
   uint32_t word;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
   return word;
 }
 
-// The block's warps do kNf4Step columns of 16 rows in turn, with tensor cores. A lane (g = lane / 4, t = lane % 4)
-// reads 32 columns of its two rows at a time, so t = 0, 1 have one block of 64 weights and t = 2, 3 the next: each
-// block's x lies in a column of b of its own, all else there being 0, and what comes out is the sum of each row and
-// block, which gets its scale.
-constexpr int kNf4Step = 512, kNf4Reads = kNf4Step / 128;
-template <typename T>
-struct Nf4Rows {
-  const Matrix* matrix[2];
-  const uint4* words[2];
-  uint32_t first_block[2];
-  uint4 codes[2][kNf4Reads];
-  float scale[2][2];  // of the blocks 2t and 2t + 1; nested: one of each 256 scales, until product()
-  uint8_t code[2][2];
+// Two rows that a warp does: of gate and up, or neighbours.
+struct Pair {
+  const Matrix *a, *b;
+  int part_a, part_b, row_a, row_b, out;
 
-  __device__ Nf4Rows(const Matrix& a, int row_a, const Matrix& b, int row_b) : matrix{&a, &b} {
-    const int rows[] = {row_a, row_b};
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      words[r] = static_cast<const uint4*>(matrix[r]->weight) + int64_t{rows[r]} * (matrix[r]->columns / 32);
-      first_block[r] = static_cast<uint32_t>(rows[r]) * (matrix[r]->columns / 64);
+  __device__ Pair(const Parts& parts, bool gated, int pair) {
+    if (gated) {
+      part_a = 0;
+      part_b = 1;
+      a = &parts.matrix[0];
+      b = &parts.matrix[1];
+      row_a = row_b = out = pair;
+      return;
     }
+    int part = 0, rows_before = 0;
+    while (pair >= pairs_of(parts.matrix[part])) {
+      pair -= pairs_of(parts.matrix[part]);
+      rows_before += parts.matrix[part++].rows;
+    }
+    part_a = part_b = part;
+    a = b = &parts.matrix[part];
+    row_a = 2 * pair;
+    row_b = min(row_a + 1, a->rows - 1);
+    out = rows_before + row_a;
   }
-  __device__ static int column(int step, int read, int lane) { return step * kNf4Step + read * 128 + lane % 4 * 32; }
-  __device__ void fetch(int step, int columns, int lane) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int read = 0; read < kNf4Reads; ++read) {
-        const int at = column(step, read, lane);
-        codes[r][read] = at < columns ? __ldcs(words[r] + at / 32) : make_uint4(0, 0, 0, 0);
-      }
-      const Matrix& m = *matrix[r];
+};
+
+// A block's warps do kNf4Step columns of 16 rows in turn, with tensor cores. A lane (g = lane / 4, t = lane % 4) reads
+// 32 columns of its two rows, those of pair g, at a time, so t = 0, 1 have one block of 64 weights and t = 2, 3 the
+// next: each block's x lies in a column of b of its own, all else there being 0, and what comes out is the sum of each
+// row and block, which gets its scale.
+constexpr int kNf4Step = 512, kNf4Reads = kNf4Step / 128, kNf4Pairs = 8;
+
+// Where a lane reads a step's codes. Of no step there are 0 columns.
+struct Nf4Words {
+  const uint4* words[2] = {};
+  int columns = 0;  // of the rows, from the lane's first on
+
+  __device__ void place(const Pair& rows, int of_all, int step, int lane) {
+    const int first = step * kNf4Step + lane % 4 * 32;
+    const uint32_t of_row = of_all / 32, skipped = first / 32;
+    columns = of_all - first;
+    words[0] = static_cast<const uint4*>(rows.a->weight) + (rows.row_a * of_row + skipped);
+    words[1] = static_cast<const uint4*>(rows.b->weight) + (rows.row_b * of_row + skipped);
+  }
+  __device__ uint4 read(int row, int i) const {
+    return i * 128 < columns ? __ldcs(words[row] + i * 4) : make_uint4(0, 0, 0, 0);
+  }
+};
+
+// The scales of a step's blocks 2t and 2t + 1, of a lane's two rows, as memory has them: whatever is done to them waits
+// for them, so of() does it. Not by __ldg, whose loads the compiler would move behind __syncwarp. Paired: rows have an
+// even number of blocks, so that two scales are read at once and no 256 begin between them.
+template <bool Nested, bool Paired>
+struct Nf4Scales {
+  float scale[2][2];    // nested: one of each 256 scales; paired too: only the first
+  uint32_t code[2][2];  // if nested; paired: both in the first
+  int part[2];
+
+  __device__ void read(const Pair& rows, int columns, int step, int lane) {
+    part[0] = rows.part_a;
+    part[1] = rows.part_b;
+    const uint32_t blocks = columns / 64, block = step * (kNf4Step / 64) + lane % 4 * 2;
+    read(*rows.a, rows.row_a * blocks, blocks, block, scale[0], code[0]);
+    read(*rows.b, rows.row_b * blocks, blocks, block, scale[1], code[1]);
+  }
+  // first: the row's first block.
+  __device__ static void read(const Matrix& m, uint32_t first, uint32_t blocks, uint32_t block, float* scale,
+                              uint32_t* code) {
+    const auto* scales = static_cast<const float*>(m.scales);
+    const auto* codes = static_cast<const uint8_t*>(m.scales);
+    const uint32_t at[] = {first + min(block, blocks - (Paired ? 2 : 1)), first + min(block + 1, blocks - 1)};
+    if constexpr (Nested && Paired) {
+      code[0] = *reinterpret_cast<const uint16_t*>(codes + at[0]);
+      scale[0] = m.nested_scales[at[0] / 256];
+    } else if constexpr (Paired) {
+      const float2 two = *reinterpret_cast<const float2*>(scales + at[0]);
+      scale[0] = two.x;
+      scale[1] = two.y;
+    } else {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint32_t block = first_block[r] + min(step * (kNf4Step / 64) + lane % 4 * 2 + i, columns / 64 - 1);
-        if (m.nested_map == nullptr) {
-          scale[r][i] = static_cast<const float*>(m.scales)[block];
-        } else {
-          code[r][i] = static_cast<const uint8_t*>(m.scales)[block];
-          scale[r][i] = __ldg(m.nested_scales + block / 256);
-        }
+        if constexpr (Nested) code[i] = codes[at[i]];
+        scale[i] = Nested ? m.nested_scales[at[i] / 256] : scales[at[i]];
       }
     }
   }
-  // This lane's part of both rows. pairs: the address in shared memory of this lane's column of the table.
-  __device__ float2 product(int step, int columns, const T* x, uint32_t pairs, int lane) const {
-    float acc[4] = {};
-#pragma unroll
-    for (int read = 0; read < kNf4Reads; ++read) {
-      const int at = column(step, read, lane);
-      const bool own = lane / 4 == 2 * read + lane % 4 / 2 && at < columns;
-      uint32_t in[16];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint4 four = own ? reinterpret_cast<const uint4*>(x + at)[i] : make_uint4(0, 0, 0, 0);
-        in[4 * i] = four.x;
-        in[4 * i + 1] = four.y;
-        in[4 * i + 2] = four.z;
-        in[4 * i + 3] = four.w;
-      }
-      const uint32_t of[2][4] = {{codes[0][read].x, codes[0][read].y, codes[0][read].z, codes[0][read].w},
-                                 {codes[1][read].x, codes[1][read].y, codes[1][read].z, codes[1][read].w}};
-      // A row of the table has 128 bytes.
-      const auto pair = [&](uint32_t word, int byte) {
-        return load_shared(pairs + __byte_perm(word, 0, 0x4440 + byte) * 128);
-      };
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int first = i % 2 * 2;
-        const uint32_t a[4] = {pair(of[0][i / 2], first), pair(of[1][i / 2], first), pair(of[0][i / 2], first + 1),
-                               pair(of[1][i / 2], first + 1)};
-        mma<T>(acc, a, in + 2 * i);
+  // A row's two scales. maps: each part's nested_map.
+  __device__ float2 of(const Parts& parts, const float (*maps)[kNf4Entries], int row) const {
+    if constexpr (!Nested) {
+      return {scale[row][0], scale[row][1]};
+    } else {
+      const float offset = parts.matrix[part[row]].nested_offset, *map = maps[part[row]];
+      const auto numbered = [&](uint32_t code, float scale) { return __fadd_rn(__fmul_rn(map[code], scale), offset); };
+      if constexpr (Paired) {
+        return {numbered(code[row][0] % 256, scale[row][0]), numbered(code[row][0] / 256, scale[row][0])};
+      } else {
+        return {numbered(code[row][0], scale[row][0]), numbered(code[row][1], scale[row][1])};
       }
     }
-    float sum[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float own[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        own[i] = matrix[r]->nested_map == nullptr ? scale[r][i] : nf4_scale(*matrix[r], code[r][i], scale[r][i]);
-      sum[r] = fmaf(acc[2 * r], own[0], acc[2 * r + 1] * own[1]);
-    }
-    return {sum[0], sum[1]};
   }
 };
 
@@ -247,12 +278,12 @@ __device__ float any_row(const Matrix& m, int row, const T* x, const float* tabl
   return sum;
 }
 
-// B's row · (A x), this lane's part of it.
-template <typename T, typename L>
+// B's row · (A x), this lane's part of it, of Lanes.
+template <typename T, typename L, int Lanes>
 __device__ float low_rank(const Lora& lora, int row, int lane) {
   const L* b = static_cast<const L*>(lora.b) + int64_t{row} * lora.rank;
   float sum = 0;
-  for (int i = lane; i < lora.rank; i += 32) {
+  for (int i = lane; i < lora.rank; i += Lanes) {
     const float low = lora.low[i];
     // As the linear keeps it.
     sum = fmaf(to_float(b[i]), std::is_same_v<L, float> ? low : rounded<T>(low), sum);
@@ -260,21 +291,47 @@ __device__ float low_rank(const Lora& lora, int row, int lane) {
   return sum;
 }
 
-// The lanes' parts → row · x + bias as the linear rounds it, and the adapter's part; every lane has it.
-template <typename T>
+// The parts of Lanes lanes → row · x + bias as the linear rounds it, and the adapter's part; every lane has it.
+template <typename T, int Lanes>
 __device__ float finished(const Matrix& m, int row, float sum, const T* x, int lane) {
   if (m.storage == Storage::kInt8) {
     sum *= static_cast<const float*>(m.scales)[row] * static_cast<float>(1.0 / 127.0);
     const T* kept = static_cast<const T*>(m.outlier_values) + int64_t{row} * m.outliers;
-    for (int i = lane; i < m.outliers; i += 32) sum += to_float(kept[i]) * to_float(x[m.outlier_columns[i]]);
+    for (int i = lane; i < m.outliers; i += Lanes) sum += to_float(kept[i]) * to_float(x[m.outlier_columns[i]]);
   }
-  sum = warp_sum(sum);
+  sum = lanes_sum<Lanes>(sum);
   if (m.bias != nullptr) sum += to_float(static_cast<const T*>(m.bias)[row]);
   sum = rounded<T>(sum);
   if (m.lora.a == nullptr) return sum;
-  const float added = m.lora.is_float ? low_rank<T, float>(m.lora, row, lane) : low_rank<T, T>(m.lora, row, lane);
-  return rounded<T>(fmaf(m.lora.scaling, warp_sum(added), sum));
+  const float added =
+      m.lora.is_float ? low_rank<T, float, Lanes>(m.lora, row, lane) : low_rank<T, T, Lanes>(m.lora, row, lane);
+  return rounded<T>(fmaf(m.lora.scaling, lanes_sum<Lanes>(added), sum));
 }
+
+// What becomes of a product's rows, and where.
+template <typename T>
+struct Output {
+  bool gated;
+  Activation activation;
+  const T* residual;
+  T* out;
+
+  // Of the parts that Lanes lanes have of a pair's rows.
+  template <int Lanes>
+  __device__ void write(const Pair& rows, float2 sum, const T* x, int lane) const {
+    const float2 y = {finished<T, Lanes>(*rows.a, rows.row_a, sum.x, x, lane),
+                      finished<T, Lanes>(*rows.b, rows.row_b, sum.y, x, lane)};
+    if (gated) {
+      if (lane == 0) out[rows.out] = from_float<T>(rounded<T>(activate(y.x, activation)) * y.y);
+      return;
+    }
+    // Two lanes write.
+    if (lane >= 2 || rows.row_a + lane >= rows.a->rows) return;
+    float result = activate(lane == 0 ? y.x : y.y, activation);
+    if (residual != nullptr) result += to_float(residual[rows.out + lane]);
+    out[rows.out + lane] = from_float<T>(result);
+  }
+};
 
 // RMSNorm in Llama's order, as rms_norm.cu; LayerNorm rounds at its end. The block's threads do N numbers at a time.
 template <typename T, int N>
@@ -340,120 +397,185 @@ __global__ void lora_down(const Parts parts, const T* x, const Norm norm, float 
   if (threadIdx.x == 0) lora.low[of * lora.rank + row] = sum;
 }
 
-// Two neighbours.
-__host__ __device__ inline int pairs_of(const Matrix& m) { return (m.rows + 1) / 2; }
-
 // How a product's weights are read: one by one where rows or x are such that words cannot be, or storages differ.
 enum class Form { kDense, kInt8, kNf4, kOneByOne };
 
-// Two rows that a warp does: of gate and up, or neighbours.
-struct Pair {
-  const Matrix *a, *b;
-  int row_a, row_b, out;
-
-  __device__ Pair(const Parts& parts, bool gated, int pair) {
-    if (gated) {
-      a = &parts.matrix[0];
-      b = &parts.matrix[1];
-      row_a = row_b = out = pair;
-      return;
-    }
-    int part = 0, rows_before = 0;
-    while (pair >= pairs_of(parts.matrix[part])) {
-      pair -= pairs_of(parts.matrix[part]);
-      rows_before += parts.matrix[part++].rows;
-    }
-    a = b = &parts.matrix[part];
-    row_a = 2 * pair;
-    row_b = min(row_a + 1, a->rows - 1);
-    out = rows_before + row_a;
-  }
-};
-
 // With a norm each block norms x anew, into its shared memory: x is small beside the rows.
 template <typename T, Form F>
-__global__ void __launch_bounds__(kThreads, F == Form::kNf4 ? 3 : 4)
-    matvec(const __grid_constant__ Parts parts, bool gated, Activation activation, const T* x, const Norm norm,
-           float eps, const T* residual, T* out, int pairs) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, columns = parts.matrix[0].columns;
-  const int first = blockIdx.x * kWarps;
+__global__ void __launch_bounds__(kThreads, 4) matvec(const __grid_constant__ Parts parts, const T* x, const Norm norm,
+                                                      float eps, const Output<T> output, int pairs) {
+  static_assert(F != Form::kNf4);
+  const int lane = threadIdx.x % 32, columns = parts.matrix[0].columns;
+  const int pair = blockIdx.x * kWarps + threadIdx.x / 32;
   float2 sum = {0, 0};
   let_next_start();
-  if constexpr (F == Form::kNf4) {
-    __shared__ __align__(16) uint32_t pairs_of_numbers[kNf4Entries * 32];
-    __shared__ float2 sums[kWarps][kWarps];  // [warp][pair]
-    const Pair read(parts, gated, min(first + lane / 4, pairs - 1));
-    Nf4Rows<T> rows(*read.a, read.row_a, *read.b, read.row_b);
-    const int steps = (columns + kNf4Step - 1) / kNf4Step;
-    if (warp < steps) rows.fetch(warp, columns, lane);
-    fill_pairs<T>(pairs_of_numbers);
+  const Pair own(parts, output.gated, min(pair, pairs - 1));
+  // The first weights are on their way before x is there.
+  const auto by_words = [&]<typename Row>(const Row& a, const Row& b) {
+    Step<Row> step;
+    step.fetch(a, b, 0, columns / kVector, lane);
     wait_for_earlier();
     x = normed_row(x, norm, eps, columns);
     __syncthreads();
-    const auto pairs_at = static_cast<uint32_t>(__cvta_generic_to_shared(pairs_of_numbers + lane));
-    for (int step = warp; step < steps;) {
-      const float2 part = rows.product(step, columns, x, pairs_at, lane);
-      sum.x += part.x;
-      sum.y += part.y;
-      step += kWarps;
-      if (step < steps) rows.fetch(step, columns, lane);
-    }
-#pragma unroll
-    for (int offset = 2; offset > 0; offset /= 2) {
-      sum.x += __shfl_xor_sync(0xffffffffu, sum.x, offset);
-      sum.y += __shfl_xor_sync(0xffffffffu, sum.y, offset);
-    }
-    if (lane % 4 == 0) sums[warp][lane / 4] = {sum.x * (1 / kSpread), sum.y * (1 / kSpread)};
-    __syncthreads();
-    sum = lane < kWarps ? sums[lane][warp] : float2{0, 0};
+    if (pair < pairs) sum = row_pair<T>(a, b, step, columns / kVector, x, lane);
+  };
+  if constexpr (F == Form::kDense) {
+    by_words(DenseRow<T>(*own.a, own.row_a), DenseRow<T>(*own.b, own.row_b));
+  } else if constexpr (F == Form::kInt8) {
+    by_words(Int8Row(*own.a, own.row_a), Int8Row(*own.b, own.row_b));
   } else {
-    const Pair own(parts, gated, min(first + warp, pairs - 1));
-    // The first weights are on their way before x is there.
-    const auto by_words = [&]<typename Row>(const Row& a, const Row& b) {
-      Step<Row> step;
-      step.fetch(a, b, 0, columns / kVector, lane);
-      wait_for_earlier();
-      x = normed_row(x, norm, eps, columns);
-      __syncthreads();
-      if (first + warp < pairs) sum = row_pair<T>(a, b, step, columns / kVector, x, lane);
-    };
-    if constexpr (F == Form::kDense) {
-      by_words(DenseRow<T>(*own.a, own.row_a), DenseRow<T>(*own.b, own.row_b));
-    } else if constexpr (F == Form::kInt8) {
-      by_words(Int8Row(*own.a, own.row_a), Int8Row(*own.b, own.row_b));
-    } else {
-      __shared__ float table[16];
-      if (threadIdx.x < 16) table[threadIdx.x] = codes_on_device.values[threadIdx.x];
-      wait_for_earlier();
-      x = normed_row(x, norm, eps, columns);
-      __syncthreads();
-      sum = {any_row<T>(*own.a, own.row_a, x, table, lane), any_row<T>(*own.b, own.row_b, x, table, lane)};
+    __shared__ float table[16];
+    if (threadIdx.x < 16) table[threadIdx.x] = codes_on_device.values[threadIdx.x];
+    wait_for_earlier();
+    x = normed_row(x, norm, eps, columns);
+    __syncthreads();
+    sum = {any_row<T>(*own.a, own.row_a, x, table, lane), any_row<T>(*own.b, own.row_b, x, table, lane)};
+  }
+  // Not own, which would take registers until here.
+  if (pair < pairs) output.template write<32>(Pair(parts, output.gated, pair), sum, x, lane);
+}
+
+// A block stays and does every gridDim.x-th group of 16 rows (kNf4Pairs pairs): the table and norm(x) serve all of
+// them. Its warps share out the steps of all its groups, one after the other, and a step's codes are brought while
+// those of the warp's step before are computed with. What the warps have of a group's rows waits in shared memory until
+// kNf4Kept groups are done.
+constexpr int kNf4Kept = 16;
+template <typename T, bool Nested, bool Paired>
+__global__ void __launch_bounds__(kThreads, 2)
+    nf4_matvec(const __grid_constant__ Parts parts, const T* x, const Norm norm, float eps, const Output<T> output,
+               int pairs) {
+  static_assert(kWarps == kNf4Pairs && kNf4Kept % kWarps == 0);
+  __shared__ __align__(16) uint32_t table[kNf4Entries * 32];
+  __shared__ float maps[3][kNf4Entries];
+  __shared__ float2 sums[kNf4Kept][kWarps][kNf4Pairs];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, columns = parts.matrix[0].columns;
+  const int steps = (columns + kNf4Step - 1) / kNf4Step;
+  // As many as there are groups, or fewer.
+  const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  const int groups = ((pairs + kNf4Pairs - 1) / kNf4Pairs - block + blocks - 1) / blocks;
+  const auto pair_at = [&](int group, int i) { return (block + group * blocks) * kNf4Pairs + i; };
+  const auto rows_at = [&](int pair) { return Pair(parts, output.gated, min(pair, pairs - 1)); };
+  // Of a warp the steps warp, warp + kWarps … of all groups'.
+  struct Place {
+    int group, step;
+  };
+  const auto settled = [steps](Place at) {
+    for (; at.step >= steps; at.step -= steps) ++at.group;
+    return at;
+  };
+  let_next_start();
+  Nf4Words words;
+  Nf4Scales<Nested, Paired> scales, next_scales;
+  // Beyond the last group no codes are read, but for simplicity the last row's scales.
+  const auto place = [&](Place to, Nf4Scales<Nested, Paired>& its) {
+    const Pair rows = rows_at(pair_at(to.group, lane / 4));
+    words.place(rows, columns, to.step, lane);
+    if (to.group >= groups) words.columns = 0;
+    its.read(rows, columns, to.step, lane);
+  };
+  Place at = settled({0, warp});
+  place(at, scales);
+  uint4 codes[2][kNf4Reads];
+#pragma unroll
+  for (int i = 0; i < kNf4Reads; ++i) {
+    codes[0][i] = words.read(0, i);
+    codes[1][i] = words.read(1, i);
+  }
+  fill_pairs<T>(table);
+  if constexpr (Nested) {
+    for (int part = 0; part < 3; ++part) {
+      const float* map = parts.matrix[part].nested_map;
+      if (map != nullptr) maps[part][threadIdx.x] = map[threadIdx.x];
     }
   }
-  if (first + warp >= pairs) return;
-  const Pair own(parts, gated, first + warp);
-  const float2 y = {finished<T>(*own.a, own.row_a, sum.x, x, lane), finished<T>(*own.b, own.row_b, sum.y, x, lane)};
-  if (gated) {
-    if (lane == 0) out[own.out] = from_float<T>(rounded<T>(activate(y.x, activation)) * y.y);
-    return;
+  wait_for_earlier();
+  x = normed_row(x, norm, eps, columns);
+  __syncthreads();
+  const auto column = static_cast<uint32_t>(__cvta_generic_to_shared(table + lane));
+  // Of a step's reads a lane has the x of one at most: its column of b is block g of the step, which read g / 2 has, in
+  // the lanes whose t / 2 = g % 2.
+  const int own_read = lane / 8;
+  uint32_t own_x[16];
+  const auto read_x = [&](int step) {
+    const int from = step * kNf4Step + own_read * 128 + lane % 4 * 32;
+    const bool there = lane % 4 / 2 == lane / 4 % 2 && from < columns;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint4 four = there ? reinterpret_cast<const uint4*>(x + from)[i] : make_uint4(0, 0, 0, 0);
+      own_x[4 * i] = four.x;
+      own_x[4 * i + 1] = four.y;
+      own_x[4 * i + 2] = four.z;
+      own_x[4 * i + 3] = four.w;
+    }
+  };
+  read_x(at.step);
+  float2 sum = {0, 0};
+  for (int begin = 0; begin < groups; begin += kNf4Kept) {
+    // Of kNf4Kept groups each warp has as many steps as the others, so that step j is always warp j % kWarps'.
+    const int end = min(begin + kNf4Kept, groups);
+    while (at.group < end) {
+      const Place next = settled({at.group, at.step + kWarps});
+      place(next, next_scales);
+      float acc[2][4] = {};
+#pragma unroll
+      for (int read = 0; read < kNf4Reads; ++read) {
+        const uint32_t of[2][4] = {{codes[0][read].x, codes[0][read].y, codes[0][read].z, codes[0][read].w},
+                                   {codes[1][read].x, codes[1][read].y, codes[1][read].z, codes[1][read].w}};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const auto own = [&](int j) { return own_read == read ? own_x[4 * i + j] : 0; };
+          const uint32_t first[] = {look_up<0>(of[0][i], column), look_up<0>(of[1][i], column),
+                                    look_up<1>(of[0][i], column), look_up<1>(of[1][i], column)};
+          const uint32_t second[] = {look_up<2>(of[0][i], column), look_up<2>(of[1][i], column),
+                                     look_up<3>(of[0][i], column), look_up<3>(of[1][i], column)};
+          const uint32_t b[] = {own(0), own(1), own(2), own(3)};
+          mma<T>(acc[0], first, b);
+          mma<T>(acc[1], second, b + 2);
+        }
+        codes[0][read] = words.read(0, read);
+        codes[1][read] = words.read(1, read);
+        __syncwarp();  // else the compiler puts off these reads until after most look-ups
+      }
+      read_x(next.step);
+      const auto scaled = [&](int row) {
+        const float2 both = scales.of(parts, maps, row);
+        return fmaf(acc[0][2 * row] + acc[1][2 * row], both.x, (acc[0][2 * row + 1] + acc[1][2 * row + 1]) * both.y);
+      };
+      sum.x += scaled(0);
+      sum.y += scaled(1);
+      if (next.group != at.group) {
+        sum = {lanes_sum<4>(sum.x), lanes_sum<4>(sum.y)};
+        if (lane % 4 == 0) sums[at.group - begin][warp][lane / 4] = {sum.x * (1 / kSpread), sum.y * (1 / kSpread)};
+        sum = {0, 0};
+      }
+      at = next;
+      scales = next_scales;
+    }
+    __syncthreads();
+    // As many lanes as warps do a pair. Of fewer steps than warps not every warp has a part of each group.
+    const int own_lane = lane % kWarps, parts_of_sum = min(steps, kWarps);
+    for (int i = threadIdx.x / kWarps; i < (end - begin) * kNf4Pairs; i += kThreads / kWarps) {
+      const int group = i / kNf4Pairs, pair = pair_at(begin + group, i % kNf4Pairs);
+      const int from = (group * steps + own_lane) % kWarps;
+      const float2 part = own_lane < parts_of_sum ? sums[group][from][i % kNf4Pairs] : float2{0, 0};
+      if (pair < pairs) output.template write<kWarps>(rows_at(pair), part, x, own_lane);
+    }
+    __syncthreads();
   }
-  // Two lanes write.
-  if (lane >= 2 || own.row_a + lane >= own.a->rows) return;
-  float result = activate(lane == 0 ? y.x : y.y, activation);
-  if (residual != nullptr) result += to_float(residual[own.out + lane]);
-  out[own.out + lane] = from_float<T>(result);
 }
 
 bool takes_vectors(const Matrix& m) {
-  const int bytes = m.storage == Storage::kInt8 ? 8 : 16;
-  return m.columns % (m.storage == Storage::kNf4 ? 64 : kVector) == 0 &&
-         reinterpret_cast<uintptr_t>(m.weight) % bytes == 0;
+  const auto lies_at = [](const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+  if (m.storage == Storage::kNf4) return m.columns % 64 == 0 && lies_at(m.weight, 16) && lies_at(m.scales, 8);
+  return m.columns % kVector == 0 && lies_at(m.weight, m.storage == Storage::kInt8 ? 8 : 16);
 }
 
 Form form_of(const Matvec& op) {
   const Storage storage = op.parts[0].storage;
   for (int i = 0; i < op.count; ++i) {
-    if (!aligned(op.x) || op.parts[i].storage != storage || !takes_vectors(op.parts[i])) return Form::kOneByOne;
+    const Matrix& m = op.parts[i];
+    if (!aligned(op.x) || m.storage != storage || !takes_vectors(m)) return Form::kOneByOne;
+    if ((m.nested_map == nullptr) != (op.parts[0].nested_map == nullptr)) return Form::kOneByOne;
   }
   return storage == Storage::kDense ? Form::kDense : storage == Storage::kInt8 ? Form::kInt8 : Form::kNf4;
 }
@@ -494,6 +616,25 @@ Status enqueue_matmul(Matvec op, Type type, void* stream) {
   return enqueue_products(op, type, stream);
 }
 
+template <typename Fn>
+void with_bool(bool value, const Fn& fn) {
+  if (value) {
+    fn(std::true_type{});
+  } else {
+    fn(std::false_type{});
+  }
+}
+
+// How many blocks the GPU holds at once.
+template <typename Kernel>
+unsigned int resident_blocks(Kernel kernel, size_t shared_bytes) {
+  int device = 0, processors = 0, of_each = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, kThreads, shared_bytes);
+  return static_cast<unsigned int>(std::max(processors * of_each, 1));
+}
+
 Status enqueue_matvec(const Matvec& op, Type type, void* stream) {
   if (op.batch > 1) return enqueue_matmul(op, type, stream);
   Parts parts = {};
@@ -510,22 +651,26 @@ Status enqueue_matvec(const Matvec& op, Type type, void* stream) {
   with_type(type, [&]<typename T>(T) {
     if (ranks > 0)
       launch(lora_down<T>, ranks, kThreads, bytes, to, parts, static_cast<const T*>(op.x), op.norm, op.eps);
-    const auto run = [&](auto kernel) {
+    const auto run = [&](auto kernel, bool stays) {
       // Beyond 48 KiB with the kernel's own.
       if (bytes > 0) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxNormed);
-      launch(kernel, blocks_for(pairs, kWarps), kThreads, bytes, to, parts, op.gated, op.activation,
-             static_cast<const T*>(op.x), op.norm, op.eps, static_cast<const T*>(op.residual), static_cast<T*>(op.out),
-             pairs);
+      const unsigned int most = stays ? resident_blocks(kernel, bytes) : std::numeric_limits<unsigned int>::max();
+      launch(kernel, std::min(blocks_for(pairs, kWarps), most), kThreads, bytes, to, parts, static_cast<const T*>(op.x),
+             op.norm, op.eps,
+             Output<T>{op.gated, op.activation, static_cast<const T*>(op.residual), static_cast<T*>(op.out)}, pairs);
     };
     switch (form_of(op)) {
       case Form::kDense:
-        return run(matvec<T, Form::kDense>);
+        return run(matvec<T, Form::kDense>, false);
       case Form::kInt8:
-        return run(matvec<T, Form::kInt8>);
+        return run(matvec<T, Form::kInt8>, false);
       case Form::kNf4:
-        return run(matvec<T, Form::kNf4>);
+        return with_bool(op.parts[0].nested_map != nullptr, [&]<bool Nested>(std::bool_constant<Nested>) {
+          with_bool(op.parts[0].columns % 128 == 0,
+                    [&]<bool Paired>(std::bool_constant<Paired>) { run(nf4_matvec<T, Nested, Paired>, true); });
+        });
       case Form::kOneByOne:
-        return run(matvec<T, Form::kOneByOne>);
+        return run(matvec<T, Form::kOneByOne>, false);
     }
   });
   return status();

@@ -79,7 +79,7 @@ void Int8Tensor::dequantize_to(const at::Tensor& out) const {
   if (outlier_columns_.defined()) out.index_copy_(1, outlier_columns_, outlier_values_);
 }
 
-void Int8Tensor::dequantize_on_cpu(at::Tensor& out) const {
+void Int8Tensor::dequantize_on_cpu(const at::Tensor& out) const {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t columns = shape_[1];
   const auto* codes = codes_.const_data_ptr<int8_t>();
@@ -89,10 +89,10 @@ void Int8Tensor::dequantize_on_cpu(at::Tensor& out) const {
     std::array<float, kPiece> piece;
     for (int64_t row = first; row < last; ++row) {
       for (int64_t column = 0; column < columns; column += kPiece) {
-        const int64_t count = std::min(kPiece, columns - column), begin = row * columns + column;
-        kernels.int8(codes + begin, count, piece.data());
+        const int64_t count = std::min(kPiece, columns - column);
+        kernels.int8(codes + row * columns + column, count, piece.data());
         kernels.scale(piece.data(), count, scale[row], static_cast<float>(1.0 / 127.0));
-        store_rounded(kernels, piece.data(), count, data, begin, dtype_);
+        store_rounded(kernels, piece.data(), count, data, row * out.stride(0) + column, dtype_);
       }
     }
   });

@@ -26,7 +26,7 @@ class Int8Tensor : public QuantizedTensor {
   Int8Tensor(at::IntArrayRef shape, at::ScalarType dtype) : QuantizedTensor(shape, dtype) {}
 
   // Into `out`, but for outlier columns: what ATen's operations make, bit for bit.
-  void dequantize_on_cpu(at::Tensor& out) const;
+  void dequantize_on_cpu(const at::Tensor& out) const;
 
   at::Tensor codes_;  // int8 [out, in], 0 in outlier columns
   at::Tensor scale_;  // float32 [out]: largest magnitude of the row (bitsandbytes' SCB)

@@ -255,16 +255,18 @@ TEST("matrices times several rows: 16 bits, int8, NF4; norms, bias, residual, th
   }
 }
 
-TEST("matrices of a model's size times several rows: shared out to all blocks, the same bits every time") {
+TEST("matrices of a model's size times one row and several: shared out to all blocks, the same bits every time") {
   const at::NoGradGuard no_grad;
   const at::ScalarType type = at::kBFloat16;
   const cuda::DecodeKernels& kernels = cuda_kernels(at::empty({1}, at::dtype(type).device(gpu())))->decode;
-  // Neither rows nor columns fill their last tile or stage.
-  for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{{4100, 4160}, {1001, 18496}}) {
+  // Neither rows nor columns fill their last tile or stage. Of NF4 times one row a block has several groups of rows, or
+  // more than it keeps the sums of.
+  for (const auto& [rows, columns] :
+       std::vector<std::pair<int64_t, int64_t>>{{4100, 4160}, {1001, 18496}, {9001, 1088}, {70001, 64}}) {
     for (const auto& [name, quantization] : kStorages) {
       const TestMatrix a = matrix(rows, columns, type, quantization, 10, true),
                        b = matrix(rows, columns, type, quantization, 20, false);
-      for (const int64_t batch : {3, 16}) {
+      for (const int64_t batch : {1, 3, 16}) {
         const at::Tensor x = randn({batch, columns}, 1).to(type).to(gpu());
         const at::Tensor residual = randn({batch, rows}, 3).to(type).to(gpu());
         const Scratch scratch(batch);
@@ -297,6 +299,25 @@ TEST("matrices of a model's size times several rows: shared out to all blocks, t
         check(true, activate(first, Activation::kSilu) * linear32(b, x));
       }
     }
+  }
+}
+
+TEST("NF4 times one row: parts with and without nested scales") {
+  const at::NoGradGuard no_grad;
+  const at::ScalarType type = at::kBFloat16;
+  const cuda::DecodeKernels& kernels = cuda_kernels(at::empty({1}, at::dtype(type).device(gpu())))->decode;
+  for (const int64_t columns : {192, 1024}) {
+    const TestMatrix a = matrix(37, columns, type, {QuantizationOptions::Method::kNf4, true}, 10, true),
+                     b = matrix(20, columns, type, {QuantizationOptions::Method::kNf4, false}, 20, false);
+    const at::Tensor x = randn({columns}, 1).to(type).to(gpu()), y = at::full({57}, 99.0, x.options());
+    const std::vector<cuda::Matrix> parts = {a.described, b.described};
+    cuda::Matvec op = {};
+    op.parts = parts.data();
+    op.count = 2;
+    op.x = x.const_data_ptr();
+    op.out = y.mutable_data_ptr();
+    check_cuda(kernels.matvec(op, cuda_type(type), cuda_stream(x)));
+    check_near(y, at::cat({linear32(a, x), linear32(b, x)}), 1e-2, "columns " + std::to_string(columns));
   }
 }
 
