@@ -492,8 +492,8 @@ __device__ void multiply_stage(const char* stage, const float* table, float (&ac
   }
 }
 
-// Where a block begins in all stages, and which block has one of them. (32 bits are enough: weights that fill all of a
-// GPU's memory have 2²⁴ stages.)
+// Where a block begins in all stages, and which block has one of them. (32 bits are enough: up to 11 million stages,
+// which are 170 GiB of weights in one product.)
 __device__ uint32_t first_of(uint32_t block, uint32_t all) { return block * all / gridDim.x; }
 __device__ int block_of(uint32_t stage, uint32_t all) { return static_cast<int>(((stage + 1) * gridDim.x - 1) / all); }
 

@@ -63,8 +63,8 @@ struct Norm {
 
 enum class Activation : int32_t { kNone, kGelu, kGeluTanh, kQuickGelu, kSilu, kRelu };
 
-// What a product reads and where its results go. Of several rows, weights (codes and scales) are read ahead: no kernel
-// that is still under way may be writing them.
+// What a product reads and where its results go. Weights (codes, scales and their maps) are read ahead: no kernel that
+// is still under way may be writing them.
 struct Matvec {
   const Matrix* parts = nullptr;  // up to 3, of as many columns each; their rows one after the other
   int32_t count = 0;

@@ -55,8 +55,8 @@ struct Fp8Rounding {
   float largest, inverse;
 };
 
-// The largest over the kThreads threads (32, or a whole block of more) that share a row; each gets it. What a block's
-// threads wrote to shared memory before, all of them may read afterwards. Once in a kernel.
+// The largest over the kThreads threads (32, or a whole block of more) that share a row; each gets it. What the
+// threads of a whole block wrote to shared memory before, all of them may read afterwards. Once in a kernel.
 template <int kThreads>
 __device__ float row_max(float x) {
   for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));

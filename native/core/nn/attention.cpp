@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "core/base/cpu_kernels.h"
+#include "core/base/error.h"
 
 namespace martlet {
 namespace {
@@ -36,7 +37,9 @@ class AttentionPlans {
     constexpr int64_t kPasses = 64;
     static const bool allowed = [] {
       const char* wanted = std::getenv("MARTLET_ATTENTION");
-      return wanted == nullptr || std::string(wanted) != "flash";
+      if (wanted != nullptr && std::string(wanted) != "flash")
+        fail(code::kConfig, std::string("MARTLET_ATTENTION is \"") + wanted + "\": set it to flash, or not at all.");
+      return wanted == nullptr;
     }();
     if (!allowed || !q_rows.recurring || !q_rows.uniform() || !k_rows.uniform() || q.size(2) > 128 ||
         (causal && q_rows.max_length != k_rows.max_length) || at::globalContext().deterministicAlgorithms())

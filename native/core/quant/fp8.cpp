@@ -13,7 +13,7 @@
 namespace martlet {
 namespace {
 
-// As in cuda/fp8.cu.
+// As in cuda/fp8.cuh.
 constexpr double kLeast = 1e-30;  // a row of zeros has a scale too
 double largest_of(at::ScalarType type) { return type == at::kFloat8_e5m2 ? 57344 : 448; }
 

@@ -203,7 +203,7 @@ at::Tensor Picture::on(at::Device device) const {
   if (pixels.defined()) return pixels.to(device);
   const at::Tensor image = moved(bytes, device).contiguous();
   const auto by_channel = [&](const std::array<double, 3>& values, double factor) {
-    return (channel_values(values) * factor).to(device);
+    return moved(channel_values(values) * factor, device);
   };
   at::Tensor values;
   if (plan.pillow) {
