@@ -98,12 +98,13 @@ MARTLET_AVX2 void avx2_fp16(const c10::Half* in, int64_t n, float* out) {
   plain_decode(in + i, n - i, out + i);
 }
 
+MARTLET_AVX2 inline __m256 from_8_codes(const int8_t* codes) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))));
+}
+
 MARTLET_AVX2 void avx2_int8(const int8_t* in, int64_t n, float* out) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m256i codes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(in + i)));
-    _mm256_storeu_ps(out + i, _mm256_cvtepi32_ps(codes));
-  }
+  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, from_8_codes(in + i));
   _mm256_zeroupper();
   plain_decode(in + i, n - i, out + i);
 }
@@ -194,10 +195,6 @@ MARTLET_AVX2 float avx2_dot(const float* a, const float* b, int64_t n) {
   return sum;
 }
 
-MARTLET_AVX2 inline __m256 from_8_codes(const int8_t* codes) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))));
-}
-
 MARTLET_AVX2 float avx2_int8_dot(const int8_t* codes, const float* x, int64_t n) {
   __m256 s0 = _mm256_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
   int64_t i = 0;
@@ -230,6 +227,10 @@ MARTLET_AVX512 inline __m512 from_bf16(__m256i bits) {
 
 MARTLET_AVX512 inline __m512 from_int8(__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)); }
 
+MARTLET_AVX512 inline __m512 from_16_codes(const int8_t* codes) {
+  return from_int8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+}
+
 // 8 bytes; as in avx2_nf4, but the permutation reads all 4 bits.
 MARTLET_AVX512 inline __m512 from_nf4(__m128i pairs, __m512 table) {
   const __m512i bytes = _mm512_cvtepu8_epi64(pairs);
@@ -254,8 +255,7 @@ MARTLET_AVX512 void avx512_fp16(const c10::Half* in, int64_t n, float* out) {
 
 MARTLET_AVX512 void avx512_int8(const int8_t* in, int64_t n, float* out) {
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    _mm512_storeu_ps(out + i, from_int8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+  for (; i + 16 <= n; i += 16) _mm512_storeu_ps(out + i, from_16_codes(in + i));
   const __mmask16 rest = first_lanes(n - i);
   _mm512_mask_storeu_ps(out + i, rest, from_int8(_mm_maskz_loadu_epi8(rest, in + i)));
 }
@@ -326,10 +326,6 @@ MARTLET_AVX512 void avx512_add(const float* x, int64_t n, float a, float* out) {
         _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, x + i), _mm512_set1_ps(a), _mm512_maskz_loadu_ps(lanes, out + i));
     _mm512_mask_storeu_ps(out + i, lanes, sum);
   }
-}
-
-MARTLET_AVX512 inline __m512 from_16_codes(const int8_t* codes) {
-  return from_int8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
 }
 
 MARTLET_AVX512 float avx512_int8_dot(const int8_t* codes, const float* x, int64_t n) {

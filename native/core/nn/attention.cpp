@@ -12,6 +12,7 @@
 #include <mutex>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "core/base/cpu_kernels.h"
@@ -87,6 +88,28 @@ at::Tensor by_rows(const at::Tensor& x, int64_t rows) {
 // Back again.
 at::Tensor packed(const at::Tensor& x) { return x.transpose(1, 2).flatten(0, 1); }
 
+// What cuDNN gives, and what its backward wants of it.
+struct PlannedAttention {
+  at::Tensor out, logsumexp, seed, offset;  // out: [T, heads, d]
+};
+// Nothing where a plan does not pay, or cuDNN has none.
+std::optional<PlannedAttention> planned_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                  const SequenceLengths& q_rows, const SequenceLengths& k_rows,
+                                                  bool causal, bool backward, std::optional<double> scale) {
+  if (!attention_plans().pays(q, k, q_rows, k_rows, causal)) return std::nullopt;
+  try {
+    const auto result = at::_scaled_dot_product_cudnn_attention(
+        by_rows(q, q_rows.rows()), by_rows(k, k_rows.rows()), by_rows(v, k_rows.rows()), std::nullopt,
+        /*compute_log_sumexp=*/backward, 0.0, causal, /*return_debug_mask=*/false, scale);
+    return PlannedAttention{packed(std::get<0>(result)), std::get<1>(result), std::get<6>(result), std::get<7>(result)};
+  } catch (const c10::OutOfMemoryError&) {
+    throw;
+  } catch (const c10::Error&) {
+    attention_plans().refuse(q, k, q_rows, k_rows, causal);
+    return std::nullopt;
+  }
+}
+
 }  // namespace
 
 SequenceLengths SequenceLengths::from_lengths(const std::vector<int64_t>& lengths, at::Device device) {
@@ -141,18 +164,9 @@ at::Tensor packed_attention(const at::Tensor& q, const at::Tensor& k, const at::
                             const SequenceLengths& q_rows, const SequenceLengths& k_rows, bool causal,
                             const AttentionExtras& extras) {
   if (uses_flash(q, extras)) {
-    if (attention_plans().pays(q, k, q_rows, k_rows, causal)) {
-      const bool graph = at::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad());
-      try {
-        return packed(std::get<0>(at::_scaled_dot_product_cudnn_attention(
-            by_rows(q, q_rows.rows()), by_rows(k, k_rows.rows()), by_rows(v, k_rows.rows()), std::nullopt,
-            /*compute_log_sumexp=*/graph, 0.0, causal, /*return_debug_mask=*/false, extras.scale)));
-      } catch (const c10::OutOfMemoryError&) {
-        throw;
-      } catch (const c10::Error&) {
-        attention_plans().refuse(q, k, q_rows, k_rows, causal);
-      }
-    }
+    const bool graph = at::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad());
+    if (const auto planned = planned_attention(q, k, v, q_rows, k_rows, causal, graph, extras.scale))
+      return planned->out;
     return std::get<0>(at::_flash_attention_forward(q, k, v, q_rows.cu_seqlens, k_rows.cu_seqlens, q_rows.max_length,
                                                     k_rows.max_length, 0.0, causal, /*return_debug_mask=*/false,
                                                     extras.scale));
@@ -209,23 +223,13 @@ class Recorded {
 AttentionPass::AttentionPass(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceLengths& rows)
     : inputs_{q, k, v}, rows_(&rows) {
   if (uses_flash(q, {})) {
-    if (attention_plans().pays(q, k, rows, rows, /*causal=*/true)) {
-      try {
-        const auto result = at::_scaled_dot_product_cudnn_attention(by_rows(q, rows.rows()), by_rows(k, rows.rows()),
-                                                                    by_rows(v, rows.rows()), std::nullopt,
-                                                                    /*compute_log_sumexp=*/true, 0.0,
-                                                                    /*is_causal=*/true, /*return_debug_mask=*/false);
-        planned_ = true;
-        out_ = packed(std::get<0>(result));
-        logsumexp_ = std::get<1>(result);
-        rng_state_ = std::get<6>(result);
-        unused_ = std::get<7>(result);
-        return;
-      } catch (const c10::OutOfMemoryError&) {
-        throw;
-      } catch (const c10::Error&) {
-        attention_plans().refuse(q, k, rows, rows, /*causal=*/true);
-      }
+    if (auto planned = planned_attention(q, k, v, rows, rows, /*causal=*/true, /*backward=*/true, std::nullopt)) {
+      planned_ = true;
+      out_ = std::move(planned->out);
+      logsumexp_ = std::move(planned->logsumexp);
+      rng_state_ = std::move(planned->seed);
+      unused_ = std::move(planned->offset);
+      return;
     }
     flash_forward();
     return;

@@ -24,6 +24,37 @@ struct Stack {
   std::vector<bool> paired;
 };
 
+// Linears of one input with pairs in bfloat16; their weights are the test's to give.
+struct Linears {
+  explicit Linears(const Stack& s) {
+    uint64_t seed = 50;
+    const auto drawn = [&](at::IntArrayRef shape) { return randn(shape, seed++).to(at::kBFloat16).to(gpu()); };
+    for (size_t i = 0; i < s.outs.size(); ++i) {
+      linears.push_back(std::make_unique<Linear>(s.in, s.outs[i], false));
+      pairs.push_back(std::make_unique<LoraLayer>());
+      pairs[i]->a = drawn({s.rank, s.in}).requires_grad_(true);
+      pairs[i]->b = drawn({s.outs[i], s.rank}).requires_grad_(true);
+      pairs[i]->scaling = 0.75;
+      if (s.paired[i]) linears[i]->lora = pairs[i].get();
+      all.push_back(linears[i].get());
+    }
+  }
+  static at::Tensor weight(const Linear& linear, uint64_t seed) {
+    return (0.2 * randn({linear.out_features(), linear.in_features()}, seed)).to(at::kBFloat16).to(gpu());
+  }
+  // Gradients are there, and are added to.
+  void begin_gradients() {
+    for (const auto& pair : pairs) {
+      pair->a.mutable_grad() = at::ones_like(pair->a);
+      pair->b.mutable_grad() = at::ones_like(pair->b);
+    }
+  }
+
+  std::vector<std::unique_ptr<Linear>> linears;
+  std::vector<std::unique_ptr<LoraLayer>> pairs;
+  std::vector<Linear*> all;
+};
+
 double away(const at::Tensor& a, const at::Tensor& expected) {
   const at::Tensor x = a.cpu().to(at::kDouble), y = expected.cpu().to(at::kDouble);
   return ((x - y).abs().max() / y.abs().max()).item<double>();
@@ -38,20 +69,10 @@ TEST("augmented: outputs and gradients, of ranks that the kernel takes and of ot
         Stack{{24, 64}, 32, 4, {true, true}}, Stack{{24, 64}, 32, 32, {true, true}}}) {
     for (const int64_t rows : {1, 17, 64, 300, 5000}) {
       const auto type = at::kBFloat16;
-      std::vector<std::unique_ptr<Linear>> linears;
-      std::vector<std::unique_ptr<LoraLayer>> pairs;
-      std::vector<Linear*> all;
+      Linears own(s);
+      auto& [linears, pairs, all] = own;
       uint64_t seed = 1;
-      for (size_t i = 0; i < s.outs.size(); ++i) {
-        linears.push_back(std::make_unique<Linear>(s.in, s.outs[i], false));
-        linears[i]->weight.value = (0.2 * randn({s.outs[i], s.in}, seed++)).to(type).to(gpu());
-        pairs.push_back(std::make_unique<LoraLayer>());
-        pairs[i]->a = randn({s.rank, s.in}, seed++).to(type).to(gpu()).requires_grad_(true);
-        pairs[i]->b = randn({s.outs[i], s.rank}, seed++).to(type).to(gpu()).requires_grad_(true);
-        pairs[i]->scaling = 0.75;
-        if (s.paired[i]) linears[i]->lora = pairs[i].get();
-        all.push_back(linears[i].get());
-      }
+      for (Linear* linear : all) linear->weight.value = Linears::weight(*linear, seed++);
       const at::Tensor weights = [&] {
         std::vector<at::Tensor> parts;
         for (size_t i = 0; i < s.outs.size(); ++i) {
@@ -71,10 +92,7 @@ TEST("augmented: outputs and gradients, of ranks that the kernel takes and of ot
       const at::Tensor x = randn({rows, s.in}, 100).to(type), dy = randn({rows, out}, 101).to(type);
       std::vector<at::Tensor> first;
       for (int time = 0; time < 2; ++time) {
-        for (const auto& pair : pairs) {
-          pair->a.mutable_grad() = at::ones_like(pair->a);
-          pair->b.mutable_grad() = at::ones_like(pair->b);
-        }
+        own.begin_gradients();
         const at::NoGradGuard no_grad;
         at::Tensor own_x = stack->empty_input(rows), own_dy = stack->empty_output(rows), low;
         own_x.copy_(x);
@@ -131,20 +149,10 @@ TEST("fp8 with the pairs after the codes: outputs and gradients, of ranks that t
                          Stack{{32, 64}, 32, 5, {true, true}}, Stack{{32, 64}, 32, 32, {true, true}}}) {
     for (const int64_t rows : {1, 17, 64, 300, 5000}) {
       const auto type = at::kBFloat16;
-      std::vector<std::unique_ptr<Linear>> linears;
-      std::vector<std::unique_ptr<LoraLayer>> pairs;
-      std::vector<Linear*> all;
+      Linears own(s);
+      auto& [linears, pairs, all] = own;
       uint64_t seed = 1;
-      for (size_t i = 0; i < s.outs.size(); ++i) {
-        linears.push_back(std::make_unique<Linear>(s.in, s.outs[i], false));
-        linears[i]->weight.quantized = Fp8Tensor::quantize((0.2 * randn({s.outs[i], s.in}, seed++)).to(type).to(gpu()));
-        pairs.push_back(std::make_unique<LoraLayer>());
-        pairs[i]->a = randn({s.rank, s.in}, seed++).to(type).to(gpu()).requires_grad_(true);
-        pairs[i]->b = randn({s.outs[i], s.rank}, seed++).to(type).to(gpu()).requires_grad_(true);
-        pairs[i]->scaling = 0.75;
-        if (s.paired[i]) linears[i]->lora = pairs[i].get();
-        all.push_back(linears[i].get());
-      }
+      for (Linear* linear : all) linear->weight.quantized = Fp8Tensor::quantize(Linears::weight(*linear, seed++));
       const int64_t out = std::accumulate(s.outs.begin(), s.outs.end(), int64_t{0});
       const at::Tensor x = randn({rows, s.in}, 100).to(type).to(gpu()), dy = randn({rows, out}, 101).to(type).to(gpu());
       // The pairs' outputs and gradients in place, then with their room: both add the same to the same products.
@@ -153,16 +161,13 @@ TEST("fp8 with the pairs after the codes: outputs and gradients, of ranks that t
         stack_weights(all, form);
         const auto stack = LinearStack::of({all.begin(), all.end()}, type, nullptr);
         stack->refresh_pairs();
-        for (const auto& pair : pairs) {
-          pair->a.mutable_grad() = at::ones_like(pair->a);
-          pair->b.mutable_grad() = at::ones_like(pair->b);
-        }
+        own.begin_gradients();
         const at::NoGradGuard no_grad;
         at::Tensor low;
         const at::Tensor y = stack->forward(x, low);
         // With room, ranks are whole extents: 16 where the pairs have 10.
-        const int64_t own = s.rank * std::count(s.paired.begin(), s.paired.end(), true);
-        EXPECT_EQ(low.size(1), form == PairForm::kInPlace ? own : (own + 7) / 8 * 8);
+        const int64_t ranks = s.rank * std::count(s.paired.begin(), s.paired.end(), true);
+        EXPECT_EQ(low.size(1), form == PairForm::kInPlace ? ranks : (ranks + 7) / 8 * 8);
         std::vector<at::Tensor> results = {y, stack->backward(dy, low)};
         stack->backward_a(low, x);
         for (size_t i = 0; i < pairs.size(); ++i) {
